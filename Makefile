@@ -1,0 +1,41 @@
+# `make help` lists the targets. The first run makes .venv and installs; later ones go straight to work.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check gpu format clean
+
+help: ## what there is to run
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## the bundled model edits code, drafts in colour, with and without speculation
+	@$(BIN)/python examples/demo.py
+
+test: $(READY) ## every test that needs no GPU
+	$(BIN)/python -m pytest -n 2 -m 'not gpu'
+
+check: $(READY) ## all that a change must pass: format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 -m 'not gpu'
+
+gpu: ## tests and benchmarks that need a CUDA device, with the Python that has CUDA torch (PYTHON=...)
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=src $(PYTHON) -m outrider.cli.main bench latency --device cuda
+
+format: $(READY) ## rewrite the code as `make check` wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and every cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

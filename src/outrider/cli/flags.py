@@ -1,0 +1,63 @@
+"""Command-line flags made from the fields of options records, so that flag, help and record cannot drift."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any
+
+import typer
+
+
+def with_flags(
+    record: type[Any],  # a dataclass whose fields carry help
+    argument: str,  # the command's parameter that takes the finished record
+    *,
+    skip: Iterable[str] = (),  # fields that no flag sets
+    defaults: Mapping[str, Any] | None = None,  # defaults other than the record's own
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a typer command a flag for each field, and hands it the record under `argument`."""
+    flagged = [entry for entry in fields(record) if entry.name not in set(skip)]
+    hints = typing.get_type_hints(record)
+    own = dict(defaults or {})
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(command, eval_str=True)
+        kept = [parameter for parameter in signature.parameters.values() if parameter.name != argument]
+        added = [_parameter(entry, hints[entry.name], own) for entry in flagged]
+
+        def run(**given: Any) -> Any:
+            values = {entry.name: given.pop(entry.name) for entry in flagged}
+            return command(**given, **{argument: record(**values)})
+
+        run.__signature__ = inspect.Signature(kept + added)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in kept + added}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _parameter(entry: Field[Any], hint: Any, defaults: Mapping[str, Any]) -> inspect.Parameter:
+    default = defaults.get(entry.name, None if entry.default is MISSING else entry.default)
+    flag = "--" + entry.name.replace("_", "-")
+    names = (f"{flag}/--no-{flag[2:]}",) if hint is bool else (flag,)
+    annotated: Any = Annotated
+    annotation = annotated[_flag_type(hint), typer.Option(*names, help=entry.metadata["help"])]
+    return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _flag_type(hint: Any) -> Any:
+    """What typer can parse: `X | None` as it is, a sequence as a flag that may be repeated."""
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    if not isinstance(hint, types.UnionType) or not members:
+        return hint
+    listed = [member for member in members if typing.get_origin(member) is not None]
+    if listed:
+        repeated: Any = list
+        return repeated[typing.get_args(listed[0])[0]] | None
+    single: Any = members[0]
+    return single | None

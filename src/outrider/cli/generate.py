@@ -1,0 +1,184 @@
+"""`outrider generate`: text as it comes, accepted drafts in colour, and what they were worth."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from outrider.cli.common import (
+    Drafting,
+    Json,
+    Model,
+    NumDrafts,
+    SpeculativeConfig,
+    describe_acceptance,
+    engine_options,
+    err,
+    loading,
+    out,
+    print_json,
+    seedless_engine_flags,
+    without_drafts,
+)
+from outrider.cli.flags import with_flags
+from outrider.config import EngineOptions
+from outrider.core.output import AcceptanceReport
+from outrider.core.sampling import SamplingParams
+from outrider.engine.llm import LLM
+from outrider.errors import PromptError
+
+COLOURS = ("green", "cyan", "blue", "magenta")
+"""Of the first, second, third accepted draft of a round, and all that follow."""
+
+WARM_UP_TOKENS = 8
+COMPARED_RUNS = 3
+
+sampling_flags = with_flags(
+    SamplingParams,
+    "sampling",
+    skip=("n", "detokenize", "include_stop_str_in_output"),
+    defaults={"temperature": 0.0, "max_tokens": 128, "seed": 0},
+)
+
+
+@dataclass(slots=True)
+class _Run:
+    text: str
+    token_ids: list[int]
+    seconds: float
+    acceptance: AcceptanceReport
+    finish_reason: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds
+
+
+@seedless_engine_flags
+@sampling_flags
+def generate(
+    options: EngineOptions,
+    sampling: SamplingParams,
+    model: Model = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="text to continue; - reads it from stdin")
+    ] = None,
+    chat: Annotated[str | None, typer.Option("--chat", help="a user's message, put in the chat template")] = None,
+    draft: Drafting = "ngram",
+    num_drafts: NumDrafts = None,
+    speculative_config: SpeculativeConfig = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="run without drafts too: same text? how much faster?")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt and show the text as it comes; accepted drafts are coloured by their position."""
+    chosen = engine_options(options, model, draft, num_drafts, speculative_config)
+    with loading(quiet=as_json) as progress:
+        llm = LLM.from_options(chosen, progress)
+    ids = _prompt_ids(llm, prompt, chat)
+    _warm_up(llm, ids)
+    run = _run(llm, ids, sampling, show=not as_json)
+    result = _result(run, llm)
+    if compare:
+        with loading(quiet=as_json) as progress:
+            baseline = LLM.from_options(without_drafts(chosen), progress)
+        _warm_up(baseline, ids)
+        result |= _compare(llm, baseline, ids, sampling, run)
+    if as_json:
+        print_json(result)
+    else:
+        _print_figures(result, run)
+
+
+def _prompt_ids(llm: LLM, prompt: str | None, chat: str | None) -> list[int]:
+    if (prompt is None) == (chat is None):
+        raise PromptError("give either --prompt or --chat")
+    if chat is not None:
+        return llm.tokenizer.render_chat([{"role": "user", "content": _read(chat)}])
+    assert prompt is not None
+    return llm.tokenizer.encode(_read(prompt))
+
+
+def _read(text: str) -> str:
+    return sys.stdin.read() if text == "-" else text
+
+
+def _warm_up(llm: LLM, ids: list[int]) -> None:
+    """A few tokens first: kernels are compiled or read from their cache, and pages touched."""
+    llm.generate({"prompt_token_ids": ids}, SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True))
+
+
+def _run(llm: LLM, ids: list[int], sampling: SamplingParams, show: bool = False) -> _Run:
+    start = time.perf_counter()
+    stream = llm.stream({"prompt_token_ids": ids}, sampling)
+    for piece in stream:
+        if show and piece.text:
+            out.print(Text(piece.text, style=_style(piece.draft_position)), end="")
+    seconds = time.perf_counter() - start
+    if show:
+        out.print()
+    completion = stream.output.outputs[0]
+    return _Run(
+        text=completion.text,
+        token_ids=completion.token_ids,
+        seconds=seconds,
+        acceptance=stream.output.acceptance,
+        finish_reason=completion.finish_reason or "",
+    )
+
+
+def _style(draft_position: int | None) -> str:
+    if draft_position is None:
+        return ""
+    return f"bold {COLOURS[min(draft_position, len(COLOURS) - 1)]}"
+
+
+def _compare(llm: LLM, baseline: LLM, ids: list[int], sampling: SamplingParams, first: _Run) -> dict[str, Any]:
+    """Runs both in turn, so that a machine whose speed drifts is fair to both; medians."""
+    pairs = [(_run(llm, ids, sampling), _run(baseline, ids, sampling)) for _ in range(COMPARED_RUNS)]
+    runs = [run for pair in pairs for run in pair]
+    return {
+        "identical": all(run.token_ids == first.token_ids for run in runs),
+        "speedup": statistics.median(with_.tokens_per_second / without.tokens_per_second for with_, without in pairs),
+        "tokens_per_second": {
+            "with": statistics.median(with_.tokens_per_second for with_, _ in pairs),
+            "without": statistics.median(without.tokens_per_second for _, without in pairs),
+        },
+    }
+
+
+def _result(run: _Run, llm: LLM) -> dict[str, Any]:
+    return {
+        "text": run.text,
+        "token_ids": run.token_ids,
+        "finish_reason": run.finish_reason,
+        "runner": llm.choice.runner.name,
+        "method": llm.engine.resolved.method,
+        "verifier": llm.engine.resolved.runner.verifier.name,
+        "tokens_per_second": run.tokens_per_second,
+        "acceptance": run.acceptance.to_dict(),
+    }
+
+
+def _print_figures(result: dict[str, Any], run: _Run) -> None:
+    if run.acceptance.drafts:
+        legend = "  ".join(f"[bold {colour}]{place}[/]" for place, colour in enumerate(COLOURS, start=1))
+        err.print(f"\n[dim]accepted drafts by position:[/] {legend}[dim]+[/]")
+    err.print(
+        f"{len(run.token_ids)} tokens, {run.tokens_per_second:.0f} a second, {describe_acceptance(run.acceptance)}"
+        f" [dim](runner {result['runner']}, drafts {result['method']}, verifier {result['verifier']})[/]"
+    )
+    if "identical" in result:
+        speeds = result["tokens_per_second"]
+        same = "[green]the same text[/]" if result["identical"] else "[bold red]a DIFFERENT text[/]"
+        err.print(
+            f"without drafts: {same}, {speeds['without']:.0f} tokens a second; "
+            f"with drafts {speeds['with']:.0f}: [bold]{result['speedup']:.2f}x[/]"
+        )

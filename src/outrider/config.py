@@ -1,0 +1,195 @@
+"""What a user may set, and how it becomes a configuration with nothing left open.
+
+`EngineOptions` is the one record from which keyword arguments, command-line flags and their help
+are generated. `resolve` reads the checkpoint's config and answers every "auto"; it loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider.capability import Feature, Part
+from outrider.core.option import option
+from outrider.draft.registry import parse_speculative_config
+from outrider.errors import OptionError, nearest
+from outrider.load.checkpoint import read_json
+from outrider.load.hub import locate
+from outrider.models.config import DTYPES, ModelConfig, token_ids
+from outrider.models.registry import find_model
+from outrider.parallel.mesh import Mesh
+from outrider.runner.base import RunnerConfig
+from outrider.runner.memory import plan_memory
+from outrider.verify.processors import PROCESSORS
+from outrider.verify.registry import build_verifier
+
+AUTO = "auto"
+BLOCK_SIZE = 16
+"""Tokens a key/value block holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Everything `LLM` takes. Names follow vLLM where the meaning is the same."""
+
+    model: str | None = option(None, "local directory or Hugging Face id; left out: the bundled model")
+    speculative_config: Mapping[str, Any] | None = option(None, "drafting method and its options, as in vLLM")
+    runner: str = option(AUTO, "auto takes the fastest runner that can serve; a name is taken or refused")
+    dtype: str = option(AUTO, "auto (the checkpoint's), float32, bfloat16 or float16")
+    device: str = option(AUTO, "auto, cpu, cuda or cuda:N")
+    max_model_len: int | None = option(None, "longest sequence, prompt and output; left out: the model's limit")
+    max_num_seqs: int = option(128, "most sequences run at once")
+    max_num_batched_tokens: int | None = option(None, "most tokens a step; left out: 2048 on a CPU, 8192 on a GPU")
+    kv_cache_memory: int | None = option(None, "bytes for keys and values; left out: what is free")
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's free memory to use")
+    enable_prefix_caching: bool = option(True, "reuse keys and values of prompts that begin alike")
+    tensor_parallel_size: int = option(1, "ranks that split each matrix")
+    pipeline_parallel_size: int = option(1, "ranks that split the layers")
+    load_format: str = option(AUTO, "auto (safetensors), or dummy: random weights, for benchmarks")
+    seed: int = option(0, "seed of requests that bring none")
+    verifier: str = option("exact", "exact, rejection, or synthetic (benchmarks only)")
+    synthetic_rates: Sequence[float] | None = option(None, "the synthetic verifier's acceptance per position")
+
+    @classmethod
+    def from_kwargs(cls, **given: Any) -> EngineOptions:
+        """The options, or OptionError naming an unknown one and the nearest known."""
+        known = [known.name for known in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise OptionError(f"unknown option: {name} ({nearest(name, known)})")
+        return cls(**given)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """An answered configuration: what the runner is built from, and what the oracle is asked."""
+
+    options: EngineOptions
+    directory: Path  # of the checkpoint, where the tokenizer is too
+    runner: RunnerConfig
+    mesh: Mesh
+    parts: tuple[Part, ...]
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def method(self) -> str:
+        """The drafting method's name."""
+        return self.runner.drafter.name
+
+
+def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None = None) -> Resolved:
+    """Reads the checkpoint's config, checks the options against it, and sizes the memory.
+
+    Raises OptionError, CheckpointError or CapacityError, each naming the value and the remedy.
+    `progress` is told the bytes loaded so far and in all when the runner is built.
+    """
+    _check_numbers(options)
+    directory = locate(options.model)
+    model_config = ModelConfig.from_dict(read_json(directory / "config.json"))
+    model = find_model(model_config.architecture)
+    device = _device(options.device)
+    drafter, draft_options = parse_speculative_config(options.speculative_config)
+    num_drafts = draft_options.num_speculative_tokens
+    verifier = build_verifier(options.verifier, rates=options.synthetic_rates)
+    max_model_len = _max_model_len(options.max_model_len, model_config.max_position_embeddings)
+    budget = options.max_num_batched_tokens or (2048 if device.type == "cpu" else 8192)
+    if budget < num_drafts + 1:
+        raise OptionError(
+            f"max_num_batched_tokens {budget} cannot hold one row of {num_drafts} drafts and a token: raise it"
+        )
+    dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
+    mesh = Mesh(options.tensor_parallel_size, options.pipeline_parallel_size)
+    memory = plan_memory(
+        model,
+        model_config,
+        dtype=dtype,
+        device=device,
+        block_size=BLOCK_SIZE,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget,
+        num_drafts=num_drafts,
+        cache_bytes=options.kv_cache_memory,
+        utilization=options.gpu_memory_utilization,
+    )
+    runner = RunnerConfig(
+        model=model,
+        model_config=model_config,
+        directory=None if options.load_format == "dummy" else directory,
+        dtype=dtype,
+        device=device,
+        drafter=drafter,
+        draft_options=draft_options,
+        verifier=verifier,
+        processors=PROCESSORS,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget,
+        block_size=BLOCK_SIZE,
+        memory=memory,
+        seed=options.seed,
+        progress=progress,
+    )
+    host = Part(f"device {device}", frozenset({Feature.CPU if device.type == "cpu" else Feature.CUDA}))
+    parts = (
+        host,
+        model.part(),
+        drafter.part(),
+        Part(f"verifier {verifier.name}", verifier.needs),
+        *(Part(f"processor {processor.name}", processor.needs) for processor in PROCESSORS),
+        *mesh.parts(),
+    )
+    return Resolved(options, directory, runner, mesh, parts, _eos_token_ids(directory, model_config))
+
+
+def _check_numbers(options: EngineOptions) -> None:
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory"):
+        value = getattr(options, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise OptionError(f"{name} must be a whole number of 1 or more: {value!r}")
+    if not 0.0 < options.gpu_memory_utilization <= 1.0:
+        raise OptionError(f"gpu_memory_utilization must be in (0, 1]: {options.gpu_memory_utilization}")
+    if options.dtype != AUTO and options.dtype not in DTYPES:
+        raise OptionError(f"unknown dtype: {options.dtype} ({nearest(options.dtype, [AUTO, *DTYPES])})")
+    if options.load_format not in (AUTO, "dummy"):
+        raise OptionError(f"unknown load_format: {options.load_format} (known: auto, dummy)")
+    if options.synthetic_rates is not None and options.verifier != "synthetic":
+        raise OptionError(
+            f"synthetic_rates are the synthetic verifier's, not {options.verifier}'s: drop one of the two"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"unknown device: {name} (known: auto, cpu, cuda, cuda:N)") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device is not supported: {name} (known: auto, cpu, cuda, cuda:N)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"no such device: {name}; torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _max_model_len(wanted: int | None, limit: int) -> int:
+    if wanted is None:
+        return limit
+    if wanted > limit:
+        raise OptionError(f"max_model_len {wanted} is more than the model's positions: at most {limit}")
+    return wanted
+
+
+def _eos_token_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
+    """What ends a text: generation_config.json says it where there is one, else config.json."""
+    path = directory / "generation_config.json"
+    if path.exists():
+        eos = read_json(path).get("eos_token_id")
+        if eos is not None:
+            return token_ids(eos)
+    return config.eos_token_ids

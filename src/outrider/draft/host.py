@@ -1,0 +1,52 @@
+"""The shortest way to a drafter of one's own: plain Python over lists of token ids."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from outrider.capability import Feature
+from outrider.draft.base import DraftContext, Drafter
+from outrider.errors import OptionError
+from outrider.tensors import Draft
+
+
+class HostDrafter(Drafter):
+    """A drafter that thinks on the host: subclass it, write `guess`, name it as `module:Class`.
+
+    It reads tensors on the host, so it runs where a runner offers HOST_CODE.
+    """
+
+    name: ClassVar[str] = "host"
+    needs: ClassVar[frozenset[Feature]] = frozenset({Feature.HOST_CODE, Feature.TOKEN_HISTORY})
+
+    @abstractmethod
+    def guess(self, slot: int, tokens: list[int]) -> Sequence[int]:
+        """Up to K tokens to follow `tokens` (prompt and output so far); more are cut off.
+
+        `slot` stays the same for a request's life, between `admit` and `release`.
+        """
+
+    def propose(self, context: DraftContext) -> Draft:
+        slots, batch = context.slots, context.batch
+        size = batch.slot.shape[0]
+        drafted = torch.zeros((size, self.num_drafts), dtype=torch.int64)
+        length = torch.zeros(size, dtype=torch.int32)
+        past_prompt = (batch.logits_start[1:] > batch.logits_start[:-1]).tolist()
+        for row, (slot, speaks) in enumerate(zip(batch.slot.tolist(), past_prompt, strict=True)):
+            if not speaks:
+                continue
+            history = slots.tokens[slot, : int(slots.length[slot])].tolist()
+            guesses = list(self.guess(slot, history))[: self.num_drafts]
+            wrong = [token for token in guesses if not 0 <= token < self.target.vocab_size]
+            if wrong:
+                raise OptionError(
+                    f"drafter {type(self).__name__} guessed token {wrong[0]}, "
+                    f"outside the vocabulary of {self.target.vocab_size}"
+                )
+            drafted[row, : len(guesses)] = torch.tensor(guesses, dtype=torch.int64)
+            length[row] = len(guesses)
+        return Draft(drafted.to(batch.slot.device), length.to(batch.slot.device), None)

@@ -1,0 +1,72 @@
+"""Tokens to text as they come, and where a stop string ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outrider.load.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """One completion's text. Several tokens may arrive in one step; each is decoded on its own."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        include_stop: bool,
+        skip_special_tokens: bool,
+    ) -> None:
+        """`prompt` gives the first token its context: some tokenizers write it differently at a start."""
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt[-4:]), skip_special_tokens=skip_special_tokens)
+        self._skip_special_tokens = skip_special_tokens
+        self._pending: list[int] = []  # tokens of a character that is not complete yet
+        self._stop, self._include_stop = tuple(stop), include_stop
+        self._longest_stop = max(map(len, self._stop), default=0)
+        self.text = ""
+        self.stop_reason: str | None = None
+        """The stop string that ended the text, once one did."""
+        self._num_streamed = 0
+
+    def append(self, token: int) -> bool:
+        """Decodes one token; True if it completed a stop string, after which none may follow."""
+        piece = self._stream.step(self._tokenizer.backend, token)
+        self._pending.append(token)
+        if piece is None:
+            return False
+        self._pending.clear()
+        self.text += piece
+        return self._cut_at_stop(len(piece))
+
+    def finish(self) -> None:
+        """No token follows: a character that was cut short is written as the replacement character."""
+        if self._pending and self.stop_reason is None:
+            self.text += self._tokenizer.decode(self._pending, self._skip_special_tokens)
+            self._pending.clear()
+
+    def stream(self, finished: bool) -> str:
+        """Text not handed out before. What may yet become a stop string is held back until `finished`."""
+        end = len(self.text) if finished else len(self.text) - self._num_held_back()
+        fresh = self.text[self._num_streamed : end]
+        self._num_streamed = max(self._num_streamed, end)
+        return fresh
+
+    def _cut_at_stop(self, num_new: int) -> bool:
+        start = max(0, len(self.text) - num_new - self._longest_stop + 1)
+        found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, start)) >= 0]
+        if not found:
+            return False
+        at, self.stop_reason = min(found)
+        self.text = self.text[: at + len(self.stop_reason)] if self._include_stop else self.text[:at]
+        return True
+
+    def _num_held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        for length in range(min(self._longest_stop - 1, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-length:]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,186 @@
+"""The loop: plan, submit, read, apply. Everything above it is about text; everything below, tensors."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from outrider import env
+from outrider.config import AUTO, EngineOptions, Resolved, resolve
+from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
+from outrider.core.plan import StepPlan
+from outrider.core.request import Request
+from outrider.core.sampling import SamplingParams
+from outrider.errors import EngineDeadError, InputError, PromptError
+from outrider.oracle import Choice, choose
+from outrider.runner.base import Pending
+from outrider.runner.registry import RUNNERS
+from outrider.schedule.options import SchedulerOptions
+from outrider.schedule.scheduler import Scheduler
+from outrider.workers.local import LocalWorker
+
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Odd and irregular, so that the n-th seedless requests of engines with neighbouring seeds share no noise."""
+
+
+def verdict(resolved: Resolved) -> Choice:
+    """The oracle's choice of runner for a resolved configuration; the option wins over the environment."""
+    wanted = resolved.options.runner
+    if wanted == AUTO:
+        wanted = env.runner() or AUTO
+    return choose(RUNNERS, resolved.parts, wanted)
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Where the loop's time went, in seconds since the engine was made."""
+
+    steps: int = 0
+    schedule: float = 0.0  # deciding what to run
+    run: float = 0.0  # submitting it and waiting for the oldest step
+    apply: float = 0.0  # taking in the result
+
+    def copy(self) -> StepTimes:
+        """The times as they stand."""
+        return replace(self)
+
+    def since(self, earlier: StepTimes) -> StepTimes:
+        """What was spent since a copy was taken."""
+        return StepTimes(*(getattr(self, entry.name) - getattr(earlier, entry.name) for entry in fields(self)))
+
+
+@dataclass(slots=True)
+class _Flight:
+    plan: StepPlan
+    pending: Pending
+
+
+class Engine:
+    """Runs requests to their end. Not thread-safe: one thread adds, steps and aborts."""
+
+    def __init__(self, options: EngineOptions, progress: Callable[[int, int], None] | None = None) -> None:
+        """Resolves the options, asks the oracle, loads the model. Raises what those raise."""
+        self.resolved = resolve(options, progress)
+        self.choice = verdict(self.resolved)
+        runner = self.resolved.runner
+        self._worker = LocalWorker(self.choice.runner, runner, self.resolved.mesh)
+        self._scheduler = Scheduler(
+            SchedulerOptions(
+                max_model_len=runner.max_model_len,
+                num_blocks=runner.memory.num_blocks,
+                block_size=runner.block_size,
+                max_num_seqs=runner.max_num_seqs,
+                max_num_batched_tokens=runner.max_num_batched_tokens,
+                enable_prefix_caching=options.enable_prefix_caching,
+                num_drafts=runner.draft_options.num_speculative_tokens,
+                depth=self._worker.depth,
+            )
+        )
+        self._requests: dict[str, Request] = {}
+        self._in_flight: deque[_Flight] = deque()
+        self._num_requests = 0
+        self._cause_of_death: BaseException | None = None
+        self.times = StepTimes()
+
+    def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> None:
+        """Queues a request. Raises PromptError or CapacityError; nothing else is affected."""
+        self._check_alive()
+        if request_id in self._requests:
+            raise InputError(f"request id is in use: {request_id}")
+        self._check_prompt(prompt)
+        self._num_requests += 1
+        seed = sampling.seed
+        if seed is None:
+            seed = (self.resolved.options.seed + self._num_requests * SEED_STRIDE) % 2**63
+        eos = () if sampling.ignore_eos else self.resolved.eos_token_ids
+        assert isinstance(sampling.stop_token_ids, tuple)
+        request = Request(
+            id=request_id,
+            prompt=tuple(prompt),
+            sampling=sampling,
+            seed=seed,
+            stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
+        )
+        self._scheduler.add(request)
+        self._requests[request_id] = request
+
+    def _check_prompt(self, prompt: Sequence[int]) -> None:
+        runner = self.resolved.runner
+        if not prompt:
+            raise PromptError("the prompt is empty: give at least one token")
+        if len(prompt) >= runner.max_model_len:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens, max_model_len {runner.max_model_len} leaves room for "
+                f"at most {runner.max_model_len - 1}: shorten it or raise max_model_len"
+            )
+        vocab_size = runner.model_config.vocab_size
+        for token in prompt:
+            if not 0 <= token < vocab_size:
+                raise PromptError(f"token id {token} is outside the vocabulary of {vocab_size}")
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request wherever it is; unknown ids are ignored, since it may just have ended."""
+        self.finish(request_id, FinishReason.ABORT)
+
+    def finish(self, request_id: str, reason: FinishReason) -> None:
+        """Ends a request from outside, as a stop string in its text does."""
+        if request_id in self._requests:
+            self._scheduler.finish(request_id, reason)
+            del self._requests[request_id]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._scheduler.has_work
+
+    def acceptance(self) -> AcceptanceReport:
+        """How drafts fared over the life of the engine."""
+        return self._scheduler.acceptance.report()
+
+    def step(self) -> list[tuple[TokenDelta, Request]]:
+        """Submits a step and reads the oldest one due; what each request gained, and its record.
+
+        Raises EngineDeadError, chained to the cause, if the worker failed now or earlier.
+        """
+        self._check_alive()
+        try:
+            return self._step()
+        except Exception as error:
+            self._cause_of_death = error
+            raise EngineDeadError(f"the engine failed in a step: {error}") from error
+
+    def _step(self) -> list[tuple[TokenDelta, Request]]:
+        times, clock = self.times, time.perf_counter
+        start = clock()
+        plan = self._scheduler.schedule() if len(self._in_flight) < self._worker.depth else None
+        planned = clock()
+        if plan is not None and plan.rows:
+            self._in_flight.append(_Flight(plan, self._worker.submit(plan)))
+            if len(self._in_flight) < self._worker.depth:
+                return []
+        if not self._in_flight:
+            return []
+        flight = self._in_flight.popleft()
+        result = flight.pending.result()
+        ran = clock()
+        gained = [(delta, self._requests[delta.request_id]) for delta in self._scheduler.apply(flight.plan, result)]
+        for delta, _ in gained:
+            if delta.finish_reason is not None:
+                del self._requests[delta.request_id]
+        if not self._scheduler.has_work:
+            self._scheduler.check_idle()
+        times.steps += 1
+        times.schedule += planned - start
+        times.run += ran - planned
+        times.apply += clock() - ran
+        return gained
+
+    def _check_alive(self) -> None:
+        if self._cause_of_death is not None:
+            raise EngineDeadError("the engine failed earlier: build a new one") from self._cause_of_death
+
+    def close(self) -> None:
+        """Gives back the model's memory. Idempotent."""
+        self._worker.close()

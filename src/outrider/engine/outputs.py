@@ -1,0 +1,46 @@
+"""What callers of the Python API get back. Names follow vLLM where the meaning is the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from outrider.core.output import AcceptanceReport
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion of a prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop", "length" or "abort"; None while it runs
+    stop_reason: int | str | None = None  # the token id or string that stopped it, if it is not the model's own end
+    logprobs: None = None  # not offered yet
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A prompt and its completions."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    acceptance: AcceptanceReport = field(default_factory=AcceptanceReport)  # over all completions
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return all(output.finish_reason is not None for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token added to a completion that is being streamed."""
+
+    index: int  # of the completion
+    token_id: int
+    text: str  # may be empty: a character not complete yet, or text held back for a stop string
+    draft_position: int | None  # 0 for an accepted first draft, 1 for a second, ...; None: the target's own
+    finish_reason: str | None = None  # on a completion's last piece

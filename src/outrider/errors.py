@@ -1,0 +1,67 @@
+"""One exception tree, so that a caller can catch exactly as much as it means to.
+
+    OutriderError
+    +-- InputError (ValueError)      what one request asked for; other requests go on
+    |   +-- PromptError              empty, too long, token ids out of range
+    |   +-- SamplingError            a sampling value or a contradiction between two
+    +-- OptionError (ValueError)     what the engine was asked to be
+    |   +-- UnsupportedError         no runner serves the configuration; holds every reason
+    +-- CheckpointError (ValueError) a file that is missing, truncated, or not what it should be
+    |   +-- UnknownArchitectureError a config.json naming a model this engine does not have
+    +-- CapacityError (RuntimeError) the memory given cannot hold one sequence
+    +-- EngineDeadError (RuntimeError) the engine failed earlier and cannot go on
+
+Messages are lower case, name the value, and end with the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OutriderError(Exception):
+    """The root of everything outrider raises on purpose."""
+
+
+class InputError(OutriderError, ValueError):
+    """One request is wrong; the engine and all other requests are unharmed."""
+
+
+class PromptError(InputError):
+    """A prompt that cannot be run."""
+
+
+class SamplingError(InputError):
+    """A sampling value out of its range, or two that contradict each other."""
+
+
+class OptionError(OutriderError, ValueError):
+    """An engine option that is unknown, out of range, or contradicts another."""
+
+
+class UnsupportedError(OptionError):
+    """No runner serves the configuration. The message holds every runner's reasons."""
+
+
+class CheckpointError(OutriderError, ValueError):
+    """A checkpoint file is missing, truncated, or does not hold what its config promises."""
+
+
+class UnknownArchitectureError(CheckpointError):
+    """The checkpoint's config names an architecture this engine does not implement."""
+
+
+class CapacityError(OutriderError, RuntimeError):
+    """The memory given to the key/value cache cannot hold what is asked."""
+
+
+class EngineDeadError(OutriderError, RuntimeError):
+    """The engine failed earlier; its cause is chained. Build a new one."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,66 @@
+"""The gate of a SwiGLU block (Shazeer, 2020): silu(first half) * second half of the last dimension.
+
+gate_up [T, 2*I]. Returns [T, I] of its type, computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from outrider.kernels._numba import SERIAL, Emitter, Int, Vector, emitted, num_threads, parallel
+from outrider.kernels.native import compiled
+from outrider.kernels.op import Example, Op
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (functional.silu(gate) * up).to(gate_up.dtype)
+
+
+@emitted
+def gate_row(emitter: Emitter, gate: Int, up: Int, out: Int, size: Int) -> None:
+    """out[:size] = silu(gate) * up, all float32."""
+    builder = emitter.builder
+
+    def step(index: Int, mask: Vector | None, state: list[Vector]) -> list[Vector]:
+        value = emitter.load(gate, index, mask)
+        denominator = builder.fadd(emitter.exp(builder.fneg(value)), emitter.floats(1))
+        product = builder.fmul(builder.fdiv(value, denominator), emitter.load(up, index, mask))
+        emitter.store(product, out, index, mask)
+        return []
+
+    emitter.sweep(size, step, [])
+
+
+@compiled()
+def _gate_rows(thread: int, threads: int, gate_up: int, out: int, rows: int, size: int) -> None:
+    for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+        gate = gate_up + row * size * 8
+        gate_row(gate, gate + size * 4, out + row * size * 4, size)
+
+
+@compiled()
+def _gate_kernel(gate_up: int, out: int, rows: int, size: int, threads: int) -> None:
+    parallel(_gate_rows, threads, (gate_up, out, rows, size))
+
+
+def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
+    assert gate_up.dtype == torch.float32 and gate_up.is_contiguous()
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, size)
+    threads = num_threads() if rows * size > SERIAL else 1
+    _gate_kernel(gate_up.data_ptr(), out.data_ptr(), rows, size, threads)
+    return out
+
+
+def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+    for rows, width in ((1, 768), (3, 67), (17, 129)):
+        gate_up = 8 * torch.randn(rows, 2 * width, generator=generator)
+        yield {"gate_up": gate_up.to(device)}
+
+
+SILU_MUL = Op("silu_mul", silu_mul_reference, {"cpu": _silu_mul_cpu}, examples=_examples)

@@ -1,0 +1,168 @@
+"""What a step leaves in the slots: the verdict, and the drafts for the next step.
+
+Rows of a step name distinct slots; rows that pad a batch may share one that belongs to no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from outrider.kernels.native import compiled, pointer
+from outrider.kernels.op import Example, Op
+from outrider.kernels.step_inputs import assemble_reference, example_slots
+from outrider.tensors import Draft, Slots, StepBatch, Verdict
+
+
+def commit_reference(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[Tensor, Tensor]:
+    """Write a verdict into the slots, in place; returns committed [B] int32 and next_token [B] int64.
+
+    Where count > 0 the tokens are appended and computed becomes length - 1; inside a prompt computed
+    moves past the chunk. committed is how many of the row's query tokens stand, next_token the token
+    after them: the last one appended, or the prompt's next. Tokens past max_len are dropped.
+    """
+    slot = batch.slot
+    max_len = slots.tokens.shape[1]
+    length = slots.length[slot]
+    gained = torch.minimum(verdict.count, max_len - length)
+    committed = batch.query_start.diff() + torch.where(verdict.count > 0, gained - 1 - batch.num_drafts, 0)
+
+    # Columns a row does not gain write back what is there; taken modulo max_len none meets another.
+    column = torch.arange(verdict.tokens.shape[1], device=slot.device)
+    place = (length[:, None] + column) % max_len
+    there = slots.tokens[slot[:, None], place]
+    written = torch.where(column < gained[:, None], verdict.tokens, there)
+    slots.tokens.index_put_((slot[:, None], place), written)
+
+    computed = slots.computed[slot] + committed
+    slots.length.index_put_((slot,), length + gained)
+    slots.computed.index_put_((slot,), computed)
+    next_token = slots.tokens[slot, computed.clamp(max=max_len - 1).long()]
+    return committed, next_token
+
+
+def store_draft_reference(slots: Slots, batch: StepBatch, draft: Draft) -> None:
+    """Keep a draft by slot for the row's next step, in place."""
+    slots.draft_tokens.index_copy_(0, batch.slot, draft.tokens)
+    slots.draft_length.index_copy_(0, batch.slot, draft.length)
+    if slots.draft_logits is not None and draft.logits is not None:
+        slots.draft_logits.index_copy_(0, batch.slot, draft.logits)
+
+
+@compiled()
+def _commit_kernel(
+    tokens_at: int,
+    length_at: int,
+    computed_at: int,
+    slot_at: int,
+    query_start_at: int,
+    num_drafts_at: int,
+    verdict_at: int,
+    count_at: int,
+    committed_at: int,
+    next_token_at: int,
+    num_rows: int,
+    num_slots: int,
+    max_len: int,
+    width: int,
+) -> None:
+    tokens = carray(pointer(tokens_at), (num_slots, max_len), np.int64)
+    length = carray(pointer(length_at), (num_slots,), np.int32)
+    computed = carray(pointer(computed_at), (num_slots,), np.int32)
+    slots = carray(pointer(slot_at), (num_rows,), np.int64)
+    query_start = carray(pointer(query_start_at), (num_rows + 1,), np.int32)
+    num_drafts = carray(pointer(num_drafts_at), (num_rows,), np.int32)
+    verdict = carray(pointer(verdict_at), (num_rows, width), np.int64)
+    count = carray(pointer(count_at), (num_rows,), np.int32)
+    committed = carray(pointer(committed_at), (num_rows,), np.int32)
+    next_token = carray(pointer(next_token_at), (num_rows,), np.int64)
+    for row in range(num_rows):
+        slot = slots[row]
+        gained = min(count[row], max_len - length[slot])
+        for i in range(gained):
+            tokens[slot, length[slot] + i] = verdict[row, i]
+        length[slot] += gained
+        stand = query_start[row + 1] - query_start[row]
+        if count[row] > 0:
+            stand += gained - 1 - num_drafts[row]
+        committed[row] = stand
+        computed[slot] += stand
+        next_token[row] = tokens[slot, min(computed[slot], max_len - 1)]
+
+
+def commit_cpu(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[Tensor, Tensor]:
+    """`commit_reference` in one call."""
+    size = batch.slot.shape[0]
+    num_slots, max_len = slots.tokens.shape
+    assert slots.tokens.is_contiguous() and batch.slot.is_contiguous() and verdict.tokens.is_contiguous()
+    assert batch.slot.dtype == verdict.tokens.dtype == torch.int64 and verdict.count.dtype == torch.int32
+    committed = torch.empty(size, dtype=torch.int32)
+    next_token = torch.empty(size, dtype=torch.int64)
+    _commit_kernel(
+        slots.tokens.data_ptr(),
+        slots.length.data_ptr(),
+        slots.computed.data_ptr(),
+        batch.slot.data_ptr(),
+        batch.query_start.data_ptr(),
+        batch.num_drafts.data_ptr(),
+        verdict.tokens.data_ptr(),
+        verdict.count.data_ptr(),
+        committed.data_ptr(),
+        next_token.data_ptr(),
+        size,
+        num_slots,
+        max_len,
+        verdict.tokens.shape[1],
+    )
+    return committed, next_token
+
+
+def _commit_examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+    for width, rows, counts in (
+        (0, [(1, 1, 0, 1)], [1]),
+        (3, [(4, 4, 3, 1)], [3]),
+        (3, [(2, 1, 0, 1), (0, 4, 3, 1), (5, 2, 1, 1), (3, 7, 0, 0), (1, 5, 0, 1)], [1, 4, 1, 0, 1]),
+    ):
+        slots = example_slots(generator, device, 7, 37, width)
+        for slot, num_tokens, num_drafts, _ in rows:
+            slots.computed[slot] = slots.length[slot] + num_drafts - num_tokens
+        slots.computed[3] -= 2
+        num_query, num_logits = sum(row[1] for row in rows), sum(row[2] + 1 for row in rows if row[3])
+        slot_of, *counted = torch.tensor(rows, device=device).unbind(1)
+        batch = assemble_reference(slots, slot_of, counted[0], counted[1], counted[2], num_query, num_logits, 4)
+        count = torch.tensor(counts, dtype=torch.int32, device=device)
+        column = torch.arange(width + 1, device=device)
+        tokens = torch.where(column < count[:, None], 20_000 + 100 * batch.slot[:, None] + column, -1)
+        yield {"slots": slots, "batch": batch, "verdict": Verdict(tokens, count)}
+
+
+def _store_examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+    for example in _commit_examples(generator, device):
+        batch, width = example["batch"], example["slots"].draft_tokens.shape[1]
+        tokens = torch.randint(0, 99, (batch.slot.shape[0], width), generator=generator).to(device)
+        length = torch.full_like(batch.num_drafts, width)
+        yield {"slots": example["slots"], "batch": batch, "draft": Draft(tokens, length, None)}
+
+
+COMMIT = Op(
+    name="commit",
+    reference=commit_reference,
+    kernels={"cpu": commit_cpu},
+    examples=_commit_examples,
+    outputs=("slots",),
+    tolerance=0.0,
+    why="indices",
+)
+
+STORE_DRAFT = Op(
+    name="store_draft",
+    reference=store_draft_reference,
+    examples=_store_examples,
+    outputs=("slots",),
+    tolerance=0.0,
+    why="indices",
+)

@@ -1,0 +1,163 @@
+"""Prompt lookup: the tokens that followed the latest earlier copy of a row's last tokens.
+
+Source: Saxena, "Prompt Lookup Decoding" (2023). A row's history is tokens[slot, :length]. Over all
+earlier places where its last m tokens stood, `shortest` <= m <= `longest`, take the largest m, and
+among equals the latest place (on 60 Python files: 1.50 tokens a step, against 1.48 for the earliest).
+With the copy ending at e, the p = length - e tokens after it are the guesses. A copy that overlaps
+what it copies, p <= m, means the text has period p, so there the guesses go on repeating it up to K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from outrider.kernels.native import compiled, pointer
+from outrider.kernels.op import Example, Op
+
+
+def ngram_lookup_reference(
+    tokens: Tensor,  # [S, max_len] int64
+    length: Tensor,  # [S] int32
+    slot: Tensor,  # [B] int64
+    logits_start: Tensor,  # [B+1] int32, a row that owns no logits is inside its prompt and gets nothing
+    num_drafts: int,  # K, at least 1
+    shortest: int,  # at least 1
+    longest: int,
+) -> tuple[Tensor, Tensor]:
+    """drafts [B, K] int64, 0 past their number [B] int32."""
+    history = tokens[slot]  # [B, max_len]
+    end = length[slot].long()[:, None]
+    max_len = history.shape[1]
+    place = torch.arange(max_len, device=tokens.device)[None, :]  # a copy ends before `place`
+    run = torch.zeros_like(history)
+    unbroken = (place >= 1) & (place < end)
+    for i in range(longest):
+        last = history.gather(1, (end - 1 - i).clamp(min=0))
+        unbroken = unbroken & (place > i) & (history.roll(i + 1, dims=1) == last)
+        run = run + unbroken
+    score = torch.where(run >= shortest, run * max_len + place, -1)
+    best, copy = score.max(dim=1, keepdim=True)
+    found = (best >= 0) & (logits_start.diff()[:, None] > 0)
+    period = (end - copy).clamp(min=1)
+    column = torch.arange(num_drafts, device=tokens.device)
+    number = torch.where(period <= run.gather(1, copy), num_drafts, period.clamp(max=num_drafts))
+    number = torch.where(found, number, 0)
+    guess = history.gather(1, copy + column % period)
+    return torch.where(column < number, guess, 0), number[:, 0].int()
+
+
+@compiled()
+def _ngram_kernel(
+    tokens_at: int,
+    length_at: int,
+    slot_at: int,
+    logits_start_at: int,
+    drafts_at: int,
+    number_at: int,
+    num_rows: int,
+    num_slots: int,
+    max_len: int,
+    num_drafts: int,
+    shortest: int,
+    longest: int,
+) -> None:
+    tokens = carray(pointer(tokens_at), (num_slots, max_len), np.int64)
+    length = carray(pointer(length_at), (num_slots,), np.int32)
+    slot = carray(pointer(slot_at), (num_rows,), np.int64)
+    logits_start = carray(pointer(logits_start_at), (num_rows + 1,), np.int32)
+    drafts = carray(pointer(drafts_at), (num_rows, num_drafts), np.int64)
+    number = carray(pointer(number_at), (num_rows,), np.int32)
+    for row in range(num_rows):
+        history = tokens[slot[row]]
+        end = np.int64(length[slot[row]])
+        best, copy = shortest - 1, 0
+        if logits_start[row + 1] > logits_start[row]:
+            for place in range(end - 1, 0, -1):
+                # Only a longer copy matters, so its token that far back must agree too.
+                if (
+                    place <= best
+                    or history[place - 1] != history[end - 1]
+                    or history[place - 1 - best] != history[end - 1 - best]
+                ):
+                    continue
+                run = 1
+                while run < longest and run < place and history[place - 1 - run] == history[end - 1 - run]:
+                    run += 1
+                if run > best:
+                    best, copy = run, place
+                    if best == longest:
+                        break
+        period = end - copy
+        found = 0
+        if copy > 0:
+            found = num_drafts if period <= best else min(num_drafts, period)
+        number[row] = found
+        for i in range(num_drafts):
+            drafts[row, i] = history[copy + i % period] if i < found else 0
+
+
+def ngram_lookup_cpu(
+    tokens: Tensor,
+    length: Tensor,
+    slot: Tensor,
+    logits_start: Tensor,
+    num_drafts: int,
+    shortest: int,
+    longest: int,
+) -> tuple[Tensor, Tensor]:
+    """Scans backwards and stops at the first copy of the greatest length."""
+    rows = slot.shape[0]
+    assert tokens.is_contiguous() and slot.is_contiguous() and slot.dtype == torch.int64 and logits_start.dtype == torch.int32
+    drafts = torch.empty((rows, num_drafts), dtype=torch.int64)
+    number = torch.empty(rows, dtype=torch.int32)
+    _ngram_kernel(
+        tokens.data_ptr(),
+        length.data_ptr(),
+        slot.data_ptr(),
+        logits_start.data_ptr(),
+        drafts.data_ptr(),
+        number.data_ptr(),
+        rows,
+        tokens.shape[0],
+        tokens.shape[1],
+        num_drafts,
+        shortest,
+        longest,
+    )
+    return drafts, number
+
+
+def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+    for max_len, alphabet, num_drafts, shortest, longest in (
+        (1, 2, 1, 1, 1),
+        (9, 2, 3, 1, 2),
+        (65, 3, 5, 2, 4),
+        (301, 40, 7, 1, 3),
+    ):
+        rows = 7
+        length = torch.randint(1, max_len + 1, (rows,), generator=generator).int()
+        owned = torch.tensor([1, 1, 0, 2, 1, 1, 1])
+        yield {
+            "tokens": torch.randint(0, alphabet, (rows, max_len), generator=generator).to(device),
+            "length": length.to(device),
+            "slot": torch.randperm(rows, generator=generator).to(device),
+            "logits_start": torch.nn.functional.pad(owned.cumsum(0), (1, 0)).int().to(device),
+            "num_drafts": num_drafts,
+            "shortest": shortest,
+            "longest": longest,
+        }
+
+
+NGRAM_LOOKUP = Op(
+    name="ngram_lookup",
+    reference=ngram_lookup_reference,
+    kernels={"cpu": ngram_lookup_cpu},
+    examples=_examples,
+    tolerance=0.0,
+    why="tokens",
+)

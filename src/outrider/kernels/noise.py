@@ -1,0 +1,142 @@
+"""Counter-based random numbers: a pure function of (seed, position, purpose, vocabulary index).
+
+Never of the batch, the slot or the step, so a request gets the same noise wherever it runs. The
+integers are defined by 32-bit arithmetic alone (xor, add, multiply, shift), so that torch, the CPU
+kernel and a GPU kernel give the same bits.
+
+    (a, b) = row_key(seed, position, purpose)      five rounds; one-to-one in the seed
+    bits   = mix(mix(index ^ a) + b)               32 bits an index
+    u      = (bits + 0.5) * 2**-32                 in (0, 1), exact in float64
+    Gumbel = -log(-log1p(-u))                      in float64, then rounded to float32
+
+A large Gumbel number comes from a small u, where the spacing of 2**-32 is finest: the largest is
+22.9. `mix` is the finaliser "lowbias32" (Wellons, "Prospecting for hash functions", 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from outrider.kernels.native import compiled, pointer
+from outrider.kernels.op import Example, Op
+
+MASK = 0xFFFFFFFF
+MULTIPLY_1 = 0x7FEB352D
+MULTIPLY_2 = 0x846CA68B
+START = 0x9E3779B9
+PURPOSE_STEP = 0x85EBCA6B
+GUMBEL_MAX = 22.9
+"""No Gumbel number is larger."""
+
+
+def mix(x: Tensor) -> Tensor:
+    """A one-to-one scrambling of 32 bits held in int64; products wrap, and the mask keeps what uint32 would."""
+    x = x ^ (x >> 16)
+    x = (x * MULTIPLY_1) & MASK
+    x = x ^ (x >> 15)
+    x = (x * MULTIPLY_2) & MASK
+    return x ^ (x >> 16)
+
+
+def row_key(seed: Tensor, position: Tensor, purpose: int) -> tuple[Tensor, Tensor]:
+    """Two 32-bit keys for each (seed [L] int64, position [L] int64, purpose): [L] int64, [L] int64."""
+    a = mix(((seed & MASK) + START) & MASK)
+    b = mix(((seed >> 32) & MASK) ^ a)
+    a = mix(a ^ b ^ (position & MASK))
+    b = mix((b + a + purpose * PURPOSE_STEP) & MASK)
+    return mix(a ^ b), b
+
+
+def bits_reference(seed: Tensor, position: Tensor, purpose: int, num_indices: int) -> Tensor:
+    """The raw integers: seed [L] int64, position [L] int64 -> [L, num_indices] int64, each below 2**32."""
+    a, b = row_key(seed, position, purpose)
+    index = torch.arange(num_indices, device=seed.device)
+    return mix((mix(index[None, :] ^ a[:, None]) + b[:, None]) & MASK)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Float64 in (0, 1), never either end."""
+    return (bits.double() + 0.5) * 2.0**-32
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Float32 with the standard Gumbel law, so that argmax(logits + gumbel) has the law softmax(logits)."""
+    return -torch.log(-torch.log1p(-uniform(bits))).float()
+
+
+_MULTIPLY_1, _MULTIPLY_2 = np.uint32(MULTIPLY_1), np.uint32(MULTIPLY_2)
+_S15, _S16 = np.uint32(15), np.uint32(16)
+
+
+@compiled(inline="always")
+def native_mix(x: np.uint32) -> np.uint32:
+    """`mix` for a CPU kernel. Every result is cut back to uint32, or numba would carry 64 bits along."""
+    x = np.uint32(x ^ np.uint32(x >> _S16))
+    x = np.uint32(x * _MULTIPLY_1)
+    x = np.uint32(x ^ np.uint32(x >> _S15))
+    x = np.uint32(x * _MULTIPLY_2)
+    return np.uint32(x ^ np.uint32(x >> _S16))
+
+
+@compiled()
+def native_key(seed: int, position: int, purpose: int) -> tuple[np.uint32, np.uint32]:
+    """`row_key` for a CPU kernel."""
+    a = native_mix(np.uint32((seed & MASK) + START))
+    b = native_mix(np.uint32((seed >> 32) & MASK) ^ a)
+    a = native_mix(np.uint32(a ^ b ^ np.uint32(position & MASK)))
+    b = native_mix(np.uint32(np.int64(b) + np.int64(a) + purpose * PURPOSE_STEP))
+    return native_mix(np.uint32(a ^ b)), b
+
+
+@compiled(inline="always")
+def native_bits(a: np.uint32, b: np.uint32, index: int) -> np.uint32:
+    """One integer of `bits_reference`, from its row's key."""
+    return native_mix(np.uint32(native_mix(np.uint32(np.uint32(index) ^ a)) + b))
+
+
+@compiled()
+def _bits_kernel(seed_at: int, position_at: int, purpose: int, out_at: int, num_rows: int, num_indices: int) -> None:
+    seed = carray(pointer(seed_at), (num_rows,), np.int64)
+    position = carray(pointer(position_at), (num_rows,), np.int64)
+    out = carray(pointer(out_at), (num_rows, num_indices), np.int64)
+    for row in range(num_rows):
+        a, b = native_key(seed[row], position[row], purpose)
+        for index in range(num_indices):
+            out[row, index] = native_bits(a, b, index)
+
+
+def bits_cpu(seed: Tensor, position: Tensor, purpose: int, num_indices: int) -> Tensor:
+    """`bits_reference` in one pass."""
+    seed, position = seed.contiguous(), position.contiguous()
+    assert seed.dtype == position.dtype == torch.int64 and seed.shape == position.shape
+    rows = seed.shape[0]
+    out = torch.empty((rows, num_indices), dtype=torch.int64)
+    _bits_kernel(seed.data_ptr(), position.data_ptr(), int(purpose), out.data_ptr(), rows, num_indices)
+    return out
+
+
+def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+    for rows, num_indices in ((1, 1), (3, 257), (7, 33)):
+        seed = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator, dtype=torch.int64)
+        position = torch.randint(0, 2**20, (rows,), generator=generator)
+        yield {
+            "seed": seed.to(device),
+            "position": position.to(device),
+            "purpose": rows,
+            "num_indices": num_indices,
+        }
+
+
+NOISE_BITS = Op(
+    name="noise_bits",
+    reference=bits_reference,
+    kernels={"cpu": bits_cpu},
+    examples=_examples,
+    tolerance=0.0,
+    why="the integers define the noise, so they must agree to the last bit",
+)

@@ -1,0 +1,167 @@
+"""Drawing one token from each row of logits, by the Gumbel-max trick with counter-based noise.
+
+    token[l] = argmax over v of   logits[l, v] + gumbel(seed[l], position[l], purpose, v)
+                                  logits[l, v]                       where temperature[l] == 0
+
+The logits are ready to be sampled from: the temperature processor has divided them (and a drafter
+divides its own). `temperature` says only which rows are greedy. Sums are rounded to float32; the
+first index wins a tie. A token whose logit is -inf is never drawn while the row has another. Rows
+that hold a NaN give an index in range and nothing more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from outrider.kernels.native import Floats, compiled, largest, pointer
+from outrider.kernels.noise import GUMBEL_MAX, bits_reference, gumbel, native_bits, native_key
+from outrider.kernels.op import Example, Op
+from outrider.tensors import Purpose
+
+
+def gumbel_argmax_reference(
+    logits: Tensor,  # [L, V] float32
+    temperature: Tensor,  # [L] float32
+    seed: Tensor,  # [L] int64
+    position: Tensor,  # [L] int64
+    purpose: int,
+) -> Tensor:
+    """[L] int64, the token drawn from each row."""
+    noise = gumbel(bits_reference(seed, position, purpose, logits.shape[1]))
+    greedy = (temperature == 0)[:, None]
+    return torch.where(greedy, logits, logits + noise).argmax(dim=-1)
+
+
+_BLOCK = 1024
+_LN2_STEP = np.float32(math.log(2.0) * 2.0**-23)
+_LN2_BASE = np.float32(math.log(2.0) * 151.0 + 1e-3)
+_GUMBEL_MAX = np.float32(GUMBEL_MAX)
+_LEAST = np.float32(-math.inf)
+_S8 = np.uint32(8)
+
+
+@compiled()
+def _bound(logits: Floats, start: int, a: np.uint32, b: np.uint32, bound: Floats) -> None:
+    """bound[i] is at least the score of token start + i.
+
+    gumbel <= -log(u), and a float's own bits are a straight line below its log2: no logarithm is
+    taken, so the loops are vectorised, and the few tokens that can win are settled afterwards.
+    """
+    for i in range(len(logits)):
+        bound[i] = np.float32(np.int32(native_bits(a, b, start + i) >> _S8))
+    bits = bound.view(np.int32)
+    for i in range(len(logits)):
+        bound[i] = np.float32(logits[i] + np.float32(_LN2_BASE - np.float32(np.float32(bits[i]) * _LN2_STEP)))
+
+
+@compiled()
+def _greedy_row(logits: Floats, scratch: Floats) -> int:
+    best, token = _LEAST, 0
+    for start in range(0, len(logits), _BLOCK):
+        block = logits[start : start + _BLOCK]
+        most = largest(block, scratch)
+        if most > best:
+            best = most
+            token = start
+            while logits[token] != best:
+                token += 1
+    return token
+
+
+@compiled()
+def _noisy_row(logits: Floats, a: np.uint32, b: np.uint32, scratch: Floats) -> int:
+    best, token = _LEAST, 0
+    for start in range(0, len(logits), _BLOCK):
+        block = logits[start : start + _BLOCK]
+        if largest(block, scratch) + _GUMBEL_MAX <= best:
+            continue
+        bound = scratch[1 : 1 + len(block)]
+        _bound(block, start, a, b, bound)
+        if largest(bound, scratch) <= best:
+            continue
+        for i in range(len(block)):
+            if bound[i] > best:
+                u = (np.float64(native_bits(a, b, start + i)) + 0.5) * 2.0**-32
+                score = np.float32(block[i] + np.float32(-math.log(-math.log1p(-u))))
+                if score > best:
+                    best, token = score, start + i
+    return token
+
+
+@compiled()
+def _gumbel_argmax_kernel(
+    logits_at: int,
+    stride: int,
+    temperature_at: int,
+    seed_at: int,
+    position_at: int,
+    purpose: int,
+    out_at: int,
+    num_rows: int,
+    size: int,
+) -> None:
+    temperature = carray(pointer(temperature_at), (num_rows,), np.float32)
+    seed = carray(pointer(seed_at), (num_rows,), np.int64)
+    position = carray(pointer(position_at), (num_rows,), np.int64)
+    out = carray(pointer(out_at), (num_rows,), np.int64)
+    scratch = np.empty(1 + _BLOCK, np.float32)
+    for row in range(num_rows):
+        logits = carray(pointer(logits_at + 4 * stride * row), (size,), np.float32)
+        if temperature[row] == 0:
+            out[row] = _greedy_row(logits, scratch)
+        else:
+            a, b = native_key(seed[row], position[row], purpose)
+            out[row] = _noisy_row(logits, a, b, scratch)
+
+
+def gumbel_argmax_cpu(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, purpose: int) -> Tensor:
+    """One pass over the logits, and no noise at all for greedy rows."""
+    assert logits.dtype == temperature.dtype == torch.float32 and seed.dtype == position.dtype == torch.int64
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.contiguous()
+    rows, size = logits.shape
+    assert temperature.shape == seed.shape == position.shape == (rows,)
+    out = torch.empty(rows, dtype=torch.int64)
+    _gumbel_argmax_kernel(
+        logits.data_ptr(),
+        logits.stride(0),
+        temperature.data_ptr(),
+        seed.data_ptr(),
+        position.data_ptr(),
+        int(purpose),
+        out.data_ptr(),
+        rows,
+        size,
+    )
+    return out
+
+
+def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+    for rows, size, scale in ((1, 1, 1.0), (3, 7, 1.0), (5, 1031, 0.0), (7, 6144, 3.0), (2, 4999, 12.0)):
+        logits = torch.randn((rows, size), generator=generator) * scale
+        if size > 100:
+            logits[0, ::3] = -torch.inf
+        yield {
+            "logits": logits.to(device),
+            "temperature": (torch.arange(rows) % 3).float().to(device),
+            "seed": torch.randint(0, 2**62, (rows,), generator=generator).to(device),
+            "position": torch.randint(0, 4096, (rows,), generator=generator).to(device),
+            "purpose": int(Purpose.TARGET),
+        }
+
+
+GUMBEL_ARGMAX = Op(
+    name="gumbel_argmax",
+    reference=gumbel_argmax_reference,
+    kernels={"cpu": gumbel_argmax_cpu},
+    examples=_examples,
+    tolerance=0.0,
+    why="tokens are compared, not numbers",
+)

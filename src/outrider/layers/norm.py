@@ -1,0 +1,31 @@
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
+from outrider.layers.parameter import Allocator, Weights
+
+
+class RMSNorm:
+    """weight * x / rms(x), computed in float32; alone, or after adding to the residual stream."""
+
+    def __init__(self, size: int, eps: float, allocator: Allocator) -> None:
+        self.weight = allocator.parameter(size)
+        self.eps = eps
+        self._norm = RMS_NORM.on(allocator.device)
+        self._add_norm = ADD_RMS_NORM.on(allocator.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        out: Tensor = self._norm(x, self.weight, self.eps)
+        return out
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Adds x to `residual` in place; returns the sum, normalised."""
+        out: Tensor = self._add_norm(x, residual, self.weight, self.eps)
+        return out
+
+    def weights(self, prefix: str) -> Weights:
+        return {f"{prefix}weight": self.weight}

@@ -1,0 +1,34 @@
+"""Parameters before and after loading, and the names a checkpoint gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+"""Checkpoint name -> the parameter, or the slice of a fused one, that it fills."""
+
+
+def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What flows between layers: float32 on a CPU, whose kernels widen weights as they read them."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Allocator:
+    """Makes parameters as NaN, so that one a checkpoint did not fill cannot pass unnoticed."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the weights
+    activation_dtype: torch.dtype  # of what flows between layers, and of keys and values
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype) -> Allocator:
+        """For weights of a dtype that a device is to serve."""
+        return cls(device, dtype, activation_dtype(device, dtype))
+
+    def parameter(self, *shape: int) -> Tensor:
+        """A parameter to be filled from a checkpoint."""
+        return torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)

@@ -1,0 +1,95 @@
+"""Streams safetensors into parameters, and accounts for every name on both sides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from outrider.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint, or CheckpointError naming the file."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"missing file: {path}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"not a JSON object: {path}")
+    return loaded
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, from its index if it is sharded."""
+    if (directory / INDEX).exists():
+        shards = read_json(directory / INDEX).get("weight_map", {})
+        files = [directory / name for name in sorted(set(shards.values()))]
+    else:
+        files = [directory / SINGLE]
+    absent = [str(file) for file in files if not file.exists()]
+    if absent or not files:
+        pickled = next(directory.glob("*.bin"), None)
+        remedy = f"; convert {pickled.name} to safetensors" if pickled else ""
+        raise CheckpointError(f"missing weight file: {', '.join(absent) or directory / SINGLE}{remedy}")
+    return files
+
+
+def load_weights(
+    directory: Path,
+    weights: Mapping[str, Tensor],  # checkpoint name -> what it fills
+    ignorable: Iterable[str] = (),
+    progress: Callable[[int], None] | None = None,  # called with the bytes of each tensor as it is filled
+) -> None:
+    """Fills every parameter from the checkpoint, one tensor in memory at a time, casting as needed.
+
+    Raises CheckpointError listing the names that the checkpoint lacks, that the model does not
+    have, or whose shapes differ. Nothing is left half loaded in silence.
+    """
+    filled: set[str] = set()
+    unexpected: list[str] = []
+    with torch.no_grad():
+        for file in weight_files(directory):
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in shard.keys():  # noqa: SIM118 - a safe_open is not a mapping
+                        if name in weights:
+                            _fill(weights[name], shard.get_tensor(name), name, file)
+                            filled.add(name)
+                            if progress:
+                                progress(weights[name].nbytes)
+                        elif name not in ignorable:
+                            unexpected.append(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"cannot read {file}: {error}; is it complete?") from error
+    missing = sorted(set(weights) - filled)
+    if missing or unexpected:
+        complaints = [f"lacks {_some(missing)}"] if missing else []
+        complaints += [f"holds weights the model does not have: {_some(sorted(unexpected))}"] if unexpected else []
+        raise CheckpointError(f"checkpoint {directory} {' and '.join(complaints)}")
+
+
+def _fill(parameter: Tensor, tensor: Tensor, name: str, file: Path) -> None:
+    if parameter.shape != tensor.shape:
+        raise CheckpointError(
+            f"{name} in {file} has shape {list(tensor.shape)}, the config promises {list(parameter.shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} in {file} is {tensor.dtype}: quantised weights are not supported")
+    parameter.copy_(tensor)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    """The first few names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

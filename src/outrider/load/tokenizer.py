@@ -1,0 +1,64 @@
+"""Tokenizer and chat template, through transformers. Imported only when text is involved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from outrider.errors import CheckpointError, PromptError
+
+
+class Tokenizer:
+    """A checkpoint's own tokenizer."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises CheckpointError if the directory holds no fast tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"no tokenizer in {directory}: {first}") from error
+        if not self._tokenizer.is_fast:
+            raise CheckpointError(f"the tokenizer in {directory} has no tokenizer.json; convert it to a fast one")
+
+    @property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` underneath, for incremental decoding."""
+        return self._tokenizer.backend_tokenizer
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's own end-of-text token, if it has one."""
+        eos: int | None = self._tokenizer.eos_token_id
+        return eos
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model expects around it."""
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of some tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], **template_arguments: Any) -> list[int]:
+        """Token ids of a conversation under the checkpoint's chat template, ready for the reply.
+
+        Raises PromptError where there is no template or the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if self._tokenizer.chat_template is None:
+            raise PromptError("the model has no chat template: use generate with a plain prompt")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **template_arguments
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise PromptError(f"the chat template refused the messages: {error}") from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids

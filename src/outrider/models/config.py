@@ -1,0 +1,91 @@
+"""One record of what a dense decoder's config.json says, whichever family wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from outrider.errors import CheckpointError
+from outrider.layers.rope import Rope
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder's sizes and switches, read from a Hugging Face config."""
+
+    architecture: str  # the class transformers names, "Qwen3ForCausalLM"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    dtype: torch.dtype  # of the checkpoint
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Raises CheckpointError for a key that is missing or a value this engine does not implement."""
+        architectures: list[str] = list(config.get("architectures") or [])
+        if len(architectures) != 1:
+            raise CheckpointError(f"config.json: architectures must name one model: {architectures}")
+
+        def need(key: str) -> Any:
+            if config.get(key) is None:
+                raise CheckpointError(f"config.json lacks {key}")
+            return config[key]
+
+        _refuse_unsupported(config)
+        heads, hidden = int(need("num_attention_heads")), int(need("hidden_size"))
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise CheckpointError(f"config.json: dtype is not supported: {dtype} (known: {', '.join(DTYPES)})")
+        eos = config.get("eos_token_id")
+        return cls(
+            architecture=architectures[0],
+            vocab_size=int(need("vocab_size")),
+            hidden_size=hidden,
+            intermediate_size=int(need("intermediate_size")),
+            num_layers=int(need("num_hidden_layers")),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            max_position_embeddings=int(need("max_position_embeddings")),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=Rope.from_config(config),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            dtype=DTYPES[dtype],
+            eos_token_ids=token_ids(eos),
+        )
+
+
+def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Configs write none, one or several ids; here they are always several."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """What a config may ask that the decoder does not do: refused, since ignoring it gives wrong text."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"config.json: hidden_act is not supported: {config['hidden_act']} (known: silu)")
+    if config.get("use_sliding_window") or any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+        raise CheckpointError("config.json: sliding-window attention is not supported; use a model with full attention")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unnamed")
+        raise CheckpointError(f"config.json: quantised weights are not supported: {method}; use the unquantised model")

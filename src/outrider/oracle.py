@@ -1,0 +1,82 @@
+"""Decides which runner serves a configuration, and says why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from outrider.capability import Gap, Part
+from outrider.errors import OptionError, UnsupportedError, nearest
+from outrider.runner.base import Runner
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A runner that was not taken, and every reason."""
+
+    runner: str
+    gaps: tuple[Gap, ...]
+
+    def to_list(self) -> list[dict[str, str]]:
+        """One entry a reason: runner, part, feature, reason."""
+        return [
+            {"runner": self.runner, "part": gap.part, "feature": gap.feature.name.lower(), "reason": gap.reason}
+            for gap in self.gaps
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The oracle's verdict."""
+
+    runner: type[Runner]
+    passed_over: tuple[PassedOver, ...] = ()
+    forced: bool = False
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """The verdict as `explain --json` prints it."""
+        return {
+            "runner": self.runner.name,
+            "forced": self.forced,
+            "passed_over": [entry for runner in self.passed_over for entry in runner.to_list()],
+        }
+
+
+class RefusedError(UnsupportedError):
+    """No runner, or not the one asked for, serves the configuration."""
+
+    def __init__(self, refused: Sequence[PassedOver]) -> None:
+        self.refused = tuple(refused)
+        reasons = [f"runner {entry.runner}: {gap}" for entry in refused for gap in entry.gaps]
+        super().__init__("no runner serves this configuration\n  " + "\n  ".join(reasons))
+
+    def to_list(self) -> list[dict[str, str]]:
+        """The reasons as `explain --json` prints them under `refused`."""
+        return [reason for entry in self.refused for reason in entry.to_list()]
+
+
+def choose(runners: Sequence[type[Runner]], parts: Iterable[Part], wanted: str = AUTO) -> Choice:
+    """The first runner, fastest first, that lacks nothing the parts need.
+
+    A runner asked for by name is taken or refused, never replaced. Raises RefusedError with
+    every runner's reasons at once, OptionError for a name that no runner has.
+    """
+    names = {runner.name: runner for runner in runners}
+    if wanted != AUTO and wanted not in names:
+        raise OptionError(f"unknown runner: {wanted} ({nearest(wanted, [AUTO, *names])})")
+    parts = tuple(parts)
+    passed_over: list[PassedOver] = []
+    taken: type[Runner] | None = None
+    for runner in runners:
+        gaps = tuple(gap for part in parts for gap in runner.offer.gaps(part))
+        if gaps:
+            passed_over.append(PassedOver(runner.name, gaps))
+        elif taken is None and wanted in (AUTO, runner.name):
+            taken = runner
+    if taken is None:
+        raise RefusedError(passed_over)
+    faster = {runner.name for runner in runners[: list(runners).index(taken)]}
+    return Choice(taken, tuple(entry for entry in passed_over if entry.runner in faster), forced=wanted != AUTO)

@@ -1,0 +1,1 @@
+"""Runners: one step program, executed in different ways.."""

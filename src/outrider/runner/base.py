@@ -1,0 +1,66 @@
+"""What a runner is, and everything it is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, Self
+
+import torch
+
+from outrider.capability import Offer
+from outrider.core.plan import StepPlan, StepResult
+from outrider.draft.base import Drafter, DraftOptions
+from outrider.models.config import ModelConfig
+from outrider.models.decoder import Decoder
+from outrider.parallel.mesh import Mesh
+from outrider.runner.memory import MemoryPlan
+from outrider.verify.base import LogitsProcessor, Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """A resolved configuration: every question answered, nothing left to infer."""
+
+    model: type[Decoder]
+    model_config: ModelConfig
+    directory: Path | None  # None: dummy weights
+    dtype: torch.dtype  # of the weights
+    device: torch.device
+    drafter: type[Drafter]
+    draft_options: DraftOptions
+    verifier: Verifier
+    processors: tuple[LogitsProcessor, ...]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    memory: MemoryPlan
+    seed: int
+    progress: Callable[[int, int], None] | None  # bytes loaded, bytes in all
+
+
+class Pending(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and read it. Idempotent."""
+
+
+class Runner(Protocol):
+    """Runs step plans on one device. Implementations differ in execution and nothing else."""
+
+    name: ClassVar[str]
+    offer: ClassVar[Offer]
+    depth: ClassVar[int]  # steps that may be submitted before the oldest is read
+
+    @classmethod
+    def build(cls, config: RunnerConfig, mesh: Mesh) -> Self:
+        """Load the models, size and bind the cache, and (if it records) record every program."""
+
+    def submit(self, plan: StepPlan) -> Pending:
+        """Start a step. Plans are run in the order given; `plan.step` counts them."""
+
+    def close(self) -> None:
+        """Give back memory and process groups. The runner is unusable afterwards."""

@@ -1,0 +1,112 @@
+"""The runner that calls the step program: any device, any part, results at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+
+from outrider.capability import Feature, Offer
+from outrider.core.plan import StepPlan, StepResult
+from outrider.draft.base import TargetFacts
+from outrider.kernels.step_inputs import ASSEMBLE, load_draft
+from outrider.layers.parameter import Allocator
+from outrider.load.checkpoint import load_weights
+from outrider.models.decoder import Decoder
+from outrider.parallel.mesh import Mesh
+from outrider.runner.base import RunnerConfig
+from outrider.runner.slots import SlotTable
+from outrider.runner.step import StepProgram
+from outrider.tensors import StepBatch
+
+_ONE_PROCESS = "the eager runner holds the whole model in one process; leave it at 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A step that was over when it was submitted."""
+
+    outcome: StepResult
+
+    def result(self) -> StepResult:
+        return self.outcome
+
+
+class EagerRunner:
+    """Calls the program op by op, and reads each step's tokens before the next is planned."""
+
+    name: ClassVar[str] = "eager"
+    depth: ClassVar[int] = 1
+    offer: ClassVar[Offer] = Offer(
+        has=frozenset({Feature.HOST_CODE, Feature.TOKEN_HISTORY, Feature.DRAFT_LOGITS, Feature.CPU, Feature.CUDA}),
+        lacks={Feature.TENSOR: _ONE_PROCESS, Feature.PIPELINE: _ONE_PROCESS},
+    )
+
+    def __init__(self, config: RunnerConfig, model: Decoder) -> None:
+        """Binds a loaded model to a cache, a drafter and slots; use `build`."""
+        self._config = config
+        facts = TargetFacts(
+            vocab_size=config.model_config.vocab_size,
+            hidden_size=config.model_config.hidden_size,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            device=config.device,
+            dtype=config.dtype,
+        )
+        drafter = config.drafter(config.draft_options, facts)
+        cache = model.cache_layout(config.block_size).allocate(config.memory.num_blocks, config.device)
+        self._table = SlotTable(
+            num_slots=config.max_num_seqs,
+            max_len=config.max_model_len,
+            max_blocks=-(-config.max_model_len // config.block_size),
+            drafter=drafter,
+            processors=config.processors,
+            device=config.device,
+        )
+        self._program = StepProgram(model, cache, drafter, config.verifier, config.device)
+        self._assemble = ASSEMBLE.on(config.device)
+
+    @classmethod
+    def build(cls, config: RunnerConfig, mesh: Mesh) -> Self:
+        """Loads the target's weights and makes everything that lives beside them."""
+        assert mesh == Mesh(), "the oracle refuses a split model for this runner"
+        model = config.model(config.model_config, config.max_model_len, Allocator.on(config.device, config.dtype))
+        if config.directory is None:
+            model.fill_dummy(config.seed)
+        else:
+            loaded = 0
+
+            def count(size: int) -> None:
+                nonlocal loaded
+                loaded += size
+                if config.progress is not None:
+                    config.progress(loaded, config.memory.weights)
+
+            load_weights(config.directory, model.weights(), model.ignorable(), count)
+        return cls(config, model)
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> Finished:
+        """Runs the plan and reads its tokens."""
+        self._table.update(plan)
+        if not plan.rows:
+            return Finished(StepResult(plan.step, (), ()))
+        slots = self._table.slots
+        batch = self._batch(plan)
+        draft = load_draft(slots, batch)
+        verdict, proposed = self._program(batch, draft, slots, self._table.processors())
+        counts = verdict.count.tolist()
+        tokens = tuple(tuple(row[:count]) for row, count in zip(verdict.tokens.tolist(), counts, strict=True))
+        return Finished(StepResult(plan.step, tokens, tuple(proposed.length.tolist())))
+
+    def _batch(self, plan: StepPlan) -> StepBatch:
+        num_logits = sum(row.num_drafts + 1 for row in plan.rows if row.ends_prompt)
+        num_query = sum(row.num_tokens for row in plan.rows)
+        columns = torch.tensor(plan.rows, device=self._config.device).unbind(1)
+        batch: StepBatch = self._assemble(self._table.slots, *columns, num_query, num_logits, self._config.block_size)
+        return batch
+
+    def close(self) -> None:
+        """Drops the model and the cache."""
+        del self._program, self._table

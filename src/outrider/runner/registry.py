@@ -1,0 +1,8 @@
+"""The runners there are, fastest first: the order in which the oracle tries them."""
+
+from __future__ import annotations
+
+from outrider.runner.base import Runner
+from outrider.runner.eager import EagerRunner
+
+RUNNERS: tuple[type[Runner], ...] = (EagerRunner,)

@@ -1,0 +1,56 @@
+"""The step program: target, processors, verifier, commit, drafter. Tensors in, tensors out.
+
+Every runner executes this one function; they differ in how (calling it, or recording and
+replaying it), never in what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from outrider.cache.layout import LayerCache
+from outrider.draft.base import DraftContext, Drafter
+from outrider.kernels.commit import COMMIT, STORE_DRAFT
+from outrider.models.decoder import Decoder
+from outrider.tensors import Draft, Slots, StepBatch, TargetOutput, Verdict
+from outrider.verify.base import LogitsProcessor, Verifier
+
+
+class StepProgram:
+    """One speculative step, bound to its models and cache."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: Sequence[LayerCache],
+        drafter: Drafter,
+        verifier: Verifier,
+        device: torch.device,
+    ) -> None:
+        self._model, self._cache = model, cache
+        self._drafter, self._verifier = drafter, verifier
+        self._commit, self._store_draft = COMMIT.on(device), STORE_DRAFT.on(device)
+
+    def __call__(
+        self,
+        batch: StepBatch,
+        draft: Draft,  # what the batch's rows were told to verify
+        slots: Slots,  # advanced in place
+        processors: Sequence[LogitsProcessor],
+    ) -> tuple[Verdict, Draft]:
+        """The verdict on `draft`, and the drafts for the rows' next step."""
+        hidden = self._model.forward(batch, self._cache)
+        num_logits = batch.logits_index.shape[0]
+        spoken = hidden if num_logits == hidden.shape[0] else hidden.index_select(0, batch.logits_index)
+        logits = self._model.logits(spoken)
+        target = TargetOutput(logits, hidden)
+        for processor in processors:
+            logits = processor(logits, batch, slots)
+        verdict = self._verifier(logits, batch, draft, slots)
+        committed, next_token = self._commit(slots, batch, verdict)
+        noise = self._verifier.draft_noise
+        proposed = self._drafter.propose(DraftContext(batch, target, committed, next_token, slots, noise))
+        self._store_draft(slots, batch, proposed)
+        return verdict, proposed

@@ -1,0 +1,89 @@
+"""Device records: all that one step reads and writes, and nothing that lives on the host.
+
+Letters used in shapes, here and in every docstring of the package:
+    B rows in the step     T query tokens in the step    L rows of logits in the step
+    K most drafts a row    V vocabulary                  H hidden size
+    F feature width        S request slots               M blocks a slot may hold
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What a random number is for. Part of its counter, so two purposes never share noise."""
+
+    TARGET = 1  # the target's own token at a position
+    ACCEPT = 2  # the test of a draft
+    DRAFT = 3  # a drafter's guess
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """One step's inputs. Row b owns query tokens query_start[b]:query_start[b+1].
+
+    A row's last num_drafts[b] query tokens are drafts to verify. Rows that stop inside their
+    prompt own no logits; every other row owns num_drafts[b] + 1 of them.
+    """
+
+    slot: Tensor  # [B] int64
+    query_start: Tensor  # [B+1] int32
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    seq_lens: Tensor  # [B] int32, this step's tokens included
+    block_table: Tensor  # [B, M] int32
+    cache_slot: Tensor  # [T] int64, block * block_size + offset where a token's key and value go; -1: nowhere
+    num_drafts: Tensor  # [B] int32
+    logits_start: Tensor  # [B+1] int32, row b owns logits logits_start[b]:logits_start[b+1]
+    logits_index: Tensor  # [L] int64, the query token each row of logits is read from
+    logits_slot: Tensor  # [L] int64, the slot each row of logits belongs to
+    logits_position: Tensor  # [L] int64, the position of the token each row of logits predicts
+
+
+@dataclass(slots=True)
+class TargetOutput:
+    """What the target model computed for a step."""
+
+    logits: Tensor  # [L, V] float32, before any processor
+    hidden: Tensor  # [T, H], after the final norm
+
+
+@dataclass(slots=True)
+class Slots:
+    """Per-request device state. Every table is indexed by slot and outlives the step."""
+
+    tokens: Tensor  # [S, max_len] int64, committed tokens
+    length: Tensor  # [S] int32, how many are committed
+    computed: Tensor  # [S] int32, how many have their keys and values in the cache
+    block_table: Tensor  # [S, M] int32
+    temperature: Tensor  # [S] float32, 0 means greedy
+    top_k: Tensor  # [S] int32, 0 means off
+    top_p: Tensor  # [S] float32, 1 means off
+    min_p: Tensor  # [S] float32, 0 means off
+    seed: Tensor  # [S] int64
+    min_length: Tensor  # [S] int32, below this length no token of `barred` may come out
+    barred: Tensor  # [S, N] int64, tokens that would end the request; -1 is padding
+    draft_tokens: Tensor  # [S, K] int64, the guesses to verify in the slot's next step
+    draft_length: Tensor  # [S] int32, how many of them are meant
+    draft_logits: Tensor | None  # [S, K, V] float32, kept only for a drafter that gives them
+
+
+@dataclass(slots=True)
+class Draft:
+    """Guesses for the next tokens of each row, and the distribution they were drawn from."""
+
+    tokens: Tensor  # [B, K] int64
+    length: Tensor  # [B] int32, only the first length[b] of row b are meant
+    logits: Tensor | None  # [B, K, V] float32, ready to be sampled from; None: each guess is a point mass
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What the verifier decided. tokens[b, :count[b]] is what row b gains this step."""
+
+    tokens: Tensor  # [B, K+1] int64, accepted drafts, then one of the target's own, then -1
+    count: Tensor  # [B] int32, from 1 to K+1; 0 where the row stopped inside its prompt

@@ -1,0 +1,1 @@
+"""Verification and logits processors. `base` is the contract."""

@@ -1,0 +1,47 @@
+"""The contracts of a verifier and of a logits processor."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from outrider.capability import Feature
+from outrider.core.sampling import SamplingParams
+from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
+
+
+class Verifier(Protocol):
+    """Decides which drafts stand, so that the output has the target's own distribution."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Feature]]
+    draft_noise: ClassVar[Purpose]  # TARGET if it compares tokens, DRAFT if it compares probabilities
+    exact: ClassVar[bool]  # False: for benchmarks only, and every output must say so
+
+    def __call__(
+        self,
+        logits: Tensor,  # [L, V] float32, the target's, with every logits processor applied
+        batch: StepBatch,
+        draft: Draft,  # aligned with the batch's rows
+        slots: Slots,
+    ) -> Verdict:
+        """Compare each row's drafts with the target and add one token of the target's own.
+
+        Randomness is a function of (seed, position, purpose) alone, never of the batch or the
+        runner, so the same request gives the same tokens wherever and with whomever it runs.
+        """
+
+
+class LogitsProcessor(Protocol):
+    """Changes the target's logits before verification, at every draft position; in place if it can."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Feature]]
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        """Whether a request with these parameters needs it. A step none of whose rows want it skips it."""
+
+    def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
+        """[L, V] float32 in and out. Rows of requests that do not want it must come out unchanged."""

@@ -1,0 +1,34 @@
+"""Verification by comparing tokens: the output is the same with speculation and without.
+
+The target's token at a position is argmax(processed logits + Gumbel noise of (seed, position)); a
+draft stands iff it is that token. A drafter that draws its guesses with the same noise agrees often,
+and the verifier never needs to know its distribution: "drafter-invariant speculative decoding"
+(Daliri, Musco and Suresh, 2024).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from outrider.capability import Feature
+from outrider.kernels.sample import GUMBEL_ARGMAX
+from outrider.kernels.verdict import JUDGE
+from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
+
+
+class Exact:
+    """A `Verifier` whose tokens are a function of (weights, prompt, sampling parameters, seed)."""
+
+    name: ClassVar[str] = "exact"
+    needs: ClassVar[frozenset[Feature]] = frozenset()
+    draft_noise: ClassVar[Purpose] = Purpose.TARGET
+    exact: ClassVar[bool] = True
+
+    def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
+        slot = batch.logits_slot
+        choice = GUMBEL_ARGMAX.on(logits.device)(
+            logits, slots.temperature[slot], slots.seed[slot], batch.logits_position, Purpose.TARGET
+        )
+        return Verdict(*JUDGE.on(logits.device)(choice, None, batch.logits_start, draft.tokens))

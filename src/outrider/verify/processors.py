@@ -1,0 +1,79 @@
+"""Logits processors: what a request asks of the target's distribution, at every draft position.
+
+Each maps a row of logits to its request with `batch.logits_slot`, and changes the logits in place.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from outrider.capability import Feature
+from outrider.core.sampling import SamplingParams
+from outrider.kernels.truncate import TRUNCATE
+from outrider.tensors import Slots, StepBatch
+from outrider.verify.base import LogitsProcessor
+
+
+class MinTokens:
+    """Bars the tokens that would end a request from every position before its `min_length`."""
+
+    name: ClassVar[str] = "min_tokens"
+    needs: ClassVar[frozenset[Feature]] = frozenset()
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        return sampling.min_tokens > 0
+
+    def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
+        slot = batch.logits_slot
+        barred = slots.barred[slot]  # [L, N]
+        early = (batch.logits_position < slots.min_length[slot])[:, None]
+        # The padding must be scattered somewhere; a minimum with +inf leaves that logit as it is.
+        bars = early & (barred >= 0) & (barred < logits.shape[1])
+        ceiling = torch.where(bars, -torch.inf, torch.inf)
+        return logits.scatter_reduce_(1, torch.where(bars, barred, 0), ceiling, "amin")
+
+
+class Temperature:
+    """Divides the logits; greedy rows stay as they are. What follows reads logits ready to be sampled from."""
+
+    name: ClassVar[str] = "temperature"
+    needs: ClassVar[frozenset[Feature]] = frozenset()
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        return sampling.temperature not in (0.0, 1.0)
+
+    def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
+        temperature = slots.temperature[batch.logits_slot]
+        return logits.div_(torch.where(temperature == 0, 1.0, temperature)[:, None])
+
+
+class Truncation:
+    """Min-p, then top-k, then top-p, in vLLM's order; greedy rows stay as they are."""
+
+    name: ClassVar[str] = "truncation"
+    needs: ClassVar[frozenset[Feature]] = frozenset()
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        narrows = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+        return narrows and not sampling.greedy
+
+    def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
+        slot = batch.logits_slot
+        drawn = slots.temperature[slot] != 0
+        truncated: Tensor = TRUNCATE.on(logits.device)(
+            logits,
+            torch.where(drawn, slots.top_k[slot], 0),
+            torch.where(drawn, slots.top_p[slot], 1.0),
+            torch.where(drawn, slots.min_p[slot], 0.0),
+        )
+        return truncated
+
+
+PROCESSORS: tuple[LogitsProcessor, ...] = (MinTokens(), Temperature(), Truncation())
+"""In the order they are applied."""

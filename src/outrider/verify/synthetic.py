@@ -1,0 +1,51 @@
+"""Acceptance by decree: for measuring what an acceptance rate would be worth. The output is not the target's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from outrider.capability import Feature
+from outrider.errors import OptionError
+from outrider.kernels.noise import NOISE_BITS, uniform
+from outrider.kernels.step_inputs import locate
+from outrider.kernels.verdict import JUDGE
+from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
+
+
+class Synthetic:
+    """A `Verifier` that accepts draft j of a round with probability rates[j], whatever it is.
+
+    `rates` are unconditional, as an acceptance report gives them: the share of rounds whose drafts
+    0..j all stand. So they may not rise. The token after the last one accepted is the target's most
+    likely one. Drafts past the last rate never stand. Raises OptionError for rates that cannot be.
+    """
+
+    name: ClassVar[str] = "synthetic"
+    needs: ClassVar[frozenset[Feature]] = frozenset()
+    draft_noise: ClassVar[Purpose] = Purpose.DRAFT
+    exact: ClassVar[bool] = False
+
+    def __init__(self, rates: Sequence[float]) -> None:
+        if not rates or not all(0.0 <= rate <= 1.0 for rate in rates):
+            raise OptionError(f"acceptance rates must be numbers from 0 to 1, one a draft position: {list(rates)}")
+        if any(after > before for before, after in pairwise(rates)):
+            raise OptionError(
+                f"acceptance rates must not rise: {list(rates)}; give the share of rounds that get that far"
+            )
+        before = [1.0, *rates]
+        self._chances = [rate / given if given > 0 else 0.0 for given, rate in zip(before, rates, strict=False)]
+
+    def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
+        choice = logits.argmax(dim=-1)
+        _, place = locate(batch.logits_start, logits.shape[0])
+        bits = NOISE_BITS.on(logits.device)(slots.seed[batch.logits_slot], batch.logits_position, Purpose.ACCEPT, 1)
+        given = torch.zeros_like(choice, dtype=torch.float64)
+        for index, chance in enumerate(self._chances):
+            given = torch.where(place == index, chance, given)
+        stands = uniform(bits)[:, 0] < given
+        return Verdict(*JUDGE.on(logits.device)(choice, stands, batch.logits_start, draft.tokens))
