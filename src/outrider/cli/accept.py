@@ -35,6 +35,7 @@ from outrider.cli.common import (
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
+from outrider.draft.registry import WITHOUT_WEIGHTS
 from outrider.engine.llm import LLM
 from outrider.errors import OptionError
 from outrider.load.hub import BUNDLED
@@ -44,7 +45,7 @@ from outrider.load.hub import BUNDLED
 def accept(
     options: EngineOptions,
     model: Model = None,
-    draft: Drafting = "ngram",
+    draft: Drafting = WITHOUT_WEIGHTS,
     num_drafts: NumDrafts = None,
     speculative_config: SpeculativeConfig = None,
     prompts: Annotated[Path, typer.Option(help="JSONL file with a prompt a line")] = HELD_OUT,

@@ -30,6 +30,7 @@ from outrider.cli.flags import with_flags
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
+from outrider.draft.registry import WITHOUT_WEIGHTS
 from outrider.engine.llm import LLM
 from outrider.errors import PromptError
 
@@ -70,7 +71,7 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="text to continue; - reads it from stdin")
     ] = None,
     chat: Annotated[str | None, typer.Option("--chat", help="a user's message, put in the chat template")] = None,
-    draft: Drafting = "ngram",
+    draft: Drafting = WITHOUT_WEIGHTS,
     num_drafts: NumDrafts = None,
     speculative_config: SpeculativeConfig = None,
     compare: Annotated[

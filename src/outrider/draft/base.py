@@ -64,6 +64,7 @@ class Drafter(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Feature]]
     Options: ClassVar[type[DraftOptions]] = DraftOptions
+    gives_logits: ClassVar[bool] = False  # whether `propose` says what its guesses were drawn from
 
     num_drafts: int
     """K: most guesses a row."""

@@ -14,6 +14,9 @@ from outrider.errors import OptionError, nearest
 
 METHODS: dict[str, type[Drafter]] = {method.name: method for method in (NoDrafter, Ngram)}
 
+WITHOUT_WEIGHTS = Ngram.name
+"""The method that serves any model, since it needs no checkpoint of its own."""
+
 
 def find_drafter(method: str) -> type[Drafter]:
     """A method of ours by name, or a user's class by `module:Class`. OptionError if there is none."""

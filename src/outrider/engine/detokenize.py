@@ -32,15 +32,18 @@ class Detokenizer:
         """The stop string that ended the text, once one did."""
         self._num_streamed = 0
 
-    def append(self, token: int) -> bool:
-        """Decodes one token; True if it completed a stop string, after which none may follow."""
+    def append(self, token: int, may_stop: bool = True) -> bool:
+        """Decodes one token; True if it completed a stop string, after which none may follow.
+
+        Until `may_stop` (a request's `min_tokens`), stop strings are text like any other.
+        """
         piece = self._stream.step(self._tokenizer.backend, token)
         self._pending.append(token)
         if piece is None:
             return False
         self._pending.clear()
         self.text += piece
-        return self._cut_at_stop(len(piece))
+        return may_stop and self._cut_at_stop(len(piece))
 
     def finish(self) -> None:
         """No token follows: a character that was cut short is written as the replacement character."""

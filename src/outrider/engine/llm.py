@@ -213,7 +213,7 @@ class LLM:
             stopped = False
             # a token that ended the request is no part of its text
             if detokenizer is not None and not (token == delta.stop_token and reason is FinishReason.STOP):
-                stopped = detokenizer.append(token) and len(output.token_ids) > request.sampling.min_tokens
+                stopped = detokenizer.append(token, len(output.token_ids) > request.sampling.min_tokens)
             taken.append((token, detokenizer.stream(finished=stopped) if detokenizer else ""))
             if stopped:
                 assert detokenizer is not None

@@ -1,7 +1,4 @@
-"""What the CPU kernels write in LLVM by hand: threads, and float32 sums whose order is fixed.
-
-Threads are those of the OpenMP runtime that torch itself runs on: one pool, one setting (`torch.set_num_threads`),
-and no idle team of a second library spinning on the same cores. Starting them costs about a microsecond.
+"""What the CPU kernels write in LLVM by hand: float32 arithmetic whose order is fixed.
 
 A sum is kept in a vector of 16 lanes and folded in halves at the end, so the order of a dot product's additions
 depends on its length alone: not on how many rows or outputs share the pass, nor on what the compiler prefers.
@@ -9,13 +6,11 @@ depends on its length alone: not on how many rows or outputs share the pass, nor
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
@@ -33,57 +28,9 @@ _POINTER = ir.IntType(8).as_pointer()
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 _STORED = {FLOAT32: (_F32, "f32", 4), BFLOAT16: (_I16, "i16", 2), FLOAT16: (ir.HalfType(), "f16", 2)}
 
-_TORCH = ctypes.CDLL(torch._C.__file__)
-_HAS_THREADS = hasattr(_TORCH, "GOMP_parallel")  # libgomp's own, and libomp's for its sake
-for _name in ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads"):
-    # where torch has no OpenMP one thread runs, and none of these is called
-    _address = ctypes.cast(getattr(_TORCH, _name), ctypes.c_void_p).value if _HAS_THREADS else 1
-    llvmlite.binding.add_symbol(_name, _address)
-
-
-def num_threads() -> int:
-    """How many threads a kernel may start."""
-    return torch.get_num_threads() if _HAS_THREADS else 1
-
-
 def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     signature = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
-
-
-@intrinsic  # type: ignore[misc]
-def parallel(typing_context: Any, body: Any, threads: Any, arguments: Any) -> Any:
-    """parallel(body, threads, arguments) runs body(thread, threads, *arguments) once on each thread of a team."""
-    takes = (types.int64, types.int64, *arguments.types)
-    body.get_call_type(typing_context, takes, {})
-
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        compiled = body.dispatcher.overloads[takes]
-        context.active_code_library.add_linking_library(compiled.library)
-        _, team, packed = values
-
-        def call_body(where: Any, tuple_: Any, *place: Any) -> None:
-            elements = [where.extract_value(tuple_, index) for index in range(len(arguments.types))]
-            context.call_internal_no_propagate(where, compiled.fndesc, types.void(*takes), [*place, *elements])
-
-        module = builder.module
-        outlined_type = ir.FunctionType(ir.VoidType(), [_POINTER])
-        outlined = ir.Function(module, outlined_type, module.get_unique_name("outlined"))
-        outlined.linkage = "internal"
-        inside = ir.IRBuilder(outlined.append_basic_block())
-        unpacked = inside.load(inside.bitcast(outlined.args[0], packed.type.as_pointer()))
-        place = [inside.sext(_call(inside, f"omp_get_{what}", _I32), _I64) for what in ("thread_num", "num_threads")]
-        call_body(inside, unpacked, *place)
-        inside.ret_void()
-        with builder.if_else(builder.icmp_signed(">", team, _I64(1))) as (many, one):
-            with many:
-                memory = builder.bitcast(cgutils.alloca_once_value(builder, packed), _POINTER)
-                _call(builder, "GOMP_parallel", ir.VoidType(), outlined, memory, builder.trunc(team, _I32), _I32(0))
-            with one:
-                call_body(builder, packed, _I64(0), _I64(1))
-        return context.get_dummy_value()
-
-    return types.void(body, types.int64, arguments), codegen
 
 
 Int: TypeAlias = Any
@@ -154,6 +101,10 @@ class Emitter:
             return self.builder.bitcast(wide, _FLOATS)
         return self.builder.fpext(value, _FLOATS) if kind == FLOAT16 else value
 
+    def spread(self, base: Int, index: Int) -> Vector:
+        """The float32 at `index`, in every lane."""
+        return self.splat(self.builder.load(self._at(base, index, 4, _F32)))
+
     def store(self, value: Vector, base: Int, index: Int, mask: Vector | None = None) -> None:
         """float32 lanes to elements from `index` on, where the mask is on."""
         address = self._at(base, index, 4, value.type)
@@ -195,52 +146,71 @@ class Emitter:
     def part(self, vector: Vector, start: int, count: int) -> Vector:
         return self.builder.shuffle_vector(vector, vector, self._lanes(list(range(start, start + count))))
 
-    def fold(self, vectors: list[Vector], combine: str = "fadd") -> Vector:
-        """The lanes of each of 2^k <= 16 vectors added up: one vector of 2^k floats, in their order.
+    def maximum(self, x: Vector, y: Vector) -> Vector:
+        return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
+
+    def fold(self, vectors: list[Vector], combine: Callable[[Vector, Vector], Vector] | None = None) -> Vector:
+        """The lanes of each of 2^k <= 16 vectors combined (added): one vector of 2^k floats, in their order.
 
         Each step adds the upper half of every sum's lanes to the lower, packing two vectors into one while there are
         two.
         """
-        width = LANES
+        combine, shuffle, width = combine or self.builder.fadd, self.builder.shuffle_vector, LANES
         while width > 1:
             width //= 2
             pairs = list(zip(vectors[::2], vectors[1::2], strict=True)) if len(vectors) > 1 else [vectors * 2]
             starts = range(0, (2 * LANES) if len(vectors) > 1 else vectors[0].type.count, 2 * width)
             low = self._lanes([start + lane for start in starts for lane in range(width)])
             high = self._lanes([start + lane + width for start in starts for lane in range(width)])
-            shuffle, add = self.builder.shuffle_vector, getattr(self.builder, combine)
-            vectors = [add(shuffle(a, b, low), shuffle(a, b, high)) for a, b in pairs]
+            vectors = [combine(shuffle(a, b, low), shuffle(a, b, high)) for a, b in pairs]
         return vectors[0]
 
-    def total(self, vector: Vector) -> Any:
-        """The sum of the lanes, as a scalar."""
-        return self.builder.extract_element(self.fold([vector]), _I32(0))
+    def first(self, vector: Vector) -> Any:
+        """Lane 0, as a scalar."""
+        return self.builder.extract_element(vector, _I32(0))
+
+    def total(self, vector: Vector) -> Vector:
+        """The sum of the lanes, in every lane."""
+        return self.splat(self.first(self.fold([vector])))
+
+    def widest(self, vector: Vector) -> Vector:
+        """The largest lane, in every lane."""
+        return self.splat(self.first(self.fold([vector], self.maximum)))
+
+    def loop(self, start: Int, stop: Int, stride: int, step: Callable[[Int, list[Vector]], list[Vector]], state: list[Vector]) -> list[Vector]:
+        """for index in range(start, stop, stride): state = step(index, state)."""
+        builder = self.builder
+        before, head = builder.block, builder.append_basic_block("head")
+        inside, after = builder.append_basic_block("inside"), builder.append_basic_block("after")
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = builder.phi(_I64)
+        carried = [builder.phi(value.type) for value in state]
+        builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
+        builder.position_at_end(inside)
+        new = step(index, list(carried))
+        following = builder.add(index, _I64(stride))
+        for phi, first, then in zip((index, *carried), (start, *state), (following, *new), strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return carried
 
     def sweep(self, size: Int, step: Step, state: list[Vector], unroll: int = 1) -> list[Vector]:
         """state = step(index, mask, state) for each 16 of `size` elements; the mask is None but for the last few."""
-        builder = self.builder
-        whole = builder.and_(size, _I64(-LANES * unroll))
-        for start, stop, times in ((_I64(0), whole, unroll), (whole, size, 1)):
-            before, head = builder.block, builder.append_basic_block("head")
-            inside, after = builder.append_basic_block("inside"), builder.append_basic_block("after")
-            builder.branch(head)
-            builder.position_at_end(head)
-            index = builder.phi(_I64)
-            carried = [builder.phi(value.type) for value in state]
-            builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
-            builder.position_at_end(inside)
-            mask = self.below(builder.sub(size, index)) if stop is size else None
-            new = list(carried)
-            for turn in range(times):
-                new = step(builder.add(index, _I64(turn * LANES)), mask, new)
-            following = builder.add(index, _I64(times * LANES))
-            for phi, first, then in zip((index, *carried), (start, *state), (following, *new), strict=True):
-                phi.add_incoming(first, before)
-                phi.add_incoming(then, builder.block)
-            builder.branch(head)
-            builder.position_at_end(after)
-            state = list(carried)
-        return state
+
+        def whole(index: Int, state: list[Vector]) -> list[Vector]:
+            for turn in range(unroll):
+                state = step(self.builder.add(index, _I64(turn * LANES)), None, state)
+            return state
+
+        def rest(index: Int, state: list[Vector]) -> list[Vector]:
+            return step(index, self.below(self.builder.sub(size, index)), state)
+
+        middle = self.builder.and_(size, _I64(-LANES * unroll))
+        state = self.loop(_I64(0), middle, LANES * unroll, whole, state)
+        return self.loop(middle, size, LANES, rest, state)
 
     def each_kind(self, kind: Int, emit: Callable[[int], None]) -> None:
         """Emits one copy for each kind, of which `kind` picks one where it runs."""
@@ -249,11 +219,30 @@ class Emitter:
                 emit(constant)
 
 
-def dot_tile(rows: int, outputs: int) -> Callable[..., None]:
+@emitted
+def copy_row(emitter: Emitter, source: Int, out: Int, size: Int) -> None:
+    """out[:size] = source[:size], float32."""
+
+    def step(index: Int, mask: Vector | None, state: list[Vector]) -> list[Vector]:
+        emitter.store(emitter.load(source, index, mask), out, index, mask)
+        return []
+
+    emitter.sweep(size, step, [])
+
+
+def row_starts(emitter: Emitter, base: Int, stride: Int, count: int, last: Int) -> list[Int]:
+    """Addresses of `count` rows of a tile, of which those past `last` repeat it."""
+    builder = emitter.builder
+    indices = [builder.select(builder.icmp_signed("<", _I64(i), last), _I64(i), last) for i in range(count)]
+    return [builder.add(base, builder.mul(stride, index)) for index in indices]
+
+
+def dot_tile(rows: int, outputs: int, prefetch: bool = True) -> Callable[..., None]:
     """A function for rows x outputs dot products, rows * outputs <= 16 being a power of two.
 
     Row r of out, float32, gets x[r] . w[0:outputs], x being float32 and w of a kind. Rows past last_row repeat it,
-    outputs past last_output are not written. Each cache line of w asks for the one `ahead` bytes later.
+    outputs past last_output are not written. With prefetch each
+    cache line of w asks for the one `ahead` bytes later.
     """
 
     def tile(
@@ -272,18 +261,15 @@ def dot_tile(rows: int, outputs: int) -> Callable[..., None]:
     ) -> None:
         builder = emitter.builder
 
-        def starts(base: Int, stride: Int, count: int, last: Int) -> list[Int]:
-            indices = [builder.select(builder.icmp_signed("<", _I64(i), last), _I64(i), last) for i in range(count)]
-            return [builder.add(base, builder.mul(stride, index)) for index in indices]
-
-        x_rows, out_rows = starts(x, x_stride, rows, last_row), starts(out, out_stride, rows, last_row)
-        w_rows = starts(w, w_stride, outputs, last_output)
+        x_rows = row_starts(emitter, x, x_stride, rows, last_row)
+        w_rows = row_starts(emitter, w, w_stride, outputs, last_output)
+        out_rows = row_starts(emitter, out, out_stride, rows, last_row)
 
         def emit(constant: int) -> None:
             size_of = _STORED[constant][2]
 
             def step(index: Int, mask: Vector | None, sums: list[Vector]) -> list[Vector]:
-                if mask is None:
+                if prefetch and mask is None:
                     for row in w_rows:
                         emitter.prefetch(builder.add(row, ahead), index, size_of)
                 weights = [emitter.load(row, index, mask, constant) for row in w_rows]

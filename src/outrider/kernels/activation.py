@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels._numba import SERIAL, Emitter, Int, Vector, emitted, num_threads, parallel
+from outrider.kernels._numba import SERIAL, Emitter, Int, Vector, emitted
+from outrider.kernels._threads import add, num_threads, parallel
 from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
@@ -37,8 +38,11 @@ def gate_row(emitter: Emitter, gate: Int, up: Int, out: Int, size: Int) -> None:
 
 
 @compiled()
-def _gate_rows(thread: int, threads: int, gate_up: int, out: int, rows: int, size: int) -> None:
-    for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+def _gate_rows(tickets: int, gate_up: int, out: int, rows: int, size: int) -> None:
+    while True:
+        row = add(tickets, 1)
+        if row >= rows:
+            break
         gate = gate_up + row * size * 8
         gate_row(gate, gate + size * 4, out + row * size * 4, size)
 

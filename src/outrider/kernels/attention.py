@@ -10,11 +10,29 @@ query_start[B] on, which belong to no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
+from outrider.kernels._numba import (
+    FLOAT32,
+    LANES,
+    SERIAL,
+    Emitter,
+    Int,
+    Real,
+    Vector,
+    copy_row,
+    dot_tile,
+    emitted,
+    row_starts,
+)
+from outrider.kernels._threads import add, num_threads, parallel, wait_until
+from outrider.kernels.native import Floats, compiled, pointer
 from outrider.kernels.op import Example, Op
 
 _QUERIES_AT_ONCE = 64  # bounds what the reference gathers
@@ -30,7 +48,7 @@ def paged_attention_reference(
     scale: float,
 ) -> Tensor:
     num_rows, max_blocks = block_table.shape
-    num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
+    num_blocks, num_kv_heads, block_size, _ = key_cache.shape
     token = torch.arange(len(query), device=query.device, dtype=torch.int32)
     row = torch.searchsorted(query_start[1:].contiguous(), token, right=True).clamp(max=num_rows - 1)
     position = seq_lens[row] - query_start[row + 1] + token
@@ -48,6 +66,293 @@ def paged_attention_reference(
         weights = scores.softmax(-1).masked_fill(hidden.unsqueeze(2), 0)
         parts.append((weights @ value).flatten(1, 2))
     return torch.cat(parts).to(query.dtype)
+
+
+_SPLIT = 512  # keys in one task: fixed, so that a query's sums are the same whatever the number of threads
+_TILE = 8  # query rows in one task, a row being one head of one token
+_STATE = 3 * LANES * 4  # bytes of a row's state: its maximum, sum of weights, and factor for the sum so far
+
+_scores_2, _scores_4, _scores_8 = dot_tile(2, 8, False), dot_tile(4, 4, False), dot_tile(8, 2, False)
+
+
+@emitted
+def _start_row(emitter: Emitter, state: Int, mixed: Int, size: Int) -> None:
+    emitter.store(emitter.floats(-math.inf), state, size.type(0))
+    emitter.store(emitter.floats(0), state, size.type(LANES))
+
+    def clear(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
+        emitter.store(emitter.floats(0), mixed, index, mask)
+        return []
+
+    emitter.sweep(size, clear, [])
+
+
+def _joined(emitter: Emitter, before: Vector, most: Vector) -> tuple[Vector, Vector, Vector]:
+    """The maximum of both, what to subtract for it, and the factor that turns sums under `before` into sums under it.
+
+    The maximum is -inf while nothing is seen, and -inf - -inf would be no number.
+    """
+    most = emitter.maximum(before, most)
+    unseen = emitter.builder.fcmp_ordered("==", most, emitter.floats(-math.inf))
+    base = emitter.builder.select(unseen, emitter.floats(0), most)
+    return most, base, emitter.exp(emitter.builder.fsub(before, base))
+
+
+@emitted
+def _soften_row(emitter: Emitter, scores: Int, scale: Real, seen: Int, state: Int) -> None:
+    """Turns a row's 16 scores into weights relative to its running maximum, and takes them into its state."""
+    builder, zero = emitter.builder, seen.type(0)
+    sum_at, factor_at = seen.type(LANES), seen.type(2 * LANES)
+    loaded = emitter.load(scores, zero)
+    scaled = builder.fmul(loaded, emitter.splat(builder.fptrunc(scale, loaded.type.element)))
+    scaled = builder.select(emitter.below(seen), scaled, emitter.floats(-math.inf))
+    most, base, factor = _joined(emitter, emitter.load(state, zero), emitter.widest(scaled))
+    weights = emitter.exp(builder.fsub(scaled, base))
+    emitter.store(weights, scores, zero)
+    emitter.store(most, state, zero)
+    emitter.store(emitter.fma(emitter.load(state, sum_at), factor, emitter.total(weights)), state, sum_at)
+    emitter.store(factor, state, factor_at)
+
+
+def _mix_tile(rows: int, vectors: int) -> Callable[..., None]:
+    """A function for rows x (16 * vectors) sums of values, weighted; the factors of the states apply to the old sums."""
+
+    def tile(
+        emitter: Emitter, weights: Int, state: Int, last_row: Int, values: Int, seen: Int, mixed: Int, size: Int, column: Int
+    ) -> None:
+        builder, stride = emitter.builder, emitter.builder.mul(size, size.type(4))
+        mask = emitter.below(builder.sub(size, column)) if vectors == 1 else None
+        columns = [builder.add(column, size.type(v * LANES)) for v in range(vectors)]
+        weight_rows = row_starts(emitter, weights, size.type(LANES * 4), rows, last_row)
+        states = row_starts(emitter, state, size.type(_STATE), rows, last_row)
+        mixed_rows = row_starts(emitter, mixed, stride, rows, last_row)
+        sums = []
+        for row, of in zip(mixed_rows, states, strict=True):
+            factor = emitter.load(of, size.type(2 * LANES))
+            sums += [builder.fmul(emitter.load(row, index, mask), factor) for index in columns]
+
+        def step(key: Int, old: list[Vector]) -> list[Vector]:
+            value = builder.add(values, builder.mul(key, stride))
+            parts = [emitter.load(value, index, mask) for index in columns]
+            new: list[Vector] = []
+            for row in weight_rows:
+                weight = emitter.spread(row, key)
+                new += [emitter.fma(weight, part, old[len(new) + v]) for v, part in enumerate(parts)]
+            return new
+
+        sums = emitter.loop(size.type(0), seen, 1, step, sums)
+        for r, row in enumerate(mixed_rows):
+            for v, index in enumerate(columns):
+                emitter.store(sums[r * vectors + v], row, index, mask)
+
+    return emitted(tile)
+
+
+_mix_2, _mix_2_end = _mix_tile(2, 4), _mix_tile(2, 1)
+_mix_4, _mix_4_end = _mix_tile(4, 4), _mix_tile(4, 1)
+_mix_8, _mix_8_end = _mix_tile(8, 2), _mix_tile(8, 1)
+
+
+@emitted
+def _merge_row(emitter: Emitter, state: Int, mixed: Int, other_state: Int, other_mixed: Int, size: Int) -> None:
+    """Takes a row's sums over later keys into those over earlier ones."""
+    builder, zero, sum_at = emitter.builder, size.type(0), size.type(LANES)
+    theirs = emitter.load(other_state, zero)
+    most, base, factor = _joined(emitter, emitter.load(state, zero), theirs)
+    other_factor = emitter.exp(builder.fsub(theirs, base))
+    added = builder.fmul(emitter.load(other_state, sum_at), other_factor)
+    emitter.store(most, state, zero)
+    emitter.store(emitter.fma(emitter.load(state, sum_at), factor, added), state, sum_at)
+
+    def add(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
+        added = builder.fmul(emitter.load(other_mixed, index, mask), other_factor)
+        emitter.store(emitter.fma(emitter.load(mixed, index, mask), factor, added), mixed, index, mask)
+        return []
+
+    emitter.sweep(size, add, [])
+
+
+@emitted
+def _finish_row(emitter: Emitter, state: Int, mixed: Int, out: Int, size: Int) -> None:
+    total = emitter.load(state, size.type(LANES))
+
+    def divide(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
+        emitter.store(emitter.builder.fdiv(emitter.load(mixed, index, mask), total), out, index, mask)
+        return []
+
+    emitter.sweep(size, divide, [])
+
+
+@compiled()
+def _attend_tile(
+    count: int, queries: int, keys: int, values: int, head_dim: int, scale: float, position: int, first: int,
+    group: int, key: int, scores: int, states: int, mixed: int
+) -> None:
+    """Takes 16 keys, from token `key` on, into the sums of `count` query rows; row 0 belongs to token `position`."""
+    size, last = head_dim * 4, count - 1
+    seen = min(LANES, position + (first + last) // group + 1 - key)
+    if count <= 2:
+        _scores_2(queries, size, last, keys, size, 7, head_dim, FLOAT32, scores, LANES * 4, 0)
+        _scores_2(queries, size, last, keys + 8 * size, size, 7, head_dim, FLOAT32, scores + 32, LANES * 4, 0)
+    elif count <= 4:
+        for k in range(0, LANES, 4):
+            _scores_4(queries, size, last, keys + k * size, size, 3, head_dim, FLOAT32, scores + k * 4, LANES * 4, 0)
+    else:
+        for k in range(0, LANES, 2):
+            _scores_8(queries, size, last, keys + k * size, size, 1, head_dim, FLOAT32, scores + k * 4, LANES * 4, 0)
+    for row in range(count):
+        _soften_row(scores + row * LANES * 4, scale, position + (first + row) // group + 1 - key, states + row * _STATE)
+    column = 0
+    if count <= 2:
+        while column + 4 * LANES <= head_dim:
+            _mix_2(scores, states, last, values, seen, mixed, head_dim, column)
+            column += 4 * LANES
+        while column < head_dim:
+            _mix_2_end(scores, states, last, values, seen, mixed, head_dim, column)
+            column += LANES
+    elif count <= 4:
+        while column + 4 * LANES <= head_dim:
+            _mix_4(scores, states, last, values, seen, mixed, head_dim, column)
+            column += 4 * LANES
+        while column < head_dim:
+            _mix_4_end(scores, states, last, values, seen, mixed, head_dim, column)
+            column += LANES
+    else:
+        while column + 2 * LANES <= head_dim:
+            _mix_8(scores, states, last, values, seen, mixed, head_dim, column)
+            column += 2 * LANES
+        while column < head_dim:
+            _mix_8_end(scores, states, last, values, seen, mixed, head_dim, column)
+            column += LANES
+
+
+@compiled()
+def _keep(memory: Floats) -> None:
+    """Called after the last use of an array's address: numba frees what no name refers to any more."""
+
+
+@compiled()
+def _attend(
+    thread: int, threads: int, tasks: int, num_tasks: int, counter: int, partial: int,
+    query: int, key_cache: int, value_cache: int, block_table: int, max_blocks: int,
+    group: int, num_kv_heads: int, block_size: int, head_dim: int, scale: float, out: int,
+) -> None:
+    task = carray(pointer(tasks), (num_tasks, 8), np.int64)
+    size, stride = head_dim * 4, group * num_kv_heads * head_dim * 4
+    area = _TILE * (size + _STATE)  # sums, then states
+    scratch = np.empty(_TILE * (2 * head_dim + LANES) + area // 4, np.float32)
+    queries = scratch.ctypes.data
+    scores = queries + _TILE * size
+    own = scores + _TILE * LANES * 4
+    while True:
+        index = take(counter)
+        if index >= num_tasks:
+            break
+        row, head, token, position, first, count, split, place = task[index]
+        mixed = own if place < 0 else partial + place * area
+        states = mixed + _TILE * size
+        for i in range(count):
+            heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
+            copy_row(query + token * stride + heads, queries + i * size, head_dim)
+            _start_row(states + i * _STATE, mixed + i * size, head_dim)
+        table = carray(pointer(block_table + row * max_blocks * 4), (max_blocks,), np.int32)
+        stop = min((split + 1) * _SPLIT, position + (first + count - 1) // group + 1)
+        for key in range(split * _SPLIT, stop, LANES):
+            block = np.int64(table[key // block_size])
+            offset = ((block * num_kv_heads + head) * block_size + key % block_size) * size
+            _attend_tile(
+                count, queries, key_cache + offset, value_cache + offset, head_dim, scale, position, first,
+                group, key, scores, states, mixed
+            )
+        if place < 0:
+            for i in range(count):
+                heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
+                _finish_row(states + i * _STATE, mixed + i * size, out + token * stride + heads, head_dim)
+    _keep(scratch)
+
+
+@compiled()
+def _merge(tickets...)
+    for index in range(thread, num_tasks, threads):
+        row, head, token, position, first, count, split, place = task[index]
+        if place < 0 or split > 0:
+            continue
+        for i in range(count):
+            mixed = partial + place * area + i * size
+            states = partial + place * area + _TILE * size + i * _STATE
+            for later in range(1, (position + (first + i) // group) // _SPLIT + 1):
+                _merge_row(states, mixed, states + later * area, mixed + later * area, head_dim)
+            heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
+            _finish_row(states, mixed, out + token * stride + heads, head_dim)
+
+
+@compiled()
+def _attention_kernel(
+    query: int, key_cache: int, value_cache: int, block_table: int, query_start: int, seq_lens: int, scale: float,
+    tokens: int, rows: int, max_blocks: int, group: int, num_kv_heads: int, block_size: int, head_dim: int, out: int,
+    threads: int,
+) -> None:
+    starts = carray(pointer(query_start), (rows + 1,), np.int32)
+    lens = carray(pointer(seq_lens), (rows,), np.int32)
+    num_tasks = 0
+    for row in range(rows):
+        tiles = ((starts[row + 1] - starts[row]) * group + _TILE - 1) // _TILE
+        num_tasks += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
+    task = np.empty((num_tasks + 1, 8), np.int64)
+    task[num_tasks, 0] = 0  # the counter of tasks taken
+    num_tasks = places = keys = 0
+    for row in range(rows):
+        token, count = np.int64(starts[row]), np.int64(starts[row + 1] - starts[row])
+        position = lens[row] - count
+        for head in range(num_kv_heads):
+            for first in range(0, count * group, _TILE):
+                here = min(_TILE, count * group - first)
+                last = position + (first + here - 1) // group
+                keys += last * here
+                splits = last // _SPLIT + 1
+                for split in range(splits):
+                    place = -1 if splits == 1 else places + split
+                    task[num_tasks] = (row, head, token, position, first, here, split, place)
+                    num_tasks += 1
+                if splits > 1:
+                    places += splits
+    partial = np.empty(places * _TILE * (head_dim + _STATE // 4), np.float32)
+    if keys * head_dim < SERIAL:
+        threads = 1
+    stride = group * num_kv_heads * head_dim
+    rest = carray(pointer(out), (tokens * stride,), np.float32)
+    rest[np.int64(starts[rows]) * stride :] = 0
+    work = (task.ctypes.data, num_tasks, task[-1:].ctypes.data, partial.ctypes.data)
+    tensors = (query, key_cache, value_cache, block_table, max_blocks)
+    parallel(_attend, threads, work + tensors + (group, num_kv_heads, block_size, head_dim, scale, out))
+    _keep(task)
+    _keep(partial)
+
+
+def _paged_attention_cpu(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    tokens, num_heads, head_dim = query.shape
+    rows, max_blocks = block_table.shape
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    assert query.dtype == key_cache.dtype == value_cache.dtype == torch.float32
+    assert block_table.dtype == query_start.dtype == seq_lens.dtype == torch.int32
+    assert key_cache.is_contiguous() and value_cache.is_contiguous() and block_table.is_contiguous()
+    assert block_size % LANES == 0, f"the CPU kernel reads keys in sixteens: block_size {block_size}"
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    _attention_kernel(
+        query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_table.data_ptr(), query_start.data_ptr(),
+        seq_lens.data_ptr(), scale, tokens, rows, max_blocks, num_heads // num_kv_heads, num_kv_heads, block_size,
+        head_dim, out.data_ptr(), num_threads(),
+    )
+    return out
 
 
 def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
@@ -82,4 +387,4 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
             }
 
 
-PAGED_ATTENTION = Op("paged_attention", paged_attention_reference, examples=_examples)
+PAGED_ATTENTION = Op("paged_attention", paged_attention_reference, {"cpu": _paged_attention_cpu}, examples=_examples)

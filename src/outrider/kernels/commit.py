@@ -46,10 +46,15 @@ def commit_reference(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[
 
 
 def store_draft_reference(slots: Slots, batch: StepBatch, draft: Draft) -> None:
-    """Keep a draft by slot for the row's next step, in place."""
+    """Keep a draft by slot for the row's next step, in place.
+
+    Slots keep logits only for a drafter that gives them: to a verifier stale logits would look like
+    the law a guess was drawn from.
+    """
     slots.draft_tokens.index_copy_(0, batch.slot, draft.tokens)
     slots.draft_length.index_copy_(0, batch.slot, draft.length)
-    if slots.draft_logits is not None and draft.logits is not None:
+    if slots.draft_logits is not None:
+        assert draft.logits is not None, "the slots keep draft logits, but the drafter gives none"
         slots.draft_logits.index_copy_(0, batch.slot, draft.logits)
 
 

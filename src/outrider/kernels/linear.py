@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels._numba import KIND, SERIAL, dot_tile, num_threads, parallel
+from outrider.kernels._numba import KIND, SERIAL, dot_tile
+from outrider.kernels._threads import add, num_threads, parallel
 from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
@@ -22,40 +23,49 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 _FEW = 16
+_SHARE = 1 << 14  # weights at least in a task
 
 _tile_1, _tile_2, _tile_4, _tile_8 = (dot_tile(rows, outputs) for rows, outputs in ((1, 8), (2, 8), (4, 4), (8, 2)))
 
 
 @compiled()
-def _outputs(
-    thread: int, threads: int, x: int, weight: int, out: int, rows: int, inputs: int, outputs: int, kind: int
-) -> None:
-    """One thread's share of the outputs. Eight are finished for all rows before the next: weights are read once."""
+def _few_outputs(x: int, weight: int, out: int, rows: int, inputs: int, outputs: int, kind: int, first: int) -> None:
+    """Eight outputs, or what is left of them, for all rows: their weights are read from memory once."""
     width = 4 if kind == 0 else 2
-    blocks = (outputs + 7) // 8
     ahead = 8 * inputs * width
-    for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-        first = block * 8
-        for row in range(0, rows, 8):
-            last_row = rows - 1 - row
-            a, b = x + row * inputs * 4, out + row * outputs * 4
-            for o in range(first, min(first + 8, outputs), 8 if last_row < 2 else 4 if last_row < 4 else 2):
-                w, c, last = weight + o * inputs * width, b + o * 4, outputs - 1 - o
-                if last_row == 0:
-                    _tile_1(a, inputs * 4, 0, w, inputs * width, last, inputs, kind, c, outputs * 4, ahead)
-                elif last_row == 1:
-                    _tile_2(a, inputs * 4, 1, w, inputs * width, last, inputs, kind, c, outputs * 4, ahead)
-                elif last_row < 4:
-                    _tile_4(a, inputs * 4, last_row, w, inputs * width, last, inputs, kind, c, outputs * 4, ahead)
-                else:
-                    _tile_8(a, inputs * 4, last_row, w, inputs * width, last, inputs, kind, c, outputs * 4, ahead)
+    for row in range(0, rows, 8):
+        last_row = rows - 1 - row
+        a, b = x + row * inputs * 4, out + row * outputs * 4
+        for o in range(first, min(first + 8, outputs), 8 if last_row < 2 else 4 if last_row < 4 else 2):
+            w, c, last = weight + o * inputs * width, b + o * 4, outputs - 1 - o
+            if last_row == 0:
+                _tile_1(a, inputs * 4, 0, w, inputs * width, last, inputs, kind, c, outputs * 4, ahead)
+            elif last_row == 1:
+                _tile_2(a, inputs * 4, 1, w, inputs * width, last, inputs, kind, c, outputs * 4, ahead)
+            elif last_row < 4:
+                _tile_4(a, inputs * 4, last_row, w, inputs * width, last, inputs, kind, c, outputs * 4, ahead)
+            else:
+                _tile_8(a, inputs * 4, last_row, w, inputs * width, last, inputs, kind, c, outputs * 4, ahead)
+
+
+@compiled()
+def _outputs(
+    tickets: int, x: int, weight: int, out: int, rows: int, inputs: int, outputs: int, kind: int, share: int
+) -> None:
+    while True:
+        start = add(tickets, 1) * share
+        if start >= outputs:
+            break
+        for first in range(start, min(start + share, outputs), 8):
+            _few_outputs(x, weight, out, rows, inputs, outputs, kind, first)
 
 
 @compiled()
 def _few_rows(
     x: int, weight: int, out: int, rows: int, inputs: int, outputs: int, kind: int, threads: int
 ) -> None:
-    parallel(_outputs, threads, (x, weight, out, rows, inputs, outputs, kind))
+    share = max(outputs // 512, _SHARE // inputs // 8, 1) * 8
+    parallel(_outputs, threads, (x, weight, out, rows, inputs, outputs, kind, share))
 
 
 def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

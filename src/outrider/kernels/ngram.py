@@ -92,10 +92,10 @@ def _ngram_kernel(
                     best, copy = run, place
                     if best == longest:
                         break
-        period = end - copy
+        period = int(end - copy)
         found = 0
         if copy > 0:
-            found = num_drafts if period <= best else min(num_drafts, period)
+            found = num_drafts if period <= best or period >= num_drafts else period
         number[row] = found
         for i in range(num_drafts):
             drafts[row, i] = history[copy + i % period] if i < found else 0
@@ -112,7 +112,12 @@ def ngram_lookup_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Scans backwards and stops at the first copy of the greatest length."""
     rows = slot.shape[0]
-    assert tokens.is_contiguous() and slot.is_contiguous() and slot.dtype == torch.int64 and logits_start.dtype == torch.int32
+    assert (
+        tokens.is_contiguous()
+        and slot.is_contiguous()
+        and slot.dtype == torch.int64
+        and logits_start.dtype == torch.int32
+    )
     drafts = torch.empty((rows, num_drafts), dtype=torch.int64)
     number = torch.empty(rows, dtype=torch.int32)
     _ngram_kernel(

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Real, Vector, emitted, num_threads, parallel
+from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Real, Vector, emitted
+from outrider.kernels._threads import add, num_threads, parallel
 from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
@@ -36,7 +37,7 @@ def norm_row(emitter: Emitter, x: Int, weight: Int, kind: Int, out: Int, size: I
         value = emitter.load(x, index, mask)
         return [emitter.fma(value, value, sums[0])]
 
-    total = emitter.total(emitter.sweep(size, square, [emitter.floats(0)])[0])
+    total = emitter.first(emitter.fold(emitter.sweep(size, square, [emitter.floats(0)])))
     mean = builder.fdiv(total, builder.sitofp(size, total.type))
     root = emitter.sqrt(builder.fadd(mean, builder.fptrunc(eps, total.type)))
     factor = emitter.splat(builder.fdiv(total.type(1), root))
@@ -64,9 +65,12 @@ def _add_row(emitter: Emitter, x: Int, residual: Int, size: Int) -> None:
 
 @compiled()
 def _norm_rows(
-    thread: int, threads: int, x: int, residual: int, weight: int, kind: int, out: int, rows: int, size: int, eps: float
+    tickets: int, x: int, residual: int, weight: int, kind: int, out: int, rows: int, size: int, eps: float
 ) -> None:
-    for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+    while True:
+        row = add(tickets, 1)
+        if row >= rows:
+            break
         start = row * size * 4
         source = x + start
         if residual != 0:

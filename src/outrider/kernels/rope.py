@@ -17,7 +17,8 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Vector, emitted, num_threads, parallel
+from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Vector, copy_row, emitted
+from outrider.kernels._threads import add, num_threads, parallel
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_row, rms_norm_reference
 from outrider.kernels.op import Example, Op
@@ -81,15 +82,6 @@ def _rotate_row(emitter: Emitter, head: Int, angles: Int, out: Int, half: Int) -
     emitter.sweep(half, step, [])
 
 
-@emitted
-def _copy_row(emitter: Emitter, source: Int, out: Int, size: Int) -> None:
-    def step(index: Int, mask: Vector | None, state: list[Vector]) -> list[Vector]:
-        emitter.store(emitter.load(source, index, mask), out, index, mask)
-        return []
-
-    emitter.sweep(size, step, [])
-
-
 @compiled()
 def _turn(head: int, norm: int, kind: int, eps: float, angles: int, out: int, head_dim: int) -> None:
     if norm != 0:
@@ -100,8 +92,7 @@ def _turn(head: int, norm: int, kind: int, eps: float, angles: int, out: int, he
 
 @compiled()
 def _rope_tokens(
-    thread: int,
-    threads: int,
+    tickets: int,
     qkv: int,
     q_norm: int,
     k_norm: int,
@@ -121,7 +112,10 @@ def _rope_tokens(
 ) -> None:
     position, slots = carray(pointer(positions), (tokens,), np.int64), carray(pointer(cache_slot), (tokens,), np.int64)
     size = head_dim * 4
-    for token in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+    while True:
+        token = add(tickets, 1)
+        if token >= tokens:
+            break
         angles = rope + position[token] * size
         source = qkv + token * (num_heads + 2 * num_kv_heads) * size
         for head in range(num_heads):
@@ -133,7 +127,7 @@ def _rope_tokens(
                 place = ((block * num_kv_heads + head) * block_size + offset) * size
                 key = source + (num_heads + head) * size
                 _turn(key, k_norm, kind, eps, angles, key_cache + place, head_dim)
-                _copy_row(key + num_kv_heads * size, value_cache + place, head_dim)
+                copy_row(key + num_kv_heads * size, value_cache + place, head_dim)
 
 
 @compiled()

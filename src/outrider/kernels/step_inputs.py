@@ -181,10 +181,11 @@ def assemble_cpu(
 ) -> StepBatch:
     """One call that fills two buffers, of which the batch's tensors are views."""
     assert slots.tokens.is_contiguous() and slots.block_table.is_contiguous() and slots.draft_tokens.is_contiguous()
-    columns = [slot.long(), num_tokens.long(), num_drafts.long(), ends_prompt.long()]
+    columns = slot.long(), num_tokens.long(), num_drafts.long(), ends_prompt.long()
     size, stride = slot.shape[0], slot.stride(0)
     if any(column.stride(0) != stride for column in columns):
-        columns, stride = [column.contiguous() for column in columns], 1
+        slot, num_tokens, num_drafts, ends_prompt = (column.contiguous() for column in columns)
+        columns, stride = (slot, num_tokens, num_drafts, ends_prompt), 1
     num_slots, max_len = slots.tokens.shape
     max_blocks, width = slots.block_table.shape[1], slots.draft_tokens.shape[1]
     wide = torch.empty(3 * num_query + 3 * num_logits + size, dtype=torch.int64)
@@ -195,7 +196,10 @@ def assemble_cpu(
         slots.computed.data_ptr(),
         slots.block_table.data_ptr(),
         slots.draft_tokens.data_ptr(),
-        *[column.data_ptr() for column in columns],
+        columns[0].data_ptr(),
+        columns[1].data_ptr(),
+        columns[2].data_ptr(),
+        columns[3].data_ptr(),
         stride,
         wide.data_ptr(),
         narrow.data_ptr(),

@@ -61,6 +61,7 @@ class EagerRunner:
             max_len=config.max_model_len,
             max_blocks=-(-config.max_model_len // config.block_size),
             drafter=drafter,
+            verifier=config.verifier,
             processors=config.processors,
             device=config.device,
         )

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from outrider.capability import Feature
 from outrider.core.plan import Admission, StepPlan
 from outrider.core.sampling import MAX_STOP_IDS
 from outrider.draft.base import Drafter
 from outrider.tensors import Slots
-from outrider.verify.base import LogitsProcessor
+from outrider.verify.base import LogitsProcessor, Verifier
 
 
 class SlotTable:
@@ -23,6 +24,7 @@ class SlotTable:
         max_len: int,
         max_blocks: int,
         drafter: Drafter,
+        verifier: Verifier,
         processors: Sequence[LogitsProcessor],
         device: torch.device,
     ) -> None:
@@ -30,6 +32,8 @@ class SlotTable:
             return torch.full((num_slots, *width), fill, dtype=dtype, device=device)
 
         int32, int64, float32 = torch.int32, torch.int64, torch.float32
+        keeps_logits = drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs
+        drafts_wide = (drafter.num_drafts, drafter.target.vocab_size)
         self.slots = Slots(
             tokens=table(int64, max_len),
             length=table(int32),
@@ -44,7 +48,7 @@ class SlotTable:
             barred=table(int64, MAX_STOP_IDS, fill=-1),
             draft_tokens=table(int64, drafter.num_drafts),
             draft_length=table(int32),
-            draft_logits=None,
+            draft_logits=table(float32, *drafts_wide) if keeps_logits else None,
         )
         self._drafter = drafter
         self._processors = tuple(processors)

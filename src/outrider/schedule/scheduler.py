@@ -138,9 +138,10 @@ class Scheduler:
 
     def apply(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take in the oldest plan's result. One record for each request that gained tokens, in the plan's order."""
-        oldest, seats = self._under_way.popleft()
+        oldest, seats = self._under_way[0]
         assert plan.step == oldest, f"step {plan.step} is applied before step {oldest}"
         assert result.step == oldest, f"the result of step {result.step} is taken for step {oldest}'s"
+        self._under_way.popleft()
         deltas: list[TokenDelta] = []
         ended = False
         for seat, row, tokens, num_drafted in zip(seats, plan.rows, result.tokens, result.num_drafted, strict=True):

@@ -22,7 +22,7 @@ def test_numbers_may_be_zero_but_no_less(name: str) -> None:
 
 def test_one_sequence_must_fit() -> None:
     SchedulerOptions(max_model_len=32, num_blocks=2)
-    with pytest.raises(CapacityError, match="holds 32 tokens .* max_model_len is 33: lower max_model_len to 32"):
+    with pytest.raises(CapacityError, match=r"holds 32 tokens .* max_model_len is 33: lower max_model_len to 32"):
         SchedulerOptions(max_model_len=33, num_blocks=2)
 
 

@@ -17,7 +17,9 @@ def numbers(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @IMPLEMENTATIONS
 def test_greedy_takes_the_first_of_equals(draw) -> None:
-    logits = torch.tensor([[0.0, -0.0, -1.0], [-5.0, 3.0, 3.0], [-torch.inf, -torch.inf, -torch.inf], [-3.0, -2.0, -4.0]])
+    logits = torch.tensor(
+        [[0.0, -0.0, -1.0], [-5.0, 3.0, 3.0], [-torch.inf, -torch.inf, -torch.inf], [-3.0, -2.0, -4.0]]
+    )
     assert draw(logits, torch.zeros(4), *numbers(4), 1).tolist() == [0, 1, 0, 1]
 
 

@@ -39,7 +39,9 @@ def decode_batch(rows: int, width: int, num_drafts: int, position: int) -> tuple
     slots.seed = torch.arange(rows) * 3 + 1
     ones = torch.ones(rows, dtype=torch.int64)
     counts = (num_drafts + 1) * rows
-    batch = ASSEMBLE.on(CPU)(slots, torch.arange(rows), ones * (num_drafts + 1), ones * num_drafts, ones, counts, counts, 4)
+    batch = ASSEMBLE.on(CPU)(
+        slots, torch.arange(rows), ones * (num_drafts + 1), ones * num_drafts, ones, counts, counts, 4
+    )
     return slots, batch
 
 
@@ -102,8 +104,10 @@ def test_rejection_survives_a_drafter_that_is_the_target() -> None:
 
 
 def test_registry() -> None:
-    assert {build_verifier(name, rates=[0.5] if name == "synthetic" else None).name for name in VERIFIERS} == set(VERIFIERS)
-    with pytest.raises(OptionError, match="unknown verifier: rejektion .did you mean rejection"):
+    assert {build_verifier(name, rates=[0.5] if name == "synthetic" else None).name for name in VERIFIERS} == set(
+        VERIFIERS
+    )
+    with pytest.raises(OptionError, match=r"unknown verifier: rejektion \(did you mean rejection"):
         build_verifier("rejektion")
     with pytest.raises(OptionError, match="exact has no option rates"):
         build_verifier("exact", rates=[0.5])

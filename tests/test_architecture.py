@@ -1,0 +1,193 @@
+"""The house rules: who may import whom, who may read the environment, and how large a room may grow."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "outrider"
+
+LAYERS = """
+errors
+env capability core tensors
+kernels parallel cache
+layers verify schedule
+models
+load
+draft
+runner
+oracle config
+workers
+engine
+bench
+cli
+__main__
+"""
+"""Each line imports only from lines above it."""
+
+TORCH_FREE = ("core", "schedule", "cache/pool.py", "cache/prefix.py", "cache/manager.py", "capability.py", "errors.py")
+FORBIDDEN = {"draft": ("runner", "schedule"), "verify": ("runner", "schedule")}
+OPTIONAL = {"transformers", "tokenizers", "huggingface_hub", "jinja2"}  # imported where they are needed, if they are
+MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 400, 80, 12
+
+RANK = {room: rank for rank, line in enumerate(LAYERS.split("\n")) for room in line.split()}
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Every module a file imports, at its top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module}: write the whole name"
+            assert node.module is not None
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def rooms_imported(tree: ast.AST) -> set[str]:
+    names = [name.split(".") for name, _ in imports(tree)]
+    return {parts[1] for parts in names if parts[0] == "outrider" and len(parts) > 1 and parts[1] in RANK}
+
+
+def violations(path: Path, tree: ast.AST) -> list[str]:
+    """What a file imports that its place in the table forbids."""
+    room = room_of(path)
+    found = []
+    for other in rooms_imported(tree) - {room}:
+        if RANK[other] >= RANK[room]:
+            found.append(f"{path.name} in {room} imports {other}, which is not above it")
+        if other in FORBIDDEN.get(room, ()):
+            found.append(f"{room} must not know {other}")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_from_above(path: Path) -> None:
+    assert room_of(path) in RANK, f"{room_of(path)} is not in the layer table"
+    assert violations(path, ast.parse(path.read_text())) == []
+
+
+def test_the_layer_check_can_fail() -> None:
+    planted = ast.parse("from outrider.engine.llm import LLM\nimport outrider.runner.eager")
+    assert len(violations(PACKAGE / "draft" / "planted.py", planted)) == 3
+
+
+def test_files_of_a_room_do_not_import_in_circles() -> None:
+    graph = {}
+    for path in sources():
+        module = ".".join(("outrider", *path.relative_to(PACKAGE).with_suffix("").parts))
+        graph[module] = {name for name, _ in imports(ast.parse(path.read_text()))}
+    edges = {module: {other for other in graph if any(n == other or n.startswith(other + ".") for n in names)}
+             for module, names in graph.items()}  # fmt: skip
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"import cycle: {' -> '.join((*path, module))}"
+        if module not in done:
+            for other in edges[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("place", TORCH_FREE)
+def test_host_rooms_do_not_know_torch(place: str) -> None:
+    path = PACKAGE / place
+    for file in path.rglob("*.py") if path.is_dir() else [path]:
+        heavy = {name.split(".")[0] for name, _ in imports(ast.parse(file.read_text()))} & {"torch", "numpy", "numba"}
+        assert not heavy, f"{file} imports {heavy}"
+
+
+def test_only_env_reads_the_environment() -> None:
+    readers = {path.name for path in sources() if re.search(r"\bos\.(environ|getenv)\b", path.read_text())}
+    assert readers <= {"env.py"}
+
+
+def test_runners_and_drafting_methods_are_named_only_in_their_own_rooms() -> None:
+    from outrider.draft.registry import METHODS
+
+    names = [name for name in METHODS if name != "none"]
+    for path in sources():
+        if room_of(path) in ("draft", "kernels"):
+            continue
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & set(names), f"{path} names a drafting method"
+
+
+def test_imports_inside_functions_are_of_optional_libraries() -> None:
+    for path in sources():
+        tree = ast.parse(path.read_text())
+        top = {id(node) for node in tree.body}
+        for name, node in imports(tree):
+            if id(node) not in top and not _type_checking(tree, node):
+                assert name.split(".")[0] in OPTIONAL, f"{path} imports {name} inside a function"
+
+
+def _type_checking(tree: ast.Module, node: ast.stmt) -> bool:
+    blocks = [block for block in tree.body if isinstance(block, ast.If)]
+    return any(node in block.body for block in blocks)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES, f"{path} is more than one room"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            allowed = 150 if room_of(path) == "kernels" else MOST_LINES_OF_FUNCTION
+            assert lines <= allowed, f"{node.name} in {path} has {lines} lines"
+            parameters = len(node.args.args) + len(node.args.kwonlyargs)
+            limit = 40 if room_of(path) == "kernels" else 16 if room_of(path) == "cli" else MOST_PARAMETERS
+            assert parameters <= limit, f"{node.name} in {path} takes {parameters} parameters"
+
+
+def test_no_unfinished_marks() -> None:
+    for path in sources():
+        assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", path.read_text()), path
+
+
+def test_every_module_and_public_name_is_documented() -> None:
+    for path in sources():
+        tree = ast.parse(path.read_text())
+        assert path.name == "__init__.py" or ast.get_docstring(tree), f"{path} says nothing about itself"
+        for node in tree.body:
+            if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or node.name.startswith("_"):
+                continue
+            said_by_module = room_of(path) == "models" or node.name.endswith("_reference")
+            assert ast.get_docstring(node) or said_by_module, f"{node.name} in {path} has no docstring"
+
+
+def test_public_names_are_what_all_says() -> None:
+    import outrider
+
+    public = {name for name in vars(outrider) if not name.startswith("_")}
+    modules = {name for name in public if type(getattr(outrider, name)).__name__ == "module"}
+    assert sorted(public - modules - {"annotations"}) == sorted(outrider.__all__)
+
+
+def readme_tree() -> set[str]:
+    """The names at the start of the lines of README's tree of the package."""
+    block = re.search(r"```\nsrc/outrider/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block, "README has no tree of src/outrider"
+    return {line.split()[0].rstrip("/") for line in block.group(1).splitlines() if line.strip()}
+
+
+def test_readme_tree_is_the_real_one() -> None:
+    real = {path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")}
+    assert readme_tree() == real

@@ -1,0 +1,191 @@
+"""The promise: whatever lacks HOST_CODE in its needs can be recorded.
+
+Every op's reference, verifier, processor and drafter is traced under fake tensors, which have shapes
+and no values: a host read or a shape that depends on data has nothing to read, and raises. What was
+traced is then replayed on real tensors and must give what the part itself gives. A kernel is one
+opaque launch, so its reference stands in for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from itertools import islice
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import outrider.kernels
+from outrider.capability import Feature
+from outrider.draft.base import DraftContext, TargetFacts
+from outrider.draft.host import HostDrafter
+from outrider.draft.registry import METHODS
+from outrider.kernels.commit import commit_reference
+from outrider.kernels.op import Op
+from outrider.kernels.step_inputs import assemble_reference, example_slots, load_draft
+from outrider.tensors import Slots, StepBatch, TargetOutput
+from outrider.verify.processors import PROCESSORS
+from outrider.verify.registry import VERIFIERS, build_verifier
+
+CPU = torch.device("cpu")
+VOCAB, WIDTH = 11, 3
+HOST_READ = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
+VERIFIER_OPTIONS = {"synthetic": {"rates": [0.5, 0.2, 0.1]}}
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """The tensors in a value, in a fixed order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [leaf for field in fields(value) for leaf in leaves(getattr(value, field.name))]
+    if isinstance(value, dict):
+        return [leaf for item in value.values() for leaf in leaves(item)]
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in leaves(item)]
+    return []
+
+
+def rebuilt(value: Any, tensors: list[Tensor]) -> Any:
+    """The value with its tensors taken, in that order, from the front of a list."""
+    if isinstance(value, Tensor):
+        return tensors.pop(0)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{field.name: rebuilt(getattr(value, field.name), tensors) for field in fields(value)})
+    if isinstance(value, dict):
+        return {key: rebuilt(item, tensors) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(rebuilt(item, tensors) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(rebuilt(item, tensors) for item in value)
+    return value
+
+
+def record(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Trace a call without values, replay it on real ones, and compare with the call itself."""
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        given = rebuilt(arguments, list(tensors))
+        return leaves(function(**given)) + leaves(given)
+
+    mode = FakeTensorMode()  # not make_fx's own, which would record a host read as a symbol and go on
+    with mode:
+        graph = make_fx(flat)(*(mode.from_tensor(tensor) for tensor in leaves(arguments)))
+    replayed = graph(*leaves(copy.deepcopy(arguments)))
+    expected = flat(*leaves(copy.deepcopy(arguments)))
+    for ours, theirs in zip(replayed, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def all_ops() -> list[Op]:
+    found = {}
+    for module in pkgutil.iter_modules(outrider.kernels.__path__):
+        for value in vars(importlib.import_module(f"outrider.kernels.{module.name}")).values():
+            if isinstance(value, Op):
+                found[value.name] = value
+    return [found[name] for name in sorted(found)]
+
+
+@pytest.fixture(autouse=True)
+def references_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Op, "on", lambda op, device: op.reference)
+
+
+def step() -> tuple[Slots, StepBatch, Tensor]:
+    """Two decode rows with drafts, one with none and one inside its prompt; every processor has work."""
+    slots = example_slots(torch.Generator().manual_seed(0), CPU, 5, 32, WIDTH)
+    slots.tokens.remainder_(VOCAB)
+    slots.draft_tokens.remainder_(VOCAB)
+    slots.draft_logits = torch.randn((5, WIDTH, VOCAB), generator=torch.Generator().manual_seed(1))
+    slots.temperature = torch.tensor([0.0, 1.0, 0.7, 2.0, 1.0])
+    slots.top_k[:], slots.top_p[:], slots.min_p[:] = 5, 0.9, 0.05
+    slots.min_length[:], slots.barred[:, 0] = 31, 4
+    slots.computed[4] -= 4
+    rows = torch.tensor([[1, 4, 3, 1], [0, 3, 2, 1], [3, 1, 0, 1], [4, 3, 0, 0]])
+    batch = assemble_reference(slots, *rows.unbind(1), 11, 8, 4)
+    return slots, batch, torch.randn((8, VOCAB), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("op", [op for op in all_ops() if op.examples is not None], ids=lambda op: op.name)
+def test_op(op: Op) -> None:
+    assert op.examples is not None
+    for example in islice(op.examples(torch.Generator().manual_seed(0), CPU), 3):
+        record(op.reference, dict(example))
+
+
+@pytest.mark.parametrize("with_logits", [True, False])
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_verifier(name: str, with_logits: bool) -> None:
+    verifier = build_verifier(name, **VERIFIER_OPTIONS.get(name, {}))
+    assert Feature.HOST_CODE not in verifier.needs
+    slots, batch, logits = step()
+    if not with_logits:
+        slots.draft_logits = None
+    record(verifier, {"logits": logits, "batch": batch, "draft": load_draft(slots, batch), "slots": slots})
+
+
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda processor: processor.name)
+def test_processor(processor: Any) -> None:
+    assert Feature.HOST_CODE not in processor.needs
+    slots, batch, logits = step()
+    before = logits.clone()
+    assert not torch.equal(processor(logits.clone(), batch, slots), before), "the example must give it work"
+    record(processor, {"logits": logits, "batch": batch, "slots": slots})
+
+
+def context() -> DraftContext:
+    slots, batch, logits = step()
+    verifier = build_verifier("exact")
+    verdict = verifier(logits, batch, load_draft(slots, batch), slots)
+    committed, next_token = commit_reference(slots, batch, verdict)
+    hidden = torch.randn((11, 6), generator=torch.Generator().manual_seed(3))
+    return DraftContext(batch, TargetOutput(logits, hidden), committed, next_token, slots, verifier.draft_noise)
+
+
+FACTS = TargetFacts(VOCAB, 6, 32, 5, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if Feature.HOST_CODE not in method.needs])
+def test_drafter(name: str) -> None:
+    method = METHODS[name]
+    record(method(method.Options(), FACTS).propose, {"context": context()})
+
+
+class Parrot(HostDrafter):
+    name: ClassVar[str] = "parrot"
+
+    def guess(self, slot: int, tokens: list[int]) -> list[int]:
+        return tokens[-1:]
+
+
+def test_a_drafter_that_reads_the_host_cannot_be_recorded() -> None:
+    drafter = Parrot(HostDrafter.Options(), FACTS)
+    assert Feature.HOST_CODE in drafter.needs
+    drafter.propose(context())
+    with pytest.raises(HOST_READ):
+        record(drafter.propose, {"context": context()})
+
+
+PLANTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "item": lambda x: x * x.sum().item(),
+    "branch": lambda x: x if x.sum() > 0 else -x,
+    "list": lambda x: x.new_tensor(x.tolist()),
+    "shape": lambda x: x[x > 0].sum(),
+    "numpy": lambda x: torch.from_numpy(x.numpy() + 1),
+    "one-hot": lambda x: torch.nn.functional.one_hot(x.abs().long()).sum(),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_host_read_is_caught(name: str) -> None:
+    planted = PLANTED[name]
+    planted(torch.tensor([3.0, -1.0]))
+    with pytest.raises(HOST_READ):
+        record(planted, {"x": torch.tensor([3.0, -1.0])})

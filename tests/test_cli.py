@@ -1,0 +1,140 @@
+"""The command line: JSON shapes that scripts rely on, exit codes, and one clear line for wrong input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider.cli import main as cli
+
+SHORT = ["--max-tokens", "12"]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    monkeypatch.setattr(sys, "argv", ["outrider", *arguments])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def outrider(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda *arguments: run(list(arguments), capsys, monkeypatch)
+
+
+def test_generate_json(outrider: Any) -> None:
+    code, out, _ = outrider("generate", "--prompt", "def add(a, b):", "--json", *SHORT)
+    result = json.loads(out)
+    assert code == 0
+    assert len(result["token_ids"]) <= 12 and isinstance(result["text"], str)
+    assert result["tokens_per_second"] > 0
+    assert result["acceptance"].keys() >= {"drafts", "drafted", "accepted", "per_position", "acceptance_length"}
+
+
+def test_generate_compare_json(outrider: Any) -> None:
+    _, out, _ = outrider("generate", "--prompt", "x = [1, 2, 3]\n", "--compare", "--json", *SHORT)
+    result = json.loads(out)
+    assert result["identical"] is True
+    assert result["speedup"] > 0
+    assert result["tokens_per_second"].keys() == {"with", "without"}
+
+
+def test_generate_compare_of_sampled_text_is_identical(outrider: Any) -> None:
+    sampled = ["--temperature", "1.0", "--top-p", "0.9", "--seed", "3"]
+    _, out, _ = outrider("generate", "--prompt", "import os\n", "--compare", "--json", *sampled, *SHORT)
+    assert json.loads(out)["identical"] is True
+
+
+def test_generate_prints_text_and_figures(outrider: Any) -> None:
+    code, out, err = outrider("generate", "--prompt", "class Point:\n", *SHORT)
+    assert code == 0 and out.strip()
+    assert "tokens" in err and "runner eager" in err
+
+
+def test_explain_json(outrider: Any) -> None:
+    code, out, _ = outrider("explain", "--draft", "ngram", "-k", "5", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["runner"] == "eager" and result["method"] == "ngram" and result["num_speculative_tokens"] == 5
+    assert result["passed_over"] == [] and result["memory"]["num_blocks"] > 0
+
+
+def test_explain_refused_json(outrider: Any) -> None:
+    code, out, _ = outrider("explain", "--tensor-parallel-size", "2", "--json")
+    (refusal,) = json.loads(out)["refused"]
+    assert code == 2
+    assert refusal["runner"] == "eager" and refusal["feature"] == "tensor" and "leave it at 1" in refusal["reason"]
+
+
+def test_accept_json_and_record_and_departure(outrider: Any, tmp_path: Path) -> None:
+    few = ["--num-prompts", "4", "--max-tokens", "48", "--json"]
+    expectation = tmp_path / "acceptance.json"
+    code, out, _ = outrider("accept", "--record", str(expectation), *few)
+    result = json.loads(out)
+    assert code == 0
+    assert result.keys() >= {"drafts", "rates", "ratios", "acceptance_length", "expected", "passed", "departures"}
+    code, out, _ = outrider("accept", "--expect", str(expectation), *few)
+    assert code == 0 and json.loads(out)["passed"] is True
+    recorded = json.loads(expectation.read_text())
+    recorded["rates"], recorded["drafts"] = [min(1.0, rate + 0.5) for rate in recorded["rates"]], 100_000
+    expectation.write_text(json.dumps(recorded))
+    code, out, _ = outrider("accept", "--expect", str(expectation), *few)
+    assert code == 1 and json.loads(out)["departures"]
+
+
+def test_accept_refuses_an_expectation_of_another_run(outrider: Any, tmp_path: Path) -> None:
+    expectation = tmp_path / "acceptance.json"
+    outrider("accept", "--record", str(expectation), "--num-prompts", "2", "--max-tokens", "16", "--json")
+    code, _, err = outrider("accept", "--expect", str(expectation), "--num-prompts", "3", "--max-tokens", "16", "--json")
+    assert code == 2 and "prompts" in err
+
+
+@pytest.mark.parametrize("kind", ["latency", "throughput"])
+def test_bench_json(outrider: Any, kind: str) -> None:
+    concurrency = ["--concurrency", "1,3"] if kind == "throughput" else []
+    code, out, _ = outrider("bench", kind, "--input-len", "8", "--output-len", "8", "--repeats", "1", "--json", *concurrency)
+    result = json.loads(out)
+    assert code == 0
+    assert result.keys() >= {"config", "command", "commit", "device", "versions", "rows"}
+    for row in result["rows"]:
+        assert row.keys() >= {"concurrency", "tokens_per_second", "step_ms", "parts_ms", "floor_ms", "acceptance_length"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--prompt", ""], "empty"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["generate", "--prompt", "a", "--top-p", "nan"], "top_p"),
+        (["generate", "--prompt", "a", "--min-tokens", "9", "--max-tokens", "3"], "min_tokens 9"),
+        (["generate", "--prompt", "a", "-k", "1000"], "1000"),
+        (["generate", "--prompt", "a", "--draft", "ngrams"], "did you mean ngram"),
+        (["generate", "--prompt", "a", "--draft", "nowhere:Class"], "nowhere"),
+        (["generate", "--prompt", "a", "--speculative-config", "{"], "not JSON"),
+        (["generate", "/no/such/model", "--prompt", "a"], "/no/such/model"),
+        (["generate", "--prompt", "a", "--dtype", "int3"], "int3"),
+        (["generate", "--prompt", "a", "--max-model-len", "99999"], "99999"),
+        (["generate", "--prompt", "a" * 20_000], "max_model_len"),
+        (["explain", "--runner", "graf"], "graf"),
+        (["explain", "--kv-cache-memory", "1000"], "kv_cache_memory"),
+        (["accept", "--draft", "none"], "none"),
+        (["bench", "throughput", "--concurrency", "1,x"], "1,x"),
+        (["explain", "--no-such-flag"], "no-such-flag"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_wrong_input_is_one_clear_line_and_exit_code_2(outrider: Any, arguments: list[str], said: str) -> None:
+    code, _, err = outrider(*arguments)
+    assert code == 2
+    assert said in err.replace("\n", " ")
+    assert "Traceback" not in err

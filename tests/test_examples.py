@@ -1,0 +1,88 @@
+"""The README, the docs and the examples do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from outrider.bench.prompts import EDITS, HELD_OUT, read_prompts
+from outrider.cli.main import app
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "examples")]), "COLUMNS": "200"}
+SLOW = ("bench throughput", "accept")  # run by tests of their own
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every `outrider ...` line of the documents' shell blocks."""
+    lines = [line for document in DOCUMENTS for block in blocks(document, "sh") for line in block.splitlines()]
+    plain = [re.sub(r"^(\w+=\S+ )+", "", line.split("  #")[0]).strip() for line in lines]
+    return sorted({line for line in plain if line.startswith("outrider ")})
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if not any(slow in command for slow in SLOW)])
+def test_documented_command_runs(command: str) -> None:
+    arguments = shlex.split(command)[1:]
+    if any(argument.startswith("Qwen/") for argument in arguments):
+        pytest.skip("needs the hub")
+    done = subprocess.run(
+        [sys.executable, "-m", "outrider", *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_documents_hold_commands_at_all() -> None:
+    assert len(commands()) >= 4
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documented_python_runs(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    for block in blocks(document, "python"):
+        exec(compile(block, str(document), "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("name", ["offline", "parity_with_transformers"])
+def test_example_runs(name: str) -> None:
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+
+
+def test_demo_commands_parse() -> None:
+    """The demo itself is a README command; here its commands are held against today's flags."""
+    import typer
+
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
+    group = typer.main.get_command(app)
+    for command in demo["COMMANDS"]:
+        subcommand = group.commands[command[0]]  # type: ignore[attr-defined]
+        subcommand.make_context(command[0], list(command[1:]))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_make_targets_named_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        assert set(re.findall(r"`make ([a-z]+)", document.read_text())) <= targets
+
+
+def test_bundled_prompt_sets_are_large_enough() -> None:
+    assert len(read_prompts(HELD_OUT).texts) >= 200
+    assert len(read_prompts(EDITS).texts) >= 48
