@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 
-EDIT = """Rename the variable `total` to `running_sum`.
+EDIT = """Add a docstring to this function.
 
 ```python
 def moving_average(values, width):
@@ -24,7 +24,7 @@ def moving_average(values, width):
 
 COMMANDS = [
     ["explain", "--draft", "ngram"],
-    ["generate", "--prompt", "def binary_search(", "--max-tokens", "128"],
+    ["generate", "--prompt", "def read_json(path):", "--max-tokens", "100"],
     ["generate", "--chat", EDIT, "-k", "8", "--max-tokens", "200", "--compare"],
 ]
 

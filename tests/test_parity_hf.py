@@ -196,8 +196,13 @@ def shift_later_positions(llm: LLM) -> None:
     rope[8:] = rope[7:-1].clone()
 
 
-def drop_q_norm(llm: LLM) -> None:
-    program(llm)._model.layers[1].attention.q_norm = None
+def drop_head_norms(llm: LLM) -> None:
+    attention = program(llm)._model.layers[1].attention
+    attention.q_norm = attention.k_norm = None
+
+
+def forget_q_norm(llm: LLM) -> None:
+    program(llm)._model.layers[1].attention.q_norm.weight.fill_(1.0)
 
 
 def drop_bias(llm: LLM) -> None:
@@ -223,7 +228,8 @@ def swap_key_heads(llm: LLM) -> None:
 
 MUTATIONS = [
     ("qwen3", shift_later_positions),
-    ("qwen3", drop_q_norm),
+    ("qwen3", drop_head_norms),
+    ("qwen3", forget_q_norm),
     ("qwen3", swap_key_heads),
     ("qwen3-bias", drop_bias),
     ("llama", take_default_epsilon),

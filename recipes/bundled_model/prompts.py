@@ -21,6 +21,7 @@ from instructions import FunctionNode, Snippet, edit_turn, fenced, message, rend
 from tokenizers import Tokenizer
 
 PROMPTS, EDITS = 256, 64
+PACKAGED = Path(__file__).parents[2] / "src" / "outrider" / "bundled" / "prompts"
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from optimizer import Muon
 from torch import Tensor
 from torch.nn import functional
 
-HERE = Path(__file__).parent
+PROMPTS = Path(__file__).parents[2] / "src" / "outrider" / "bundled" / "prompts"
 SHORT, LONG = 1024, 2048
 LONG_FROM = 0.8
 DECAY_FROM = 0.4
@@ -166,8 +166,8 @@ def write_samples(folder: Path, out: Path, device: torch.device) -> None:
 
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [json.loads(line)["prompt"] for line in (HERE / "heldout_prompts.jsonl").read_text().splitlines()[::20]]
-    edits = [json.loads(line)["prompt"] for line in (HERE / "edit_prompts.jsonl").read_text().splitlines()[:2]]
+    prompts = [json.loads(line)["prompt"] for line in (PROMPTS / "heldout_prompts.jsonl").read_text().splitlines()[::20]]
+    edits = [json.loads(line)["prompt"] for line in (PROMPTS / "edit_prompts.jsonl").read_text().splitlines()[:2]]
     request = "Write a function `is_even` that returns True if a number is even."
     chat = f"<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
     chosen = [*prompts[:12], *edits, chat]

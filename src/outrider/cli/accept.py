@@ -88,6 +88,10 @@ def accept(
             out.print(f"[bold red]departed[/] {departure}")
         if found:
             out.print(f"suspected cause: {suspect(found)}")
+        elif expected:
+            out.print("[green]as recorded[/]")
+        else:
+            out.print("[dim]no record of such a run to compare with; --record FILE makes one[/]")
     if found:
         raise typer.Exit(1)
 

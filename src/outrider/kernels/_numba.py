@@ -26,7 +26,9 @@ SERIAL = 1 << 15  # numbers to handle, below which a kernel is faster on one thr
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-_STORED = {FLOAT32: (_F32, "f32", 4), BFLOAT16: (_I16, "i16", 2), FLOAT16: (ir.HalfType(), "f16", 2)}
+WIDTH = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
+_STORED = {FLOAT32: (_F32, "f32"), BFLOAT16: (_I16, "i16"), FLOAT16: (ir.HalfType(), "f16")}
+
 
 def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     signature = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -38,6 +40,7 @@ Int: TypeAlias = Any
 Real: TypeAlias = Any
 """A float64 in LLVM."""
 Vector: TypeAlias = Any
+Turn: TypeAlias = Callable[[Int, list[Vector]], list[Vector]]
 Step: TypeAlias = Callable[[Int, Vector | None, list[Vector]], list[Vector]]
 
 
@@ -67,10 +70,14 @@ class Emitter:
 
     def _at(self, base: Int, index: Int, size: int, target: Any) -> Any:
         builder = self.builder
-        return builder.inttoptr(builder.add(base, builder.mul(index, _I64(size))), target.as_pointer())
+        return builder.inttoptr(self.plus(base, index, _I64(size)), target.as_pointer())
 
     def _lanes(self, lanes: list[int]) -> Any:
         return ir.Constant(ir.VectorType(_I32, len(lanes)), [_I32(lane) for lane in lanes])
+
+    def plus(self, base: Int, index: Int, stride: Int) -> Int:
+        """base + index * stride."""
+        return self.builder.add(base, self.builder.mul(index, stride))
 
     def splat(self, scalar: Any, lanes: int = LANES) -> Vector:
         single = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
@@ -87,7 +94,7 @@ class Emitter:
 
     def load(self, base: Int, index: Int, mask: Vector | None = None, kind: int = FLOAT32) -> Vector:
         """Elements from `index` on, of a stored kind, widened to float32; 0 where the mask is off."""
-        stored, name, size = _STORED[kind]
+        (stored, name), size = _STORED[kind], WIDTH[kind]
         vector = ir.VectorType(stored, LANES)
         address = self._at(base, index, size, vector)
         if mask is None:
@@ -115,8 +122,9 @@ class Emitter:
             _call(self.builder, name, ir.VoidType(), value, address, _I32(4), mask)
 
     def prefetch(self, base: Int, index: Int, size: int) -> None:
+        """Asks for the cache line of an element of `size` bytes, as far as the second level: the first is small."""
         line = self._at(base, index, size, ir.IntType(8))
-        _call(self.builder, "llvm.prefetch.p0", ir.VoidType(), line, _I32(0), _I32(3), _I32(1))
+        _call(self.builder, "llvm.prefetch.p0", ir.VoidType(), line, _I32(0), _I32(2), _I32(1))
 
     def fma(self, x: Vector, y: Vector, z: Vector) -> Vector:
         """x * y + z, rounded once."""
@@ -177,7 +185,7 @@ class Emitter:
         """The largest lane, in every lane."""
         return self.splat(self.first(self.fold([vector], self.maximum)))
 
-    def loop(self, start: Int, stop: Int, stride: int, step: Callable[[Int, list[Vector]], list[Vector]], state: list[Vector]) -> list[Vector]:
+    def loop(self, start: Int, stop: Int, stride: int, step: Turn, state: list[Vector]) -> list[Vector]:
         """for index in range(start, stop, stride): state = step(index, state)."""
         builder = self.builder
         before, head = builder.block, builder.append_basic_block("head")
@@ -218,6 +226,50 @@ class Emitter:
             with self.builder.if_then(self.builder.icmp_signed("==", kind, _I64(constant))):
                 emit(constant)
 
+    def each_height(self, count: Int, emit: Callable[[int], None], heights: tuple[int, ...]) -> None:
+        """Emits one copy for each height of tile, of which the lowest that holds `count` rows runs."""
+        less = 0
+        for height in heights:
+            low, high = (self.builder.icmp_signed(sign, count, _I64(n)) for sign, n in ((">", less), ("<=", height)))
+            with self.builder.if_then(self.builder.and_(low, high)):
+                emit(height)
+            less = height
+
+    def rows(self, base: Int, stride: Int, height: int, count: Int) -> list[Int]:
+        """Addresses of a tile's rows; those past `count` repeat the last."""
+        builder, last = self.builder, self.builder.sub(count, _I64(1))
+        indices = [builder.select(builder.icmp_signed("<", _I64(i), last), _I64(i), last) for i in range(height)]
+        return [self.plus(base, index, stride) for index in indices]
+
+    def dots(
+        self,
+        x_rows: list[Int],  # float32
+        w_rows: list[Int],  # of a kind; as many as x_rows make 16 with, or fewer
+        size: Int,
+        out_rows: list[Int],  # float32
+        kind: int = FLOAT32,
+        mask: Vector | None = None,  # of the outputs to write
+        ahead: Int | None = None,  # bytes; each cache line of w that is read asks for the one so much further on
+    ) -> None:
+        """out[r][o] = x[r] . w[o]; the numbers of rows are powers of two."""
+        builder, width = self.builder, WIDTH[kind]
+
+        def step(index: Int, part: Vector | None, sums: list[Vector]) -> list[Vector]:
+            if ahead is not None and part is None:
+                for row in w_rows:
+                    self.prefetch(builder.add(row, ahead), index, width)
+            weights = [self.load(row, index, part, kind) for row in w_rows]
+            new: list[Vector] = []
+            for row in x_rows:
+                value = self.load(row, index, part)
+                new += [self.fma(value, weight, sums[len(new) + o]) for o, weight in enumerate(weights)]
+            return new
+
+        zeros = [self.floats(0)] * (len(x_rows) * len(w_rows))
+        sums = self.fold(self.sweep(size, step, zeros, 64 // width // LANES))
+        for r, row in enumerate(out_rows):
+            self.store(self.part(sums, r * len(w_rows), len(w_rows)), row, _I64(0), mask)
+
 
 @emitted
 def copy_row(emitter: Emitter, source: Int, out: Int, size: Int) -> None:
@@ -228,63 +280,3 @@ def copy_row(emitter: Emitter, source: Int, out: Int, size: Int) -> None:
         return []
 
     emitter.sweep(size, step, [])
-
-
-def row_starts(emitter: Emitter, base: Int, stride: Int, count: int, last: Int) -> list[Int]:
-    """Addresses of `count` rows of a tile, of which those past `last` repeat it."""
-    builder = emitter.builder
-    indices = [builder.select(builder.icmp_signed("<", _I64(i), last), _I64(i), last) for i in range(count)]
-    return [builder.add(base, builder.mul(stride, index)) for index in indices]
-
-
-def dot_tile(rows: int, outputs: int, prefetch: bool = True) -> Callable[..., None]:
-    """A function for rows x outputs dot products, rows * outputs <= 16 being a power of two.
-
-    Row r of out, float32, gets x[r] . w[0:outputs], x being float32 and w of a kind. Rows past last_row repeat it,
-    outputs past last_output are not written. With prefetch each
-    cache line of w asks for the one `ahead` bytes later.
-    """
-
-    def tile(
-        emitter: Emitter,
-        x: Int,
-        x_stride: Int,
-        last_row: Int,
-        w: Int,
-        w_stride: Int,
-        last_output: Int,
-        size: Int,
-        kind: Int,
-        out: Int,
-        out_stride: Int,
-        ahead: Int,
-    ) -> None:
-        builder = emitter.builder
-
-        x_rows = row_starts(emitter, x, x_stride, rows, last_row)
-        w_rows = row_starts(emitter, w, w_stride, outputs, last_output)
-        out_rows = row_starts(emitter, out, out_stride, rows, last_row)
-
-        def emit(constant: int) -> None:
-            size_of = _STORED[constant][2]
-
-            def step(index: Int, mask: Vector | None, sums: list[Vector]) -> list[Vector]:
-                if prefetch and mask is None:
-                    for row in w_rows:
-                        emitter.prefetch(builder.add(row, ahead), index, size_of)
-                weights = [emitter.load(row, index, mask, constant) for row in w_rows]
-                new: list[Vector] = []
-                for row in x_rows:
-                    value = emitter.load(row, index, mask)
-                    new += [emitter.fma(value, weight, sums[len(new) + o]) for o, weight in enumerate(weights)]
-                return new
-
-            sums = emitter.sweep(size, step, [emitter.floats(0)] * (rows * outputs), 64 // size_of // LANES)
-            found = emitter.fold(sums)
-            mask = emitter.below(builder.add(last_output, _I64(1)), outputs)
-            for r, row in enumerate(out_rows):
-                emitter.store(emitter.part(found, r * outputs, outputs), row, _I64(0), mask)
-
-        emitter.each_kind(kind, emit)
-
-    return emitted(tile)

@@ -190,13 +190,6 @@ def _help() -> None:
             _unlock(pool)
 
 
-@compiled()
-def _wake() -> None:
-    _lock(_pool())
-    _wake_all(_pool())
-    _unlock(_pool())
-
-
 _helpers: list[threading.Thread] = []
 
 
@@ -230,9 +223,11 @@ def _reset() -> None:
 
 def _stop() -> None:
     """Helpers must be gone before the interpreter takes down the code that they run."""
-    if _helpers:
+    if _helpers and _LIBC is not None:
         ctypes.c_int64.from_address(_ADDRESS + _STOP).value = 1
-        _wake()
+        _LIBC.pthread_mutex_lock(ctypes.c_void_p(_ADDRESS + _MUTEX))
+        _LIBC.pthread_cond_broadcast(ctypes.c_void_p(_ADDRESS + _CONDITION))
+        _LIBC.pthread_mutex_unlock(ctypes.c_void_p(_ADDRESS + _MUTEX))
         for helper in _helpers:
             helper.join()
 

@@ -11,7 +11,7 @@ query_start[B] on, which belong to no row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels._numba import (
-    FLOAT32,
     LANES,
     SERIAL,
     Emitter,
@@ -27,11 +26,9 @@ from outrider.kernels._numba import (
     Real,
     Vector,
     copy_row,
-    dot_tile,
     emitted,
-    row_starts,
 )
-from outrider.kernels._threads import add, num_threads, parallel, wait_until
+from outrider.kernels._threads import add, num_threads, parallel
 from outrider.kernels.native import Floats, compiled, pointer
 from outrider.kernels.op import Example, Op
 
@@ -70,9 +67,8 @@ def paged_attention_reference(
 
 _SPLIT = 512  # keys in one task: fixed, so that a query's sums are the same whatever the number of threads
 _TILE = 8  # query rows in one task, a row being one head of one token
+_HEIGHTS = (2, 4, _TILE)
 _STATE = 3 * LANES * 4  # bytes of a row's state: its maximum, sum of weights, and factor for the sum so far
-
-_scores_2, _scores_4, _scores_8 = dot_tile(2, 8, False), dot_tile(4, 4, False), dot_tile(8, 2, False)
 
 
 @emitted
@@ -114,43 +110,72 @@ def _soften_row(emitter: Emitter, scores: Int, scale: Real, seen: Int, state: In
     emitter.store(factor, state, factor_at)
 
 
-def _mix_tile(rows: int, vectors: int) -> Callable[..., None]:
-    """A function for rows x (16 * vectors) sums of values, weighted; the factors of the states apply to the old sums."""
+@emitted
+def _score(emitter: Emitter, queries: Int, count: Int, keys: Int, size: Int, scores: Int) -> None:
+    """scores[r][k] = queries[r] . keys[k], for up to 8 rows and 16 keys."""
+    number = size.type
+    stride = emitter.builder.mul(size, number(4))
 
-    def tile(
-        emitter: Emitter, weights: Int, state: Int, last_row: Int, values: Int, seen: Int, mixed: Int, size: Int, column: Int
-    ) -> None:
-        builder, stride = emitter.builder, emitter.builder.mul(size, size.type(4))
-        mask = emitter.below(builder.sub(size, column)) if vectors == 1 else None
-        columns = [builder.add(column, size.type(v * LANES)) for v in range(vectors)]
-        weight_rows = row_starts(emitter, weights, size.type(LANES * 4), rows, last_row)
-        states = row_starts(emitter, state, size.type(_STATE), rows, last_row)
-        mixed_rows = row_starts(emitter, mixed, stride, rows, last_row)
-        sums = []
-        for row, of in zip(mixed_rows, states, strict=True):
-            factor = emitter.load(of, size.type(2 * LANES))
-            sums += [builder.fmul(emitter.load(row, index, mask), factor) for index in columns]
+    def of_height(height: int) -> None:
+        width = LANES // height
+        q_rows = emitter.rows(queries, stride, height, count)
+        score_rows = emitter.rows(scores, number(LANES * 4), height, count)
 
-        def step(key: Int, old: list[Vector]) -> list[Vector]:
-            value = builder.add(values, builder.mul(key, stride))
-            parts = [emitter.load(value, index, mask) for index in columns]
-            new: list[Vector] = []
-            for row in weight_rows:
-                weight = emitter.spread(row, key)
-                new += [emitter.fma(weight, part, old[len(new) + v]) for v, part in enumerate(parts)]
-            return new
+        def tile(key: Int, state: list[Vector]) -> list[Vector]:
+            k_rows = emitter.rows(emitter.plus(keys, key, stride), stride, width, number(width))
+            emitter.dots(q_rows, k_rows, size, [emitter.plus(row, key, number(4)) for row in score_rows])
+            return state
 
-        sums = emitter.loop(size.type(0), seen, 1, step, sums)
-        for r, row in enumerate(mixed_rows):
-            for v, index in enumerate(columns):
-                emitter.store(sums[r * vectors + v], row, index, mask)
+        emitter.loop(number(0), number(LANES), width, tile, [])
 
-    return emitted(tile)
+    emitter.each_height(count, of_height, _HEIGHTS)
 
 
-_mix_2, _mix_2_end = _mix_tile(2, 4), _mix_tile(2, 1)
-_mix_4, _mix_4_end = _mix_tile(4, 4), _mix_tile(4, 1)
-_mix_8, _mix_8_end = _mix_tile(8, 2), _mix_tile(8, 1)
+@emitted
+def _mix(
+    emitter: Emitter, weights: Int, states: Int, count: Int, values: Int, seen: Int, mixed: Int, size: Int
+) -> None:
+    """mixed[r] = mixed[r] * factor of r + sum over the keys seen of weights[r][k] * values[k]."""
+    builder, number = emitter.builder, size.type
+    stride = builder.mul(size, number(4))
+
+    def of_height(height: int) -> None:
+        weight_rows = emitter.rows(weights, number(LANES * 4), height, count)
+        factors = [
+            emitter.load(state, number(2 * LANES)) for state in emitter.rows(states, number(_STATE), height, count)
+        ]
+        mixed_rows = emitter.rows(mixed, stride, height, count)
+
+        def tile(columns: list[Int], mask: Vector | None) -> None:
+            places = [(row, column) for row in mixed_rows for column in columns]
+            sums = [emitter.load(row, column, mask) for row, column in places]
+            sums = [builder.fmul(old, factors[i // len(columns)]) for i, old in enumerate(sums)]
+
+            def step(key: Int, old: list[Vector]) -> list[Vector]:
+                parts = [emitter.load(emitter.plus(values, key, stride), column, mask) for column in columns]
+                new: list[Vector] = []
+                for row in weight_rows:
+                    weight = emitter.spread(row, key)
+                    new += [emitter.fma(weight, part, old[len(new) + i]) for i, part in enumerate(parts)]
+                return new
+
+            for (row, column), value in zip(places, emitter.loop(number(0), seen, 1, step, sums), strict=True):
+                emitter.store(value, row, column, mask)
+
+        def wide(column: Int, state: list[Vector]) -> list[Vector]:
+            tile([builder.add(column, number(i * LANES)) for i in range(vectors)], None)
+            return state
+
+        def rest(column: Int, state: list[Vector]) -> list[Vector]:
+            tile([column], emitter.below(builder.sub(size, column)))
+            return state
+
+        vectors = min(16 // height, 4)
+        middle = builder.and_(size, number(-LANES * vectors))
+        emitter.loop(number(0), middle, LANES * vectors, wide, [])
+        emitter.loop(middle, size, LANES, rest, [])
+
+    emitter.each_height(count, of_height, _HEIGHTS)
 
 
 @emitted
@@ -184,68 +209,37 @@ def _finish_row(emitter: Emitter, state: Int, mixed: Int, out: Int, size: Int) -
 
 
 @compiled()
-def _attend_tile(
-    count: int, queries: int, keys: int, values: int, head_dim: int, scale: float, position: int, first: int,
-    group: int, key: int, scores: int, states: int, mixed: int
-) -> None:
-    """Takes 16 keys, from token `key` on, into the sums of `count` query rows; row 0 belongs to token `position`."""
-    size, last = head_dim * 4, count - 1
-    seen = min(LANES, position + (first + last) // group + 1 - key)
-    if count <= 2:
-        _scores_2(queries, size, last, keys, size, 7, head_dim, FLOAT32, scores, LANES * 4, 0)
-        _scores_2(queries, size, last, keys + 8 * size, size, 7, head_dim, FLOAT32, scores + 32, LANES * 4, 0)
-    elif count <= 4:
-        for k in range(0, LANES, 4):
-            _scores_4(queries, size, last, keys + k * size, size, 3, head_dim, FLOAT32, scores + k * 4, LANES * 4, 0)
-    else:
-        for k in range(0, LANES, 2):
-            _scores_8(queries, size, last, keys + k * size, size, 1, head_dim, FLOAT32, scores + k * 4, LANES * 4, 0)
-    for row in range(count):
-        _soften_row(scores + row * LANES * 4, scale, position + (first + row) // group + 1 - key, states + row * _STATE)
-    column = 0
-    if count <= 2:
-        while column + 4 * LANES <= head_dim:
-            _mix_2(scores, states, last, values, seen, mixed, head_dim, column)
-            column += 4 * LANES
-        while column < head_dim:
-            _mix_2_end(scores, states, last, values, seen, mixed, head_dim, column)
-            column += LANES
-    elif count <= 4:
-        while column + 4 * LANES <= head_dim:
-            _mix_4(scores, states, last, values, seen, mixed, head_dim, column)
-            column += 4 * LANES
-        while column < head_dim:
-            _mix_4_end(scores, states, last, values, seen, mixed, head_dim, column)
-            column += LANES
-    else:
-        while column + 2 * LANES <= head_dim:
-            _mix_8(scores, states, last, values, seen, mixed, head_dim, column)
-            column += 2 * LANES
-        while column < head_dim:
-            _mix_8_end(scores, states, last, values, seen, mixed, head_dim, column)
-            column += LANES
-
-
-@compiled()
 def _keep(memory: Floats) -> None:
     """Called after the last use of an array's address: numba frees what no name refers to any more."""
 
 
 @compiled()
 def _attend(
-    thread: int, threads: int, tasks: int, num_tasks: int, counter: int, partial: int,
-    query: int, key_cache: int, value_cache: int, block_table: int, max_blocks: int,
-    group: int, num_kv_heads: int, block_size: int, head_dim: int, scale: float, out: int,
+    tickets: int,
+    tasks: int,
+    num_tasks: int,
+    partial: int,
+    query: int,
+    key_cache: int,
+    value_cache: int,
+    block_table: int,
+    max_blocks: int,
+    group: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    scale: float,
+    out: int,
 ) -> None:
     task = carray(pointer(tasks), (num_tasks, 8), np.int64)
     size, stride = head_dim * 4, group * num_kv_heads * head_dim * 4
-    area = _TILE * (size + _STATE)  # sums, then states
-    scratch = np.empty(_TILE * (2 * head_dim + LANES) + area // 4, np.float32)
+    area = _TILE * (size + _STATE)
+    scratch = np.empty(_TILE * (2 * head_dim + LANES) + _TILE * _STATE // 4, np.float32)
     queries = scratch.ctypes.data
     scores = queries + _TILE * size
     own = scores + _TILE * LANES * 4
     while True:
-        index = take(counter)
+        index = add(tickets, 1)
         if index >= num_tasks:
             break
         row, head, token, position, first, count, split, place = task[index]
@@ -256,14 +250,15 @@ def _attend(
             copy_row(query + token * stride + heads, queries + i * size, head_dim)
             _start_row(states + i * _STATE, mixed + i * size, head_dim)
         table = carray(pointer(block_table + row * max_blocks * 4), (max_blocks,), np.int32)
-        stop = min((split + 1) * _SPLIT, position + (first + count - 1) // group + 1)
-        for key in range(split * _SPLIT, stop, LANES):
+        stop = position + (first + count - 1) // group + 1
+        for key in range(split * _SPLIT, min((split + 1) * _SPLIT, stop), LANES):
             block = np.int64(table[key // block_size])
             offset = ((block * num_kv_heads + head) * block_size + key % block_size) * size
-            _attend_tile(
-                count, queries, key_cache + offset, value_cache + offset, head_dim, scale, position, first,
-                group, key, scores, states, mixed
-            )
+            _score(queries, count, key_cache + offset, head_dim, scores)
+            for i in range(count):
+                seen = position + (first + i) // group + 1 - key
+                _soften_row(scores + i * LANES * 4, scale, seen, states + i * _STATE)
+            _mix(scores, states, count, value_cache + offset, min(LANES, stop - key), mixed, head_dim)
         if place < 0:
             for i in range(count):
                 heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
@@ -272,59 +267,81 @@ def _attend(
 
 
 @compiled()
-def _merge(tickets...)
-    for index in range(thread, num_tasks, threads):
-        row, head, token, position, first, count, split, place = task[index]
+def _merge(
+    tickets: int, tasks: int, num_tasks: int, partial: int, group: int, num_kv_heads: int, head_dim: int, out: int
+) -> None:
+    task = carray(pointer(tasks), (num_tasks, 8), np.int64)
+    size, stride = head_dim * 4, group * num_kv_heads * head_dim * 4
+    area = _TILE * (size + _STATE)
+    while True:
+        index = add(tickets, 1)
+        if index >= num_tasks:
+            break
+        _, head, token, position, first, count, split, place = task[index]
         if place < 0 or split > 0:
             continue
         for i in range(count):
             mixed = partial + place * area + i * size
-            states = partial + place * area + _TILE * size + i * _STATE
+            state = partial + place * area + _TILE * size + i * _STATE
             for later in range(1, (position + (first + i) // group) // _SPLIT + 1):
-                _merge_row(states, mixed, states + later * area, mixed + later * area, head_dim)
+                _merge_row(state, mixed, state + later * area, mixed + later * area, head_dim)
             heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
-            _finish_row(states, mixed, out + token * stride + heads, head_dim)
+            _finish_row(state, mixed, out + token * stride + heads, head_dim)
 
 
 @compiled()
 def _attention_kernel(
-    query: int, key_cache: int, value_cache: int, block_table: int, query_start: int, seq_lens: int, scale: float,
-    tokens: int, rows: int, max_blocks: int, group: int, num_kv_heads: int, block_size: int, head_dim: int, out: int,
+    query: int,
+    key_cache: int,
+    value_cache: int,
+    block_table: int,
+    query_start: int,
+    seq_lens: int,
+    scale: float,
+    tokens: int,
+    rows: int,
+    max_blocks: int,
+    group: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    out: int,
     threads: int,
 ) -> None:
     starts = carray(pointer(query_start), (rows + 1,), np.int32)
     lens = carray(pointer(seq_lens), (rows,), np.int32)
-    num_tasks = 0
+    most = 0
     for row in range(rows):
         tiles = ((starts[row + 1] - starts[row]) * group + _TILE - 1) // _TILE
-        num_tasks += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
-    task = np.empty((num_tasks + 1, 8), np.int64)
-    task[num_tasks, 0] = 0  # the counter of tasks taken
-    num_tasks = places = keys = 0
+        most += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
+    task = np.empty((most, 8), np.int64)
+    num_tasks = places = work = 0
     for row in range(rows):
         token, count = np.int64(starts[row]), np.int64(starts[row + 1] - starts[row])
         position = lens[row] - count
         for head in range(num_kv_heads):
             for first in range(0, count * group, _TILE):
-                here = min(_TILE, count * group - first)
-                last = position + (first + here - 1) // group
-                keys += last * here
+                height = min(_TILE, count * group - first)
+                last = position + (first + height - 1) // group
                 splits = last // _SPLIT + 1
+                work += last * height * head_dim
                 for split in range(splits):
                     place = -1 if splits == 1 else places + split
-                    task[num_tasks] = (row, head, token, position, first, here, split, place)
+                    task[num_tasks] = (row, head, token, position, first, height, split, place)
                     num_tasks += 1
                 if splits > 1:
                     places += splits
     partial = np.empty(places * _TILE * (head_dim + _STATE // 4), np.float32)
-    if keys * head_dim < SERIAL:
+    if work < SERIAL:
         threads = 1
     stride = group * num_kv_heads * head_dim
-    rest = carray(pointer(out), (tokens * stride,), np.float32)
-    rest[np.int64(starts[rows]) * stride :] = 0
-    work = (task.ctypes.data, num_tasks, task[-1:].ctypes.data, partial.ctypes.data)
+    ownerless = carray(pointer(out), (tokens * stride,), np.float32)[np.int64(starts[rows]) * stride :]
+    ownerless[:] = 0
+    plan = (task.ctypes.data, num_tasks, partial.ctypes.data)
     tensors = (query, key_cache, value_cache, block_table, max_blocks)
-    parallel(_attend, threads, work + tensors + (group, num_kv_heads, block_size, head_dim, scale, out))
+    parallel(_attend, threads, plan + tensors + (group, num_kv_heads, block_size, head_dim, scale, out))
+    if places > 0:
+        parallel(_merge, threads, plan + (group, num_kv_heads, head_dim, out))
     _keep(task)
     _keep(partial)
 
@@ -348,9 +365,22 @@ def _paged_attention_cpu(
     query = query.contiguous()
     out = torch.empty_like(query)
     _attention_kernel(
-        query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), block_table.data_ptr(), query_start.data_ptr(),
-        seq_lens.data_ptr(), scale, tokens, rows, max_blocks, num_heads // num_kv_heads, num_kv_heads, block_size,
-        head_dim, out.data_ptr(), num_threads(),
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        block_table.data_ptr(),
+        query_start.data_ptr(),
+        seq_lens.data_ptr(),
+        scale,
+        tokens,
+        rows,
+        max_blocks,
+        num_heads // num_kv_heads,
+        num_kv_heads,
+        block_size,
+        head_dim,
+        out.data_ptr(),
+        num_threads(),
     )
     return out
 

@@ -1,0 +1,115 @@
+"""The bundled model is what its records say, and a drafter that goes wrong on it is caught."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider import LLM, SamplingParams
+from outrider.bench.acceptance import Expectation, departures, measure, suspect
+from outrider.bench.prompts import HELD_OUT, PromptSet, read_prompts
+from outrider.draft.base import DraftContext
+from outrider.draft.ngram import Ngram
+from outrider.load.hub import BUNDLED
+from outrider.tensors import Draft
+
+RECORDED = Expectation.read(BUNDLED / "acceptance" / "ngram.json")
+ROOT = Path(__file__).parent.parent
+
+
+class Collapsing(Ngram):
+    """Right at the first position, wrong after it: what a parallel head run one token at a time looks like."""
+
+    name = "collapsing"
+
+    def propose(self, context: DraftContext) -> Draft:
+        draft = super().propose(context)
+        draft.tokens[:, 1:] = 5  # a reserved token that no text holds
+        return draft
+
+
+class Shifted(Ngram):
+    """Guesses for the position after the one that is verified."""
+
+    name = "shifted"
+
+    def propose(self, context: DraftContext) -> Draft:
+        draft = super().propose(context)
+        draft.tokens[:, :-1] = draft.tokens[:, 1:].clone()
+        return draft
+
+
+def acceptance(method: str) -> Any:
+    prompts = read_prompts(HELD_OUT)
+    assert prompts.hash == RECORDED.prompts, "the prompts changed: record acceptance anew"
+    drafting = {"method": method, "num_speculative_tokens": RECORDED.num_speculative_tokens}
+    with LLM(device="cpu", speculative_config=drafting) as llm:
+        sampling = SamplingParams(temperature=RECORDED.temperature, max_tokens=RECORDED.max_tokens)
+        return measure(llm, prompts, sampling)
+
+
+def test_ngram_acceptance_is_as_recorded() -> None:
+    assert departures(RECORDED, acceptance("ngram")) == []
+
+
+@pytest.mark.parametrize(("wrong", "first"), [("Collapsing", 1), ("Shifted", 0)])
+def test_a_drafter_gone_wrong_departs(wrong: str, first: int) -> None:
+    found = departures(RECORDED, acceptance(f"{__name__}:{wrong}"))
+    assert min(departure.position for departure in found if departure.measured < departure.expected) == first
+    assert ("every position fell" in suspect(found)) == (first == 0)
+
+
+def test_it_writes_python() -> None:
+    """Of functions continued from their signature, most parse as far as they are complete."""
+    prompts = ["def read_json(path):\n", "def main(argv=None):\n", "def is_empty(items):\n", "def to_list(value):\n"]
+    with LLM(device="cpu") as llm:
+        outputs = llm.generate(
+            prompts, SamplingParams(temperature=0.0, max_tokens=200, stop=["\ndef ", "\nclass ", "\n@"])
+        )
+    parsed = sum(parses(prompt + output.outputs[0].text) for prompt, output in zip(prompts, outputs, strict=True))
+    assert parsed >= 3
+
+
+def parses(text: str) -> bool:
+    lines = text.splitlines()
+    for end in range(len(lines), 1, -1):  # the last lines may be cut short
+        try:
+            ast.parse("\n".join(lines[:end]))
+        except SyntaxError:
+            continue
+        return end >= 0.5 * len(lines)
+    return False
+
+
+def test_transformers_loads_it_unchanged_and_agrees() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = BUNDLED / "model"
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    prompt: Sequence[int] = AutoTokenizer.from_pretrained(path).encode("class Node:\n    def __init__(self")
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False)[0, len(prompt) :].tolist()
+    with LLM(device="cpu", dtype="float32") as llm:
+        got = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=48))[0].outputs[0].token_ids
+    assert got == expected[: len(got)]
+
+
+def test_chat_edits_code() -> None:
+    body = "    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n"
+    code = f"```python\ndef average(values):\n{body}```"
+    with LLM(device="cpu") as llm:
+        messages = [{"role": "user", "content": f"Add a docstring to this function.\n\n{code}"}]
+        answer = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=160))[0].outputs[0].text
+    assert "def average(values):" in answer and '"""' in answer and body in answer
+
+
+def test_prompts_name_their_sources_and_licences() -> None:
+    for line in HELD_OUT.read_text().splitlines():
+        assert json.loads(line)["source"].keys() >= {"package", "version", "licence", "path"}
+    assert isinstance(read_prompts(HELD_OUT), PromptSet)

@@ -1,0 +1,329 @@
+"""Faults of one request, of the options, and of a part at work: the right exception, and nobody else harmed.
+
+What is wrong with the files of a checkpoint stands in `unit/load/test_checkpoint_faults.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import Case, Right, cache_bytes, plugin, program, prompt, run
+from outrider import (
+    LLM,
+    CapacityError,
+    DraftContext,
+    Drafter,
+    EngineDeadError,
+    HostDrafter,
+    OptionError,
+    OutriderError,
+    PromptError,
+    SamplingError,
+    SamplingParams,
+)
+from outrider.tensors import Draft
+
+MAX_LEN = 64
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+CHECKS = [Case.of(5, 1, temperature=0.0), Case.of(17, 2, temperature=0.8), Case.of(17, 3, detokenize=True)]
+
+
+@pytest.fixture(scope="module")
+def path(tiny: Callable[..., Path]) -> Path:
+    return tiny("qwen3", eos_token_id=[7, 8])
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path) -> Any:
+    with LLM(str(path), max_model_len=MAX_LEN) as llm:
+        return run(llm, CHECKS)
+
+
+@pytest.fixture
+def llm(path: Path, expected: Any) -> Iterator[LLM]:
+    """An engine that must serve as before, with all blocks accounted for, whatever a test asked of it."""
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=NGRAM) as llm:
+        yield llm
+        assert not llm.engine.has_work
+        llm.engine._scheduler.check_idle()
+        assert run(llm, CHECKS) == expected
+
+
+BAD_PROMPTS: dict[str, tuple[Any, str]] = {
+    "empty": ([[]], "prompt is empty"),
+    "empty-text": ("", "prompt is empty"),
+    "too-long": ([[1] * MAX_LEN], f"{MAX_LEN} tokens.*at most {MAX_LEN - 1}"),
+    "id-past-the-vocabulary": ([[1, 260]], "token id 260 is outside the vocabulary of 260"),
+    "negative-id": ([[-1]], "token id -1"),
+    "id-past-int64": ([[2**70]], str(2**70)),
+    "ids-of-text": ([["a"]], r"whole numbers: \['a'\]"),
+    "ids-of-floats": ([[1.0, 2.0]], r"whole numbers: \[1.0, 2.0\]"),
+    "booleans": ([True, False], "whole numbers"),
+    "floats": ([1.5], "1.5"),
+    "none": ([None], "None"),
+    "number": ({"prompt_token_ids": 5}, "5"),
+    "record-of-nothing": ({}, "prompt or prompt_token_ids"),
+    "record-of-something-else": ({"promt": "a"}, "promt"),
+    "record-of-none": ({"prompt": None}, "None"),
+    "bytes": ([b"ab"], "whole numbers: b'ab'"),
+    "one-bad-of-several": ([[1, 2], [3, 4], [999]], "token id 999"),
+    "too-long-after-good": (["abc", [2] * 200], "200 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompts(llm: LLM, name: str) -> None:
+    given, message = BAD_PROMPTS[name]
+    with pytest.raises(PromptError, match=message):
+        llm.generate(given, SamplingParams(max_tokens=4))
+    if not isinstance(given, list):
+        with pytest.raises(PromptError, match=message):
+            llm.stream(given)
+
+
+def test_as_many_sampling_params_as_prompts(llm: LLM) -> None:
+    with pytest.raises(PromptError, match="2 sampling params for 3 prompts"):
+        llm.generate([[1], [2], [3]], [SamplingParams()] * 2)
+
+
+def test_conversations(llm: LLM) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        llm.chat([])
+    with pytest.raises(PromptError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "hi"}])
+
+
+BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
+    *[({name: math.nan}, f"{name}.*nan") for name in ("temperature", "top_p", "min_p")],
+    *[({name: math.inf}, f"{name}.*inf") for name in ("temperature", "top_p", "min_p")],
+    *[({name: -0.5}, f"{name}.*-0.5") for name in ("temperature", "top_p", "min_p")],
+    *[({name: "x"}, f"{name}.*'x'") for name in ("temperature", "top_p", "top_k", "n", "max_tokens", "seed")],
+    *[({name: 1.5}, f"{name}.*1.5") for name in ("top_k", "n", "max_tokens", "min_tokens", "seed")],
+    *[({name: True}, f"{name}.*True") for name in ("temperature", "top_k", "n", "max_tokens", "seed")],
+    *[({name: -2}, f"{name}.*-2") for name in ("top_k", "n", "max_tokens", "min_tokens", "seed")],
+    ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\]: 0.0"),
+    ({"top_p": 1.1}, "top_p.*1.1"),
+    ({"n": 0}, "n must.*0"),
+    ({"max_tokens": 0}, "max_tokens.*0"),
+    ({"seed": 2**63}, f"seed.*{2**63}"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens 5 is more than max_tokens 4"),
+    ({"stop": "a", "detokenize": False}, "detokenize"),
+    ({"stop": ["a", ""]}, "non-empty"),
+    ({"stop": [1]}, r"\(1,\)"),
+    ({"stop_token_ids": [-1]}, "-1"),
+    ({"stop_token_ids": ["a"]}, "'a'"),
+    ({"stop_token_ids": list(range(16))}, "16 ids; give at most 15"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_SAMPLING, ids=repr)
+def test_bad_sampling(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SamplingError, match=message):
+        SamplingParams(**given)
+
+
+EXTREMES: list[dict[str, Any]] = [
+    {"temperature": 1e-45},
+    {"temperature": 1e-30},
+    {"temperature": 1e38},
+    {"temperature": 1e300},
+    {"top_p": 1e-300},
+    {"min_p": 1.0},
+    {"min_p": 1e-300},
+    {"top_k": 10**6},
+    {"top_k": 2**40},
+    {"max_tokens": 2**62},
+    {"max_tokens": None, "min_tokens": 2**40},
+    {"stop_token_ids": [2**62]},
+    {"stop_token_ids": [2**64]},
+    {"stop_token_ids": list(range(100, 115)), "ignore_eos": False},  # and two end-of-text tokens of the model's own
+    {"stop_token_ids": list(range(100, 115)), "ignore_eos": False, "min_tokens": 8},
+    {"seed": 2**63 - 1, "n": 3},
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=repr)
+def test_extremes_are_served_or_refused_and_harm_nobody(llm: LLM, expected: Any, extreme: dict[str, Any]) -> None:
+    try:
+        cases = [*CHECKS, Case.of(6, 6, **extreme)]
+        found = run(llm, cases)
+    except (SamplingError, PromptError):
+        return
+    assert found[:-1] == expected
+    assert all(0 <= token < 260 for tokens, *_ in found[-1] for token in tokens)
+    assert all(tokens for tokens, *_ in found[-1])
+
+
+def test_a_callback_that_raises(llm: LLM) -> None:
+    def refuse(finished: int, total: int) -> None:
+        raise LookupError(f"{finished} of {total}")
+
+    with pytest.raises(LookupError, match="1 of 4"):
+        llm.generate([[1, 2]] * 4, SamplingParams(detokenize=False), progress=refuse)
+
+
+def test_requests_by_hand(llm: LLM) -> None:
+    engine, sampling = llm.engine, SamplingParams(max_tokens=3, detokenize=False)
+    engine.add("a", [1, 2], sampling)
+    with pytest.raises(OutriderError, match="request id is in use: a"):
+        engine.add("a", [3], sampling)
+    with pytest.raises(PromptError, match="empty"):
+        engine.add("b", [], sampling)
+    engine.abort("never added")
+    engine.abort("a")
+    engine.abort("a")
+    assert engine.step() == []
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"max_model_length": 5}, "unknown option: max_model_length .*did you mean max_model_len"),
+    "runner": ({"runner": "eagre"}, "unknown runner: eagre .*did you mean eager"),
+    "dtype": ({"dtype": "float23"}, "unknown dtype: float23 .*did you mean float32"),
+    "device": ({"device": "warp"}, "unknown device: warp"),
+    "no-such-gpu": ({"device": "cuda:77"}, "no such device: cuda:77"),
+    "load-format": ({"load_format": "gguf"}, "unknown load_format: gguf"),
+    "verifier": ({"verifier": "exakt"}, "unknown verifier: exakt .*did you mean exact"),
+    "rates-of-another": ({"synthetic_rates": [0.5]}, "synthetic_rates"),
+    "no-rates": ({"verifier": "synthetic"}, "needs rates"),
+    "zero-length": ({"max_model_len": 0}, "max_model_len must be.*: 0"),
+    "length-of-text": ({"max_model_len": "64"}, "max_model_len must be.*'64'"),
+    "past-the-positions": ({"max_model_len": 257}, "max_model_len 257.*at most 256"),
+    "no-sequences": ({"max_num_seqs": 0}, "max_num_seqs must be.*: 0"),
+    "no-memory": ({"kv_cache_memory": -1}, "kv_cache_memory must be.*: -1"),
+    "utilization": ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization.*1.5"),
+    "ranks": ({"tensor_parallel_size": 0}, "tensor_parallel_size.*0"),
+    "narrow-steps": ({"max_num_batched_tokens": 3, "max_num_seqs": 4}, "max_num_batched_tokens 3"),
+    "steps-of-drafts": (
+        {"max_num_batched_tokens": 3, "max_num_seqs": 1, "speculative_config": NGRAM},
+        "tokens 3 .* 3 d",
+    ),
+    "no-method": ({"speculative_config": {"num_speculative_tokens": 3}}, "needs a method: None"),
+    "method": ({"speculative_config": {"method": "ngrm"}}, "unknown drafting method: ngrm .*did you mean ngram"),
+    "no-module": ({"speculative_config": {"method": "nowhere:Class"}}, "cannot import drafter nowhere:Class"),
+    "no-class": ({"speculative_config": {"method": "checkpoints:Nobody"}}, "cannot import drafter.*Nobody"),
+    "no-drafter": ({"speculative_config": {"method": "checkpoints:Case"}}, "must be a subclass of outrider.Drafter"),
+    "key": ({"speculative_config": {**NGRAM, "lookup_max": 3}}, "ngram has no option lookup_max .*prompt_lookup_max"),
+    "many-drafts": ({"speculative_config": {**NGRAM, "num_speculative_tokens": 33}}, "from 1 to 32: 33"),
+    "no-drafts": ({"speculative_config": {**NGRAM, "num_speculative_tokens": 0}}, "from 1 to 32: 0"),
+    "drafts-of-none": ({"speculative_config": {"method": "none", "num_speculative_tokens": 2}}, "drafts nothing.*2"),
+    "drafts-of-text": ({"speculative_config": {**NGRAM, "num_speculative_tokens": "4"}}, "num_speculative_tokens.*'4'"),
+    "broken-drafts": ({"speculative_config": {**NGRAM, "num_speculative_tokens": 2.5}}, "num_speculative_tokens.*2.5"),
+    "lookup": ({"speculative_config": {**NGRAM, "prompt_lookup_min": 4, "prompt_lookup_max": 3}}, "3 is less than 4"),
+    "lookup-of-text": ({"speculative_config": {**NGRAM, "prompt_lookup_min": "2"}}, "prompt_lookup_min.*'2'"),
+    "config-of-text": ({"speculative_config": "ngram"}, "speculative_config.*ngram"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options(path: Path, name: str) -> None:
+    given, message = BAD_OPTIONS[name]
+    with pytest.raises(OptionError, match=message):
+        LLM(str(path), **given)
+
+
+def test_no_memory_for_one_sequence(path: Path) -> None:
+    with pytest.raises(CapacityError, match=r"max_model_len 64 needs 0\.0 MiB|lower max_model_len"):
+        LLM(str(path), max_model_len=MAX_LEN, kv_cache_memory=cache_bytes(3))
+    with LLM(str(path), max_model_len=MAX_LEN, kv_cache_memory=cache_bytes(4)) as llm:
+        assert len(run(llm, [Case.of(60, 1, max_tokens=None)])[0][0][0]) == 4
+
+
+class Failing(HostDrafter):
+    """Works for a while."""
+
+    name = "failing"
+    left = 5
+
+    def guess(self, slot: int, tokens: list[int]) -> list[int]:
+        self.left -= 1
+        if self.left < 0:
+            raise LookupError("the drafter lost its way")
+        return tokens[-2:]
+
+
+class Outside(HostDrafter):
+    name = "outside"
+
+    def guess(self, slot: int, tokens: list[int]) -> list[int]:
+        return [1, 260]
+
+
+class Misshapen(Drafter):
+    """Proposals that are not what a `Draft` is: `spoil` changes a right one."""
+
+    name = "misshapen"
+    needs = frozenset()
+    spoil: Callable[[Draft], Draft]
+
+    def propose(self, context: DraftContext) -> Draft:
+        size = context.batch.slot.shape[0]
+        tokens = torch.zeros((size, self.num_drafts), dtype=torch.int64)
+        return Misshapen.spoil(Draft(tokens, torch.full((size,), self.num_drafts, dtype=torch.int32), None))
+
+
+SPOILS: dict[str, Callable[[Draft], Draft]] = {
+    "too-wide": lambda draft: Draft(torch.zeros((len(draft.tokens), 9), dtype=torch.int64), draft.length, None),
+    "too-narrow": lambda draft: Draft(draft.tokens[:, :1], draft.length, None),
+    "a-row-too-many": lambda draft: Draft(draft.tokens.repeat(3, 1), draft.length.repeat(3), None),
+    "longer-than-k": lambda draft: Draft(draft.tokens, draft.length + 5, None),
+    "negative-length": lambda draft: Draft(draft.tokens, -draft.length, None),
+    "outside": lambda draft: Draft(draft.tokens + 260, draft.length, None),
+    "negative": lambda draft: Draft(draft.tokens - 1, draft.length, None),
+    "floats": lambda draft: Draft(draft.tokens.float() + 0.5, draft.length, None),
+    "nothing": lambda draft: None,  # type: ignore[dict-item, return-value]
+}
+
+
+def die(llm: LLM) -> EngineDeadError:
+    """Runs until the engine fails; it must say so, then and at every later call."""
+    with pytest.raises(EngineDeadError) as died:
+        run(llm, [Case.of(9, salt, max_tokens=40) for salt in range(3)])
+    assert died.value.__cause__ is not None
+    for call in (lambda: run(llm, CHECKS), lambda: llm.stream([1, 2]), llm.engine.step):
+        with pytest.raises(EngineDeadError, match=r"failed earlier.*build a new one") as refused:
+            call()
+        assert refused.value.__cause__ is died.value.__cause__
+    return died.value
+
+
+def test_a_drafter_that_raises(path: Path) -> None:
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Failing)) as llm:
+        died = die(llm)
+        assert "the drafter lost its way" in str(died) and isinstance(died.__cause__, LookupError)
+
+
+def test_blocks_are_conserved_when_the_engine_fails(path: Path) -> None:
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Failing)) as llm:
+        die(llm)
+        assert not llm.engine.has_work
+        llm.engine._scheduler.check_idle()
+
+
+def test_a_drafter_that_guesses_outside_the_vocabulary(path: Path) -> None:
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Outside)) as llm:
+        died = die(llm)
+        assert "Outside guessed token 260, outside the vocabulary of 260" in str(died)
+        assert isinstance(died.__cause__, OptionError)
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_a_drafter_with_proposals_of_the_wrong_shape(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Misshapen, "spoil", staticmethod(SPOILS[name]), raising=False)
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Misshapen, 3)) as llm:  # type: ignore[arg-type]
+        die(llm)
+
+
+def test_a_model_that_fails_in_the_middle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Right)) as llm:
+        stream = llm.stream(prompt(9), SamplingParams(max_tokens=30, detokenize=False))
+        next(stream)
+        monkeypatch.setattr(program(llm), "_model", None)
+        with pytest.raises(EngineDeadError) as died:
+            list(stream)
+        assert isinstance(died.value.__cause__, AttributeError)

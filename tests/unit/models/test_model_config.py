@@ -1,0 +1,104 @@
+"""What is read out of a config.json, in the spellings that are about."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from outrider.layers.parameter import Allocator
+from outrider.layers.rope import LinearScaling, Llama3Scaling, Rope
+from outrider.models.config import ModelConfig, token_ids
+from outrider.models.registry import MODELS, find_model
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tiny: Callable[..., Path]) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((tiny("qwen3") / "config.json").read_text())
+    return loaded
+
+
+def test_sizes(config: dict[str, Any]) -> None:
+    read = ModelConfig.from_dict(config)
+    assert (read.architecture, read.vocab_size, read.hidden_size) == ("Qwen3ForCausalLM", 260, 48)
+    assert (read.num_layers, read.num_heads, read.num_kv_heads, read.head_dim) == (2, 4, 2, 16)
+    assert (read.intermediate_size, read.max_position_embeddings, read.dtype) == (80, 256, torch.float32)
+
+
+def test_what_may_be_left_out(config: dict[str, Any]) -> None:
+    for key in ("num_key_value_heads", "head_dim", "tie_word_embeddings", "rope_parameters", "dtype", "eos_token_id"):
+        config.pop(key, None)
+    read = ModelConfig.from_dict(config)
+    assert (read.num_kv_heads, read.head_dim, read.tie_word_embeddings) == (4, 12, False)
+    assert (read.rope, read.dtype, read.eos_token_ids) == (Rope(), torch.float32, ())
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", "torch.bfloat16"])
+def test_both_spellings_of_the_dtype(config: dict[str, Any], key: str, value: str) -> None:
+    del config["dtype"]
+    assert ModelConfig.from_dict({**config, key: value}).dtype is torch.bfloat16
+
+
+def test_end_of_text() -> None:
+    assert (token_ids(None), token_ids(0), token_ids([3, 4])) == ((), (0,), (3, 4))
+
+
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_both_spellings_of_rope(kind: str) -> None:
+    expected = Rope(5e5, Llama3Scaling(**LLAMA3))
+    assert Rope.from_config({"rope_theta": 5e5, "rope_scaling": {kind: "llama3", **LLAMA3}}) == expected
+    assert Rope.from_config({"rope_parameters": {"rope_theta": 5e5, kind: "llama3", **LLAMA3}}) == expected
+    assert Rope.from_config({"rope_theta": 7.0, "rope_scaling": {kind: "linear", "factor": 2}}) == Rope(
+        7.0, LinearScaling(2)
+    )
+    assert Rope.from_config({"rope_theta": 7.0, "rope_scaling": None}) == Rope(7.0)
+
+
+@pytest.mark.parametrize("parameters", [{"rope_type": "llama3", **LLAMA3}, {"rope_type": "linear", "factor": 3.0}, {}])
+def test_rope_frequencies_are_those_of_transformers(parameters: dict[str, Any]) -> None:
+    given = {"rope_theta": 5e5, "rope_type": "default", **parameters}
+    size, length = 64, 300
+    table = Rope.from_config({"rope_parameters": given}).table(length, size, CPU)
+    assert table.shape == (length, size) and table.dtype == torch.float32
+    if parameters:
+        llama = LlamaConfig(head_dim=size, max_position_embeddings=1024, rope_parameters=given)
+        frequency, scale = ROPE_INIT_FUNCTIONS[given["rope_type"]](llama, CPU)
+        assert scale == 1.0
+    else:
+        frequency = 5e5 ** -(torch.arange(0, size, 2) / size)
+    angle = torch.outer(torch.arange(length).float(), frequency)
+    torch.testing.assert_close(table, torch.cat((angle.cos(), angle.sin()), -1), atol=2e-5, rtol=0)
+
+
+def test_rope_scalings_change_what_they_should() -> None:
+    frequency = torch.tensor([1.0, 2 * math.pi / 100])  # wavelengths of 6 and of 100 tokens
+    scaled = Llama3Scaling(**LLAMA3).scale(frequency)
+    assert scaled.tolist() == pytest.approx([1.0, 2 * math.pi / 800])
+    assert LinearScaling(4.0).scale(frequency).tolist() == pytest.approx([0.25, 2 * math.pi / 400])
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_parameter_has_one_name(architecture: str, config: dict[str, Any]) -> None:
+    read = ModelConfig.from_dict({**config, "architectures": [architecture]})
+    model = find_model(architecture)(read, 32, Allocator.on(CPU, torch.float32))
+    weights = model.weights()
+    for weight in weights.values():
+        assert weight.isnan().all(), "NaN until it is loaded"
+        weight.zero_()
+    for owner in (model.embedding, model.norm, model.head, *model.layers):
+        assert not any(weight.isnan().any() for weight in owner.weights("").values())
+    assert ("model.layers.0.self_attn.q_norm.weight" in weights) == (architecture == "Qwen3ForCausalLM")
+    layout = model.cache_layout(16)
+    assert layout.bytes_per_block == 2 * 2 * 2 * 16 * 16 * 4
+    assert sum(cache.key.nbytes + cache.value.nbytes for cache in layout.allocate(3, CPU)) == 3 * layout.bytes_per_block

@@ -1,0 +1,70 @@
+"""Memory is counted before anything is loaded, and the count is true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import cache_bytes, program
+from outrider import LLM, CapacityError
+from outrider.config import EngineOptions, resolve
+from outrider.runner import memory
+from outrider.runner.memory import MemoryPlan
+
+BLOCK = cache_bytes(1)
+
+
+def plan(path: Path, **options: Any) -> MemoryPlan:
+    return resolve(EngineOptions.from_kwargs(model=str(path), device="cpu", **options)).runner.memory
+
+
+@pytest.fixture
+def path(tiny: Callable[..., Path]) -> Path:
+    return tiny("qwen3")
+
+
+@pytest.mark.parametrize("spare", [0, 1, BLOCK - 1])
+def test_as_many_blocks_as_the_bytes_hold(path: Path, spare: int) -> None:
+    found = plan(path, max_model_len=64, kv_cache_memory=9 * BLOCK + spare)
+    assert (found.bytes_per_block, found.num_blocks, found.num_tokens) == (BLOCK, 9, 144)
+    assert found.cache == 9 * BLOCK
+    assert found.to_dict()["num_tokens"] == 144
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 63, 64])
+def test_one_whole_sequence_must_fit(path: Path, length: int) -> None:
+    blocks = -(-length // 16)
+    assert plan(path, max_model_len=length, kv_cache_memory=blocks * BLOCK).num_blocks == blocks
+    with pytest.raises(CapacityError, match=f"max_model_len {length} .*lower max_model_len or raise kv_cache_memory"):
+        plan(path, max_model_len=length, kv_cache_memory=blocks * BLOCK - 1)
+
+
+def test_unasked_it_takes_a_share_of_what_is_free(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = plan(path, max_model_len=64, max_num_seqs=8)
+    assert used.num_blocks == 8 * 4, "no more than all sequences could fill"
+    free = 4 * (used.weights + used.workspace + 11 * BLOCK)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    assert plan(path, max_model_len=64, max_num_seqs=8).num_blocks == 11
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    with pytest.raises(CapacityError, match=r"there is room for 0\.0 MiB"):
+        plan(path, max_model_len=64)
+
+
+def test_more_rows_need_more_room(path: Path) -> None:
+    base = plan(path, max_model_len=64, max_num_seqs=8).workspace
+    drafting = {"method": "ngram", "num_speculative_tokens": 4}
+    assert plan(path, max_model_len=64, max_num_seqs=16).workspace > base
+    assert plan(path, max_model_len=64, max_num_seqs=8, max_num_batched_tokens=4096).workspace > base
+    assert plan(path, max_model_len=64, max_num_seqs=8, speculative_config=drafting).workspace > base
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_planned_is_what_is_held(path: Path, dtype: str) -> None:
+    with LLM(str(path), max_model_len=64, dtype=dtype, kv_cache_memory=7 * BLOCK, device="cpu") as llm:
+        planned, running = llm.engine.resolved.runner.memory, program(llm)
+        assert sum(layer.key.nbytes + layer.value.nbytes for layer in running._cache) == planned.cache
+        assert sum(weight.nbytes for weight in running._model.weights().values()) == planned.weights
+        assert llm.engine._scheduler.cache.num_blocks == planned.num_blocks == 7
