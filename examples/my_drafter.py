@@ -1,6 +1,6 @@
 """A drafter of one's own in plain Python: guesses that whatever followed the last token will follow it again.
 
-    PYTHONPATH=examples outrider generate --prompt "def main():" --draft my_drafter:LastTime --compare
+PYTHONPATH=examples outrider generate --prompt "def main():" --draft my_drafter:LastTime --compare
 """
 
 from collections.abc import Sequence

@@ -43,10 +43,6 @@ WANTING: dict[str, dict[str, Any]] = {  # sampling that makes a step want the pr
 }
 
 
-def features_used(llm: LLM) -> frozenset[Feature]:
-    return frozenset().union(*(part.needs for part in llm.engine.resolved.parts))
-
-
 def verify_promise(runner: type[Any], options: dict[str, Any], cases: list[Case], expected: Any) -> frozenset[Feature]:
     """Runs a configuration on a runner, or has it refused, and checks which; the features that were exercised."""
     resolved = resolve(EngineOptions.from_kwargs(runner=runner.name, **options))
@@ -69,7 +65,7 @@ def verify_promise(runner: type[Any], options: dict[str, Any], cases: list[Case]
             assert found == expected
         assert [len(ones[0][0]) for ones in found] == [case.sampling.max_tokens for case in cases]
         llm.engine._scheduler.check_idle()
-        return features_used(llm)
+        return frozenset().union(*(part.needs for part in resolved.parts))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +137,7 @@ class Opinionated(Drafter):
 
     name = "opinionated"
     needs = frozenset({Feature.DRAFT_LOGITS})
+    gives_logits = True
 
     def propose(self, context: DraftContext) -> Draft:
         size = len(context.batch.slot)

@@ -14,7 +14,9 @@ from outrider.cli import main as cli
 SHORT = ["--max-tokens", "12"]
 
 
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
+def run(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command."""
     monkeypatch.setattr(sys, "argv", ["outrider", *arguments])
     try:
@@ -94,19 +96,30 @@ def test_accept_json_and_record_and_departure(outrider: Any, tmp_path: Path) -> 
 def test_accept_refuses_an_expectation_of_another_run(outrider: Any, tmp_path: Path) -> None:
     expectation = tmp_path / "acceptance.json"
     outrider("accept", "--record", str(expectation), "--num-prompts", "2", "--max-tokens", "16", "--json")
-    code, _, err = outrider("accept", "--expect", str(expectation), "--num-prompts", "3", "--max-tokens", "16", "--json")
+    code, _, err = outrider(
+        "accept", "--expect", str(expectation), "--num-prompts", "3", "--max-tokens", "16", "--json"
+    )
     assert code == 2 and "prompts" in err
 
 
 @pytest.mark.parametrize("kind", ["latency", "throughput"])
 def test_bench_json(outrider: Any, kind: str) -> None:
     concurrency = ["--concurrency", "1,3"] if kind == "throughput" else []
-    code, out, _ = outrider("bench", kind, "--input-len", "8", "--output-len", "8", "--repeats", "1", "--json", *concurrency)
+    code, out, _ = outrider(
+        "bench", kind, "--input-len", "8", "--output-len", "8", "--repeats", "1", "--json", *concurrency
+    )
     result = json.loads(out)
     assert code == 0
     assert result.keys() >= {"config", "command", "commit", "device", "versions", "rows"}
     for row in result["rows"]:
-        assert row.keys() >= {"concurrency", "tokens_per_second", "step_ms", "parts_ms", "floor_ms", "acceptance_length"}
+        assert row.keys() >= {
+            "concurrency",
+            "tokens_per_second",
+            "step_ms",
+            "parts_ms",
+            "floor_ms",
+            "acceptance_length",
+        }
 
 
 @pytest.mark.parametrize(

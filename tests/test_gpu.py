@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
 
+import checkpoints
 from outrider import LLM, SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -19,7 +19,9 @@ PROMPTS = [[int(token) for token in torch.randint(256, (length,), generator=torc
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False),
-    "sampled": SamplingParams(temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, seed=5, max_tokens=40, detokenize=False),
+    "sampled": SamplingParams(
+        temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, seed=5, max_tokens=40, detokenize=False
+    ),
 }
 
 
@@ -56,5 +58,7 @@ def test_bundled_model_writes_the_same_text_with_drafts() -> None:
     texts = []
     for drafting in (None, NGRAM):
         with LLM(device="cuda", dtype="float32", speculative_config=drafting) as llm:
-            texts.append([output.outputs[0].text for output in llm.generate(["def main():\n", "import os\n"], sampling)])
+            texts.append(
+                [output.outputs[0].text for output in llm.generate(["def main():\n", "import os\n"], sampling)]
+            )
     assert texts[0] == texts[1]

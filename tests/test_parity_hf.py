@@ -30,6 +30,12 @@ TOLERANCE = 2e-5
 """Largest error over the largest logit. Both sides add up float32 in different orders; two layers of sums over
 80 terms round to about 1e-6, and every mutation below is off by more than 1e-3."""
 
+FEW_ROWS = 16
+"""Steps of more tokens may round what meets weights of 16 bits; see `kernels.linear`."""
+
+ROUNDED = 3e-2
+"""TOLERANCE there: activations of 8 bits, rounded some 20 times on their way."""
+
 MAX_LEN = 96
 OUTPUT = 24
 LLAMA3 = {
@@ -138,18 +144,21 @@ def complete(llm: LLM, texts: Sequence[Sequence[int]], output: int = OUTPUT) -> 
     return [one.prompt_token_ids + one.outputs[0].token_ids for one in outputs]
 
 
-def check(model: PreTrainedModel, recorder: Recorder, texts: Sequence[Sequence[int]], whole: list[list[int]]) -> float:
-    """Every prefix from the prompt on was seen, and its logits are the model's; the largest relative error."""
-    worst = 0.0
+def check(
+    model: PreTrainedModel,
+    recorder: Recorder,
+    texts: Sequence[Sequence[int]],
+    whole: list[list[int]],
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Every prefix from the prompt on was seen, and its logits are the model's."""
     for text, sequence in zip(texts, whole, strict=True):
         with torch.inference_mode():
             expected = model(torch.tensor([sequence])).logits[0]
         for end in range(len(text), len(sequence)):
             seen = recorder.seen[tuple(sequence[:end])]
             error = ((seen - expected[end - 1]).abs().max() / expected[end - 1].abs().max()).item()
-            assert error <= TOLERANCE, f"logits after {end} tokens of a prompt of {len(text)} are off by {error:.1e}"
-            worst = max(worst, error)
-    return worst
+            assert error <= tolerance, f"logits after {end} tokens of a prompt of {len(text)} are off by {error:.1e}"
 
 
 def follow(model: PreTrainedModel, text: Sequence[int], output: int = OUTPUT) -> list[int]:
@@ -167,7 +176,8 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
 ) -> None:
     of, texts = subject(name), prompts()
     monkeypatch.setattr(Knowing, "known", of.followed)
-    llm, recorder = serve(of.path, **WAYS[way])
+    options = {"max_num_batched_tokens": FEW_ROWS, **WAYS[way]} if "bfloat16" in name else WAYS[way]
+    llm, recorder = serve(of.path, **options)
     if way == "prefixes":
         complete(llm, texts, output=1)
         recorder.seen.clear()
@@ -188,6 +198,12 @@ def test_positions_up_to_the_last_are_right(subject: Callable[[str], Subject]) -
     whole = complete(llm, texts, output=50)
     assert [len(sequence) for sequence in whole] == [MAX_LEN, MAX_LEN]
     check(of.model, recorder, texts, whole)
+
+
+def test_long_steps_with_bfloat16_weights_stay_close(subject: Callable[[str], Subject]) -> None:
+    of, texts = subject("qwen3-bfloat16"), prompts()
+    llm, recorder = serve(of.path)
+    check(of.model, recorder, texts, complete(llm, texts), ROUNDED)
 
 
 def shift_later_positions(llm: LLM) -> None:

@@ -40,9 +40,7 @@ def write_checkpoint(model: Model, tokenizer: Path, out: Path) -> None:
     generation = {"eos_token_id": [EOS, END_OF_TURN], "pad_token_id": EOS, "do_sample": False}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    weights = {
-        name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.named_parameters()
-    }
+    weights = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.named_parameters()}
     save_file(weights, out / "model.safetensors.tmp", metadata={"format": "pt"})
     (out / "model.safetensors.tmp").replace(out / "model.safetensors")
     for path in tokenizer.iterdir():

@@ -49,9 +49,7 @@ def cuts(text: str) -> list[int]:
     return found
 
 
-def completion_prompt(
-    document: dict[str, str], tokenizer: Tokenizer, rng: random.Random
-) -> tuple[str, str] | None:
+def completion_prompt(document: dict[str, str], tokenizer: Tokenizer, rng: random.Random) -> tuple[str, str] | None:
     """A (prompt, reference) pair: context from the start of a top-level block to where a function's body begins."""
     text = document["text"]
     if not text.isascii():

@@ -1,6 +1,6 @@
 """Trains the byte-level BPE tokenizer and saves it in the form that `transformers.AutoTokenizer` loads.
 
-    python tokenizer.py --work DIR --out DIR      reads train.jsonl and chat.jsonl, checks validation.jsonl
+python tokenizer.py --work DIR --out DIR      reads train.jsonl and chat.jsonl, checks validation.jsonl
 """
 
 from __future__ import annotations

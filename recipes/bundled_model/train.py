@@ -166,7 +166,9 @@ def write_samples(folder: Path, out: Path, device: torch.device) -> None:
 
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [json.loads(line)["prompt"] for line in (PROMPTS / "heldout_prompts.jsonl").read_text().splitlines()[::20]]
+    prompts = [
+        json.loads(line)["prompt"] for line in (PROMPTS / "heldout_prompts.jsonl").read_text().splitlines()[::20]
+    ]
     edits = [json.loads(line)["prompt"] for line in (PROMPTS / "edit_prompts.jsonl").read_text().splitlines()[:2]]
     request = "Write a function `is_even` that returns True if a number is even."
     chat = f"<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"

@@ -15,8 +15,9 @@ import torch
 
 from outrider.capability import Feature, Part
 from outrider.core.option import option
+from outrider.core.sampling import MAX_STOP_IDS
 from outrider.draft.registry import parse_speculative_config
-from outrider.errors import OptionError, nearest
+from outrider.errors import CheckpointError, OptionError, nearest
 from outrider.load.checkpoint import read_json
 from outrider.load.hub import locate
 from outrider.models.config import DTYPES, ModelConfig, token_ids
@@ -188,8 +189,8 @@ def _max_model_len(wanted: int | None, limit: int) -> int:
 def _eos_token_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
     """What ends a text: generation_config.json says it where there is one, else config.json."""
     path = directory / "generation_config.json"
-    if path.exists():
-        eos = read_json(path).get("eos_token_id")
-        if eos is not None:
-            return token_ids(eos)
-    return config.eos_token_ids
+    eos = token_ids(read_json(path).get("eos_token_id")) if path.exists() else ()
+    eos = eos or config.eos_token_ids
+    if len(eos) > MAX_STOP_IDS:
+        raise CheckpointError(f"{directory} names {len(eos)} end-of-text tokens: at most {MAX_STOP_IDS} are supported")
+    return eos

@@ -37,11 +37,19 @@ class Expectation:
     @classmethod
     def read(cls, path: Path) -> Expectation:
         """From acceptance.json; CheckpointError if the file is not one."""
+        given = read_json(path)
         try:
-            recorded = cls(**read_json(path))
-        except TypeError as error:
+            recorded = cls(**{**given, "rates": tuple(float(rate) for rate in given["rates"])})
+            numbers = (recorded.drafts, recorded.max_tokens, recorded.temperature, recorded.tolerance)
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                raise TypeError(f"drafts, max_tokens, temperature and tolerance must be numbers: {numbers}")
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not an acceptance record: {path}: {error}") from error
-        return Expectation(**{**asdict(recorded), "rates": tuple(recorded.rates)})
+        if len(recorded.rates) != recorded.num_speculative_tokens:
+            raise CheckpointError(
+                f"{path} records {len(recorded.rates)} rates for {recorded.num_speculative_tokens} drafts a round"
+            )
+        return recorded
 
     def write(self, path: Path) -> None:
         """As acceptance.json."""
@@ -99,20 +107,31 @@ def departures(expected: Expectation, report: AcceptanceReport) -> list[Departur
 
     Ratios are held too because a band on rates alone misses a collapse that spares position 0.
     """
+    if not report.drafts:
+        return [Departure("rate", 0, expected.rates[0], 0.0, expected.rates[0], 1.0)]
     found: list[Departure] = []
+    trials = (expected.drafts, report.drafts)
     for position, (then, now) in enumerate(zip(expected.rates, report.rates, strict=True)):
-        trials = min(expected.drafts, report.drafts)
         found += _outside("rate", position, then, now, trials, expected.tolerance)
-    accepted_before: Sequence[int] = report.per_position
     for position, (then, now) in enumerate(zip(expected.ratios, report.ratios, strict=True), start=1):
-        trials = min(accepted_before[position - 1], round(expected.rates[position - 1] * expected.drafts))
+        trials = (round(expected.rates[position - 1] * expected.drafts), report.per_position[position - 1])
         found += _outside("ratio", position, then, now, trials, expected.tolerance)
     return found
 
 
-def _outside(figure: str, position: int, then: float, now: float, trials: int, tolerance: float) -> list[Departure]:
-    # two samples of the same rate differ by sqrt(2) of one's standard error
-    noise = DEVIATIONS * math.sqrt(2 * max(then * (1 - then), 1e-4) / max(trials, 1))
+def _outside(
+    figure: str,
+    position: int,
+    then: float,
+    now: float,
+    trials: tuple[int, int],  # of the record, of this run
+    tolerance: float,
+) -> list[Departure]:
+    recorded, measured = trials
+    # what two samples of one rate differ by; one success and one failure are added, or a rate of 1 had no noise
+    pooled = (then * recorded + now * measured + 1) / (recorded + measured + 2)
+    deviation = math.sqrt(pooled * (1 - pooled) * (1 / max(recorded, 1) + 1 / max(measured, 1)))
+    noise = DEVIATIONS * deviation
     low, high = then * (1 - tolerance) - noise, then * (1 + tolerance) + noise
     return [] if low <= now <= high else [Departure(figure, position, then, now, low, high)]
 

@@ -10,7 +10,13 @@ from outrider.core.option import option
 from outrider.errors import SamplingError
 
 MAX_STOP_IDS = 16
-"""Most tokens that may end a request: the width of the device table that bars them before `min_tokens`."""
+"""Most `stop_token_ids` of a request; as many may be the model's own, and each has a column in a device table."""
+
+GREEDY_BELOW = 1e-5
+"""A temperature under this is 0: dividing logits by it leaves no second token a chance, and may overflow."""
+
+MAX_TEMPERATURE = 1e6
+"""Past this every token is as likely as any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +47,12 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         self._check()
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
     def _check(self) -> None:
         self._whole("n", 1)
-        self._within("temperature", 0.0, math.inf, open_above=True)
+        self._within("temperature", 0.0, MAX_TEMPERATURE)
         self._within("top_p", 0.0, 1.0, open_below=True)
         self._whole("top_k", 0)
         self._within("min_p", 0.0, 1.0)
@@ -64,23 +72,19 @@ class SamplingParams:
             raise SamplingError("stop strings need detokenize=True: give stop_token_ids instead, or detokenize")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.stop_token_ids):
             raise SamplingError(f"stop_token_ids must be token ids of 0 or more: {self.stop_token_ids!r}")
-        if len(set(self.stop_token_ids)) >= MAX_STOP_IDS:
-            raise SamplingError(f"stop_token_ids holds {len(self.stop_token_ids)} ids; give at most {MAX_STOP_IDS - 1}")
+        if len(set(self.stop_token_ids)) > MAX_STOP_IDS:
+            raise SamplingError(f"stop_token_ids holds {len(self.stop_token_ids)} ids; give at most {MAX_STOP_IDS}")
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least or value >= 2**63:
             raise SamplingError(f"{name} must be a whole number of {least} or more: {value!r}")
 
-    def _within(
-        self, name: str, low: float, high: float, *, open_below: bool = False, open_above: bool = False
-    ) -> None:
+    def _within(self, name: str, low: float, high: float, *, open_below: bool = False) -> None:
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        outside = not number or not low <= value <= high
-        if outside or (open_below and value == low) or (open_above and value == high):
-            bounds = f"{'(' if open_below else '['}{low:g}, {high:g}{')' if open_above else ']'}"
-            raise SamplingError(f"{name} must be a number in {bounds}: {value!r}")
+        if not number or not low <= value <= high or (open_below and value == low):
+            raise SamplingError(f"{name} must be a number in {'(' if open_below else '['}{low:g}, {high:g}]: {value!r}")
 
     @property
     def greedy(self) -> bool:

@@ -26,8 +26,15 @@ class DraftOptions:
     num_speculative_tokens: int = option(4, "tokens to draft a round (K)")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_speculative_tokens <= MAX_DRAFTS:
-            raise OptionError(f"num_speculative_tokens must be from 1 to {MAX_DRAFTS}: {self.num_speculative_tokens}")
+        self.check_whole("num_speculative_tokens", 1, MAX_DRAFTS)
+
+    def check_whole(self, name: str, least: int, most: int | None = None) -> None:
+        """OptionError unless the option is a whole number within bounds."""
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < least or (most is not None and value > most):
+            bounds = f"{least} or more" if most is None else f"from {least} to {most}"
+            raise OptionError(f"{name} must be a whole number, {bounds}: {value!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ class NgramOptions(DraftOptions):
 
     def __post_init__(self) -> None:
         DraftOptions.__post_init__(self)
-        if self.prompt_lookup_min < 1:
-            raise OptionError(f"prompt_lookup_min must be 1 or more: {self.prompt_lookup_min}")
+        self.check_whole("prompt_lookup_min", 1)
+        self.check_whole("prompt_lookup_max", 1)
         if self.prompt_lookup_max < self.prompt_lookup_min:
             raise OptionError(
                 f"prompt_lookup_max must be at least prompt_lookup_min: {self.prompt_lookup_max} is less than "

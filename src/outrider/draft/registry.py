@@ -40,6 +40,8 @@ def parse_speculative_config(config: Mapping[str, Any] | None) -> tuple[type[Dra
     """The method a `speculative_config` names and its options. OptionError for a key the method lacks."""
     if config is None:
         return NoDrafter, NoDrafter.Options()
+    if not isinstance(config, Mapping):
+        raise OptionError(f'speculative_config must map options to values, as {{"method": "ngram"}}: {config!r}')
     given = dict(config)
     method = given.pop("method", None)
     if not isinstance(method, str):

@@ -6,6 +6,12 @@ from collections.abc import Sequence
 
 from outrider.load.tokenizer import Tokenizer
 
+CONTEXT = 4
+"""Tokens of the prompt that the first token is decoded after."""
+
+CUT_SHORT = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder writes for bytes that are no whole character."""
+
 
 class Detokenizer:
     """One completion's text. Several tokens may arrive in one step; each is decoded on its own."""
@@ -22,7 +28,10 @@ class Detokenizer:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt[-4:]), skip_special_tokens=skip_special_tokens)
+        context = list(prompt[-CONTEXT:])
+        if tokenizer.decode(context).endswith(CUT_SHORT):
+            context = []  # the stream would write the prompt's part of the character again
+        self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
         self._skip_special_tokens = skip_special_tokens
         self._pending: list[int] = []  # tokens of a character that is not complete yet
         self._stop, self._include_stop = tuple(stop), include_stop

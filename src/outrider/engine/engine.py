@@ -13,7 +13,7 @@ from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import StepPlan
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
-from outrider.errors import EngineDeadError, InputError, PromptError
+from outrider.errors import EngineDeadError, InputError, PromptError, SamplingError
 from outrider.oracle import Choice, choose
 from outrider.runner.base import Pending
 from outrider.runner.registry import RUNNERS
@@ -54,7 +54,7 @@ class StepTimes:
 @dataclass(slots=True)
 class _Flight:
     plan: StepPlan
-    pending: Pending
+    pending: Pending | None = None  # None while it is being submitted
 
 
 class Engine:
@@ -90,6 +90,7 @@ class Engine:
         if request_id in self._requests:
             raise InputError(f"request id is in use: {request_id}")
         self._check_prompt(prompt)
+        self._check_stop_ids(sampling.stop_token_ids)
         self._num_requests += 1
         seed = sampling.seed
         if seed is None:
@@ -120,6 +121,12 @@ class Engine:
             if not 0 <= token < vocab_size:
                 raise PromptError(f"token id {token} is outside the vocabulary of {vocab_size}")
 
+    def _check_stop_ids(self, stop_ids: Sequence[int] | None) -> None:
+        vocab_size = self.resolved.runner.model_config.vocab_size
+        for token in stop_ids or ():
+            if token >= vocab_size:
+                raise SamplingError(f"stop token id {token} is outside the vocabulary of {vocab_size}: drop it")
+
     def abort(self, request_id: str) -> None:
         """Drops a request wherever it is; unknown ids are ignored, since it may just have ended."""
         self.finish(request_id, FinishReason.ABORT)
@@ -133,7 +140,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._scheduler.has_work
+        return self._cause_of_death is None and self._scheduler.has_work
 
     def acceptance(self) -> AcceptanceReport:
         """How drafts fared over the life of the engine."""
@@ -148,7 +155,7 @@ class Engine:
         try:
             return self._step()
         except Exception as error:
-            self._cause_of_death = error
+            self._die(error)
             raise EngineDeadError(f"the engine failed in a step: {error}") from error
 
     def _step(self) -> list[tuple[TokenDelta, Request]]:
@@ -157,13 +164,17 @@ class Engine:
         plan = self._scheduler.schedule() if len(self._in_flight) < self._worker.depth else None
         planned = clock()
         if plan is not None and plan.rows:
-            self._in_flight.append(_Flight(plan, self._worker.submit(plan)))
+            flight = _Flight(plan)
+            self._in_flight.append(flight)
+            flight.pending = self._worker.submit(plan)
             if len(self._in_flight) < self._worker.depth:
                 return []
         if not self._in_flight:
             return []
-        flight = self._in_flight.popleft()
+        flight = self._in_flight[0]
+        assert flight.pending is not None
         result = flight.pending.result()
+        self._in_flight.popleft()
         ran = clock()
         gained = [(delta, self._requests[delta.request_id]) for delta in self._scheduler.apply(flight.plan, result)]
         for delta, _ in gained:
@@ -176,6 +187,14 @@ class Engine:
         times.run += ran - planned
         times.apply += clock() - ran
         return gained
+
+    def _die(self, cause: Exception) -> None:
+        """Forgets every request, so that whoever waits for one is told instead of waiting on."""
+        self._cause_of_death = cause
+        self._requests.clear()
+        if self._in_flight:  # the worker failed; had the scheduler, its books could not be trusted to close
+            self._in_flight.clear()
+            self._scheduler.abandon()
 
     def _check_alive(self) -> None:
         if self._cause_of_death is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -31,18 +32,37 @@ class _Completion:
     request_id: str
     parent: RequestOutput
     output: CompletionOutput
-    detokenizer: Detokenizer | None
+    detokenizer: Detokenizer | None = None
+    pieces: deque[Piece] | None = None  # where a stream waits for them
 
 
 class Stream(Iterator[Piece]):
-    """A completion as it comes. `output` grows with it, and holds the acceptance once it has ended."""
+    """A completion as it comes. `output` grows with it, and holds the acceptance once it has ended.
 
-    def __init__(self, output: RequestOutput, pieces: Iterator[Piece]) -> None:
+    Closing it, or letting it go, aborts what is not finished.
+    """
+
+    def __init__(self, llm: LLM, output: RequestOutput, completions: dict[str, _Completion]) -> None:
+        """`LLM.stream` makes it."""
         self.output = output
-        self._pieces = pieces
+        self._llm, self._completions = llm, completions
+        self._pieces: deque[Piece] = deque()
+        for completion in completions.values():
+            completion.pieces = self._pieces
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        while not self._pieces:
+            if self.output.finished:
+                raise StopIteration
+            self._llm._advance()
+        return self._pieces.popleft()
+
+    def close(self) -> None:
+        """Aborts what is not finished. Idempotent."""
+        self._llm._abort(self._completions)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class LLM:
@@ -73,6 +93,7 @@ class LLM:
         self._engine = Engine(options, progress)
         self._tokenizer: Tokenizer | None = None
         self._num_requests = 0
+        self._completions: dict[str, _Completion] = {}  # under way, whoever waits for them
 
     @property
     def choice(self) -> Choice:
@@ -110,20 +131,15 @@ class LLM:
         sampling = _one_each(sampling_params, len(many))
         encoded = [self._encode(prompt) for prompt in many]
         outputs, completions = self._start(encoded, sampling)
-        left, total = dict(completions), len(completions)
+        left = set(completions)
         try:
             while left:
-                for delta, request in self._engine.step():
-                    completion = left.get(delta.request_id)
-                    if completion is not None:
-                        self._take(completion, delta, request)
-                        if completion.output.finish_reason is not None:
-                            del left[delta.request_id]
-                            if progress is not None:
-                                progress(total - len(left), total)
+                for request_id in left.intersection(self._advance()):
+                    left.remove(request_id)
+                    if progress is not None:
+                        progress(len(completions) - len(left), len(completions))
         finally:
-            for request_id in left:
-                self._engine.abort(request_id)
+            self._abort(completions)
         return outputs
 
     def chat(
@@ -145,19 +161,27 @@ class LLM:
         """Completes one prompt, token by token as they come; closing or dropping the stream aborts it."""
         sampling = sampling_params or SamplingParams()
         outputs, completions = self._start([self._encode(prompt)], [sampling])
-        return Stream(outputs[0], self._pieces(completions))
+        return Stream(self, outputs[0], completions)
 
-    def _pieces(self, completions: dict[str, _Completion]) -> Iterator[Piece]:
-        try:
-            while completions:
-                for delta, request in self._engine.step():
-                    completion = completions.get(delta.request_id)
-                    if completion is not None:
-                        yield from self._take(completion, delta, request)
-                        if completion.output.finish_reason is not None:
-                            del completions[delta.request_id]
-        finally:
-            for request_id in completions:
+    def _advance(self) -> list[str]:
+        """Runs one step, and hands every completion under way what it gained. Returns those that ended."""
+        ended = []
+        for delta, request in self._engine.step():
+            completion = self._completions.get(delta.request_id)
+            if completion is None:  # a request of somebody who drives the engine beside us
+                continue
+            pieces = self._take(completion, delta, request)
+            if completion.pieces is not None:
+                completion.pieces.extend(pieces)
+            if completion.output.finish_reason is not None:
+                del self._completions[delta.request_id]
+                ended.append(delta.request_id)
+        return ended
+
+    def _abort(self, completions: Iterable[str]) -> None:
+        """Drops those that are still under way."""
+        for request_id in completions:
+            if self._completions.pop(request_id, None) is not None:
                 self._engine.abort(request_id)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -184,14 +208,15 @@ class LLM:
                 for index in range(params.n):
                     request_id = f"{self._num_requests}-{index}"
                     own = params if params.seed is None else replace(params, seed=(params.seed + index) % 2**63)
-                    self._engine.add(request_id, ids, own)
                     output = CompletionOutput(index, "", [])
+                    self._engine.add(request_id, ids, own)
+                    completion = _Completion(request_id, parent, output)
+                    completions[request_id] = self._completions[request_id] = completion
+                    completion.detokenizer = self._detokenizer(ids, params)
                     parent.outputs.append(output)
-                    completions[request_id] = _Completion(request_id, parent, output, self._detokenizer(ids, params))
                 self._num_requests += 1
         except BaseException:
-            for request_id in completions:
-                self._engine.abort(request_id)
+            self._abort(completions)
             raise
         return outputs, completions
 
@@ -243,7 +268,8 @@ class LLM:
         if completion.detokenizer is not None:
             completion.detokenizer.finish()
         output.finish_reason = reason.value
-        if delta.stop_token is not None and delta.stop_token not in self._engine.resolved.eos_token_ids:
+        eos = (None, *self._engine.resolved.eos_token_ids)
+        if output.stop_reason is None and delta.stop_token not in eos:  # a stop string found before it is the reason
             output.stop_reason = delta.stop_token
         parent.acceptance += request.acceptance.report()
         parent.num_cached_tokens = max(parent.num_cached_tokens, request.num_cached)
@@ -279,6 +305,7 @@ def _one_each(given: SamplingParams | Sequence[SamplingParams] | None, count: in
 
 
 def _token_ids(ids: Any) -> list[int]:
-    if isinstance(ids, (str, bytes)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    listed = isinstance(ids, Sequence) and not isinstance(ids, (str, bytes))
+    if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise PromptError(f"token ids must be whole numbers: {ids!r}")
     return list(ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,13 +30,9 @@ WIDTH = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
 _STORED = {FLOAT32: (_F32, "f32"), BFLOAT16: (_I16, "i16"), FLOAT16: (ir.HalfType(), "f16")}
 
 
-def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    signature = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
-
-
 Int: TypeAlias = Any
-"""An int64 in LLVM. A parameter that is named like a tensor holds its address; strides are in bytes."""
+"""An int64 in LLVM; methods of `Emitter` take Python's as well. One named like a tensor is its address; strides are in
+bytes."""
 Real: TypeAlias = Any
 """A float64 in LLVM."""
 Vector: TypeAlias = Any
@@ -62,27 +58,52 @@ def emitted(emit: Callable[..., None]) -> Callable[..., None]:
     return made
 
 
+def _int(value: Any) -> Any:
+    return _I64(value) if isinstance(value, int) else value
+
+
 class Emitter:
     """Emits arithmetic on vectors of 16 float32 lanes."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
 
-    def _at(self, base: Int, index: Int, size: int, target: Any) -> Any:
-        builder = self.builder
-        return builder.inttoptr(self.plus(base, index, _I64(size)), target.as_pointer())
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        """Calls an LLVM intrinsic."""
+        signature = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        return self.builder.call(function, arguments)
 
-    def _lanes(self, lanes: list[int]) -> Any:
-        return ir.Constant(ir.VectorType(_I32, len(lanes)), [_I32(lane) for lane in lanes])
+    def pointer(self, base: Int, offset: Int, target: Any) -> Any:
+        """The address `offset` bytes after `base`, as a pointer."""
+        return self.builder.inttoptr(self.builder.add(base, _int(offset)), target.as_pointer())
+
+    def _at(self, base: Int, index: Int, size: int, target: Any) -> Any:
+        return self.pointer(base, self.times(index, size), target)
+
+    def shuffle(self, a: Vector, b: Vector, lanes: Iterable[int]) -> Vector:
+        """The lanes of a and b, one after the other, that are named."""
+        picked = [_I32(lane) for lane in lanes]
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(picked)), picked))
 
     def plus(self, base: Int, index: Int, stride: Int) -> Int:
         """base + index * stride."""
-        return self.builder.add(base, self.builder.mul(index, stride))
+        return self.builder.add(_int(base), self.times(index, stride))
+
+    def times(self, a: Int, b: Int) -> Int:
+        return self.builder.mul(_int(a), _int(b))
+
+    def least(self, a: Int, b: Int) -> Int:
+        a, b = _int(a), _int(b)
+        return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
 
     def splat(self, scalar: Any, lanes: int = LANES) -> Vector:
         single = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
         single = self.builder.insert_element(single, scalar, _I32(0))
-        return self.builder.shuffle_vector(single, single, self._lanes([0] * lanes))
+        return self.shuffle(single, single, [0] * lanes)
+
+    def ints(self, value: int) -> Vector:
+        return ir.Constant(_INTS, [_I32(value)] * LANES)
 
     def floats(self, value: float) -> Vector:
         return ir.Constant(_FLOATS, [_F32(np.float32(value))] * LANES)
@@ -90,7 +111,7 @@ class Emitter:
     def below(self, bound: Int, lanes: int = LANES) -> Vector:
         """The mask of lanes whose index is less than `bound`."""
         index = ir.Constant(ir.VectorType(_I64, lanes), [_I64(lane) for lane in range(lanes)])
-        return self.builder.icmp_signed("<", index, self.splat(bound, lanes))
+        return self.builder.icmp_signed("<", index, self.splat(_int(bound), lanes))
 
     def load(self, base: Int, index: Int, mask: Vector | None = None, kind: int = FLOAT32) -> Vector:
         """Elements from `index` on, of a stored kind, widened to float32; 0 where the mask is off."""
@@ -102,9 +123,9 @@ class Emitter:
         else:
             nothing = ir.Constant(vector, None)
             masked = f"llvm.masked.load.v16{name}.p0"
-            value = _call(self.builder, masked, vector, address, _I32(size), mask, nothing)
+            value = self.call(masked, vector, address, _I32(size), mask, nothing)
         if kind == BFLOAT16:
-            wide = self.builder.shl(self.builder.zext(value, _INTS), self.splat(_I32(16)))
+            wide = self.builder.shl(self.builder.zext(value, _INTS), self.ints(16))
             return self.builder.bitcast(wide, _FLOATS)
         return self.builder.fpext(value, _FLOATS) if kind == FLOAT16 else value
 
@@ -119,19 +140,19 @@ class Emitter:
             self.builder.store(value, address, align=4)
         else:
             name = f"llvm.masked.store.v{value.type.count}f32.p0"
-            _call(self.builder, name, ir.VoidType(), value, address, _I32(4), mask)
+            self.call(name, ir.VoidType(), value, address, _I32(4), mask)
 
     def prefetch(self, base: Int, index: Int, size: int) -> None:
         """Asks for the cache line of an element of `size` bytes, as far as the second level: the first is small."""
         line = self._at(base, index, size, ir.IntType(8))
-        _call(self.builder, "llvm.prefetch.p0", ir.VoidType(), line, _I32(0), _I32(2), _I32(1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), line, _I32(0), _I32(2), _I32(1))
 
     def fma(self, x: Vector, y: Vector, z: Vector) -> Vector:
         """x * y + z, rounded once."""
-        return _call(self.builder, "llvm.fma.v16f32", _FLOATS, x, y, z)
+        return self.call("llvm.fma.v16f32", _FLOATS, x, y, z)
 
     def sqrt(self, scalar: Any) -> Any:
-        return _call(self.builder, "llvm.sqrt.f32", _F32, scalar)
+        return self.call("llvm.sqrt.f32", _F32, scalar)
 
     def exp(self, x: Vector) -> Vector:
         """e^x to about 1 ulp; exactly 1 at 0; 0 for x < -87.34, where results stop being normal; inf for x > 88.72.
@@ -139,20 +160,20 @@ class Emitter:
         x = n ln 2 + r with |r| <= ln 2 / 2, and the polynomial of Cephes' expf (Moshier) in r.
         """
         builder = self.builder
-        n = _call(builder, "llvm.rint.v16f32", _FLOATS, builder.fmul(x, self.floats(1 / math.log(2))))
+        n = self.call("llvm.rint.v16f32", _FLOATS, builder.fmul(x, self.floats(1 / math.log(2))))
         r = self.fma(n, self.floats(2.12194440e-4), self.fma(n, self.floats(-0.693359375), x))
         power = self.floats(1.9875691500e-4)
         for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
             power = self.fma(power, r, self.floats(term))
         # n + 126 and not + 127: the exponent of 2^128 would not fit, so half of it, twice
-        biased = builder.add(builder.fptosi(n, _INTS), self.splat(_I32(126)))
-        half = builder.bitcast(builder.shl(biased, self.splat(_I32(23))), _FLOATS)
+        biased = builder.add(builder.fptosi(n, _INTS), self.ints(126))
+        half = builder.bitcast(builder.shl(biased, self.ints(23)), _FLOATS)
         value = builder.fmul(builder.fmul(power, self.floats(2)), half)
         value = builder.select(builder.fcmp_ordered(">", x, self.floats(88.72283)), self.floats(math.inf), value)
         return builder.select(builder.fcmp_ordered("<", x, self.floats(-87.33654)), self.floats(0), value)
 
     def part(self, vector: Vector, start: int, count: int) -> Vector:
-        return self.builder.shuffle_vector(vector, vector, self._lanes(list(range(start, start + count))))
+        return self.shuffle(vector, vector, range(start, start + count))
 
     def maximum(self, x: Vector, y: Vector) -> Vector:
         return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
@@ -163,13 +184,13 @@ class Emitter:
         Each step adds the upper half of every sum's lanes to the lower, packing two vectors into one while there are
         two.
         """
-        combine, shuffle, width = combine or self.builder.fadd, self.builder.shuffle_vector, LANES
+        combine, shuffle, width = combine or self.builder.fadd, self.shuffle, LANES
         while width > 1:
             width //= 2
             pairs = list(zip(vectors[::2], vectors[1::2], strict=True)) if len(vectors) > 1 else [vectors * 2]
-            starts = range(0, (2 * LANES) if len(vectors) > 1 else vectors[0].type.count, 2 * width)
-            low = self._lanes([start + lane for start in starts for lane in range(width)])
-            high = self._lanes([start + lane + width for start in starts for lane in range(width)])
+            starts = range(0, 2 * LANES if len(vectors) > 1 else vectors[0].type.count, 2 * width)
+            low = [start + lane for start in starts for lane in range(width)]
+            high = [lane + width for lane in low]
             vectors = [combine(shuffle(a, b, low), shuffle(a, b, high)) for a, b in pairs]
         return vectors[0]
 
@@ -187,7 +208,7 @@ class Emitter:
 
     def loop(self, start: Int, stop: Int, stride: int, step: Turn, state: list[Vector]) -> list[Vector]:
         """for index in range(start, stop, stride): state = step(index, state)."""
-        builder = self.builder
+        builder, start, stop = self.builder, _int(start), _int(stop)
         before, head = builder.block, builder.append_basic_block("head")
         inside, after = builder.append_basic_block("inside"), builder.append_basic_block("after")
         builder.branch(head)
@@ -205,10 +226,18 @@ class Emitter:
         builder.position_at_end(after)
         return carried
 
-    def sweep(self, size: Int, step: Step, state: list[Vector], unroll: int = 1) -> list[Vector]:
+    def sweep(
+        self,
+        size: Int,
+        step: Step,
+        state: list[Vector],
+        unroll: int = 1,
+        begin: Callable[[Int], None] = lambda index: None,  # what to do before each `unroll` steps
+    ) -> list[Vector]:
         """state = step(index, mask, state) for each 16 of `size` elements; the mask is None but for the last few."""
 
         def whole(index: Int, state: list[Vector]) -> list[Vector]:
+            begin(index)
             for turn in range(unroll):
                 state = step(self.builder.add(index, _I64(turn * LANES)), None, state)
             return state
@@ -217,7 +246,7 @@ class Emitter:
             return step(index, self.below(self.builder.sub(size, index)), state)
 
         middle = self.builder.and_(size, _I64(-LANES * unroll))
-        state = self.loop(_I64(0), middle, LANES * unroll, whole, state)
+        state = self.loop(0, middle, LANES * unroll, whole, state)
         return self.loop(middle, size, LANES, rest, state)
 
     def each_kind(self, kind: Int, emit: Callable[[int], None]) -> None:
@@ -230,34 +259,34 @@ class Emitter:
         """Emits one copy for each height of tile, of which the lowest that holds `count` rows runs."""
         less = 0
         for height in heights:
-            low, high = (self.builder.icmp_signed(sign, count, _I64(n)) for sign, n in ((">", less), ("<=", height)))
+            low, high = (self.builder.icmp_signed(sign, count, _int(n)) for sign, n in ((">", less), ("<=", height)))
             with self.builder.if_then(self.builder.and_(low, high)):
                 emit(height)
             less = height
 
     def rows(self, base: Int, stride: Int, height: int, count: Int) -> list[Int]:
         """Addresses of a tile's rows; those past `count` repeat the last."""
-        builder, last = self.builder, self.builder.sub(count, _I64(1))
-        indices = [builder.select(builder.icmp_signed("<", _I64(i), last), _I64(i), last) for i in range(height)]
-        return [self.plus(base, index, stride) for index in indices]
+        last = self.builder.sub(_int(count), _I64(1))
+        return [self.plus(base, self.least(i, last), stride) for i in range(height)]
 
     def dots(
         self,
         x_rows: list[Int],  # float32
-        w_rows: list[Int],  # of a kind; as many as x_rows make 16 with, or fewer
+        w_rows: list[Int],  # of a kind; no more than 16 with x_rows' number multiplied
         size: Int,
         out_rows: list[Int],  # float32
         kind: int = FLOAT32,
         mask: Vector | None = None,  # of the outputs to write
         ahead: Int | None = None,  # bytes; each cache line of w that is read asks for the one so much further on
     ) -> None:
-        """out[r][o] = x[r] . w[o]; the numbers of rows are powers of two."""
+        """out[r][o] = x[r] . w[o]."""
         builder, width = self.builder, WIDTH[kind]
 
+        def fetch(index: Int) -> None:
+            for row in w_rows if ahead is not None else ():
+                self.prefetch(builder.add(row, ahead), index, width)
+
         def step(index: Int, part: Vector | None, sums: list[Vector]) -> list[Vector]:
-            if ahead is not None and part is None:
-                for row in w_rows:
-                    self.prefetch(builder.add(row, ahead), index, width)
             weights = [self.load(row, index, part, kind) for row in w_rows]
             new: list[Vector] = []
             for row in x_rows:
@@ -265,10 +294,11 @@ class Emitter:
                 new += [self.fma(value, weight, sums[len(new) + o]) for o, weight in enumerate(weights)]
             return new
 
-        zeros = [self.floats(0)] * (len(x_rows) * len(w_rows))
-        sums = self.fold(self.sweep(size, step, zeros, 64 // width // LANES))
+        count = len(x_rows) * len(w_rows)
+        sums = self.sweep(size, step, [self.floats(0)] * count, 64 // width // LANES, fetch)
+        sums = self.fold(sums + [self.floats(0)] * (2 ** (count - 1).bit_length() - count))
         for r, row in enumerate(out_rows):
-            self.store(self.part(sums, r * len(w_rows), len(w_rows)), row, _I64(0), mask)
+            self.store(self.part(sums, r * len(w_rows), len(w_rows)), row, 0, mask)
 
 
 @emitted

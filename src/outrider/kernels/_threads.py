@@ -128,15 +128,35 @@ _yield = _system("sched_yield")
 
 
 @compiled()
-def wait_until(address: int, value: int) -> None:
-    """Returns when the word at `address` has reached `value`; gives way to other threads if that takes long."""
+def _wait_for(address: int, value: int) -> None:
+    """Returns when the word at `address` is `value`; gives way to other threads if that takes long."""
     looks = 0
-    while read(address) < value:
+    while read(address) != value:
         looks += 1
         if looks % _PATIENCE == 0:
-            _yield(0)
+            _yield(address)
         else:
             _relax()
+
+
+PHASE = 128  # bytes, at first 0: the tickets of a phase, and on the next cache line the threads inside it
+
+
+@compiled()
+def enter(phase: int) -> None:
+    """Before a thread takes tickets of a phase of a kernel that has several."""
+    add(phase + 64, 1)
+
+
+@compiled()
+def leave(phase: int) -> None:
+    """After the thread found no more tickets. Returns when every task of the phase is done.
+
+    A thread that enters later finds no ticket, so one that has seen the last ticket go and then nobody inside knows
+    that all is done.
+    """
+    add(phase + 64, -1)
+    _wait_for(phase + 64, 0)
 
 
 @compiled()
@@ -156,13 +176,7 @@ def _launch(job: int, data: int, threads: int) -> None:
         _unlock(pool)
     _run(job, data)
     add(pool + _GATE, _CLOSED)
-    looks = 0
-    while read(pool + _GATE) != _CLOSED:
-        looks += 1
-        if looks % _PATIENCE == 0:
-            _yield(pool)
-        else:
-            _relax()
+    _wait_for(pool + _GATE, _CLOSED)
     _swap(pool + _OWNER, 0)
 
 

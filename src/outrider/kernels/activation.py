@@ -23,7 +23,7 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 
 
 @emitted
-def gate_row(emitter: Emitter, gate: Int, up: Int, out: Int, size: Int) -> None:
+def _gate_row(emitter: Emitter, gate: Int, up: Int, out: Int, size: Int) -> None:
     """out[:size] = silu(gate) * up, all float32."""
     builder = emitter.builder
 
@@ -38,18 +38,18 @@ def gate_row(emitter: Emitter, gate: Int, up: Int, out: Int, size: Int) -> None:
 
 
 @compiled()
-def _gate_rows(tickets: int, gate_up: int, out: int, rows: int, size: int) -> None:
+def gate_rows(tickets: int, gate_up: int, out: int, rows: int, size: int) -> None:
     while True:
         row = add(tickets, 1)
         if row >= rows:
             break
         gate = gate_up + row * size * 8
-        gate_row(gate, gate + size * 4, out + row * size * 4, size)
+        _gate_row(gate, gate + size * 4, out + row * size * 4, size)
 
 
 @compiled()
 def _gate_kernel(gate_up: int, out: int, rows: int, size: int, threads: int) -> None:
-    parallel(_gate_rows, threads, (gate_up, out, rows, size))
+    parallel(gate_rows, threads, (gate_up, out, rows, size))
 
 
 def _silu_mul_cpu(gate_up: Tensor) -> Tensor:

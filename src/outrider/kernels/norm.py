@@ -64,7 +64,7 @@ def _add_row(emitter: Emitter, x: Int, residual: Int, size: Int) -> None:
 
 
 @compiled()
-def _norm_rows(
+def norm_rows(
     tickets: int, x: int, residual: int, weight: int, kind: int, out: int, rows: int, size: int, eps: float
 ) -> None:
     while True:
@@ -83,7 +83,7 @@ def _norm_rows(
 def _norm_kernel(
     x: int, residual: int, weight: int, kind: int, out: int, rows: int, size: int, eps: float, threads: int
 ) -> None:
-    parallel(_norm_rows, threads, (x, residual, weight, kind, out, rows, size, eps))
+    parallel(norm_rows, threads, (x, residual, weight, kind, out, rows, size, eps))
 
 
 def _launch(x: Tensor, residual: int, weight: Tensor, eps: float) -> Tensor:

@@ -91,7 +91,7 @@ def _turn(head: int, norm: int, kind: int, eps: float, angles: int, out: int, he
 
 
 @compiled()
-def _rope_tokens(
+def rope_tokens(
     tickets: int,
     qkv: int,
     q_norm: int,
@@ -152,7 +152,7 @@ def _rope_kernel(
 ) -> None:
     norms = (qkv, q_norm, k_norm, kind, eps, rope, positions)
     cache = (key_cache, value_cache, cache_slot, block_size)
-    parallel(_rope_tokens, threads, norms + cache + (num_heads, num_kv_heads, head_dim, query, tokens))
+    parallel(rope_tokens, threads, norms + cache + (num_heads, num_kv_heads, head_dim, query, tokens))
 
 
 def _rope_store_cpu(

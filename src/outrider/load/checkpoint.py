@@ -34,6 +34,8 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, from its index if it is sharded."""
     if (directory / INDEX).exists():
         shards = read_json(directory / INDEX).get("weight_map", {})
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"weight_map must map names to files: {directory / INDEX}")
         files = [directory / name for name in sorted(set(shards.values()))]
     else:
         files = [directory / SINGLE]

@@ -8,6 +8,9 @@ from typing import Any
 
 from outrider.errors import CheckpointError, PromptError
 
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Any of these makes a tokenizer; transformers makes up an empty one where there is none."""
+
 
 class Tokenizer:
     """A checkpoint's own tokenizer."""
@@ -16,6 +19,8 @@ class Tokenizer:
         """Raises CheckpointError if the directory holds no fast tokenizer."""
         from transformers import AutoTokenizer
 
+        if not any((directory / name).exists() for name in FILES):
+            raise CheckpointError(f"no tokenizer in {directory}: it holds none of {', '.join(FILES)}")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(directory))
         except (OSError, ValueError) as error:

@@ -42,35 +42,47 @@ class ModelConfig:
         if len(architectures) != 1:
             raise CheckpointError(f"config.json: architectures must name one model: {architectures}")
 
-        def need(key: str) -> Any:
-            if config.get(key) is None:
-                raise CheckpointError(f"config.json lacks {key}")
-            return config[key]
-
         _refuse_unsupported(config)
-        heads, hidden = int(need("num_attention_heads")), int(need("hidden_size"))
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        kv_heads = _size(config, "num_key_value_heads", heads)
+        head_dim = _size(config, "head_dim", hidden // heads)
+        if heads % kv_heads:
+            raise CheckpointError(
+                f"config.json: num_key_value_heads {kv_heads} does not divide {heads} attention heads"
+            )
+        if head_dim % 2:
+            raise CheckpointError(f"config.json: head_dim must be even to be rotated: {head_dim}")
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         if dtype not in DTYPES:
             raise CheckpointError(f"config.json: dtype is not supported: {dtype} (known: {', '.join(DTYPES)})")
-        eos = config.get("eos_token_id")
         return cls(
             architecture=architectures[0],
-            vocab_size=int(need("vocab_size")),
+            vocab_size=_size(config, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=int(need("intermediate_size")),
-            num_layers=int(need("num_hidden_layers")),
+            intermediate_size=_size(config, "intermediate_size"),
+            num_layers=_size(config, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            max_position_embeddings=int(need("max_position_embeddings")),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=_size(config, "max_position_embeddings"),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope=Rope.from_config(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
             dtype=DTYPES[dtype],
-            eos_token_ids=token_ids(eos),
+            eos_token_ids=token_ids(config.get("eos_token_id")),
         )
+
+
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A count of something: a whole number of 1 or more."""
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise CheckpointError(f"config.json lacks {key}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {key} must be a whole number of 1 or more: {value!r}")
+    return value
 
 
 def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

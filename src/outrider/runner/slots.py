@@ -13,6 +13,8 @@ from outrider.draft.base import Drafter
 from outrider.tensors import Slots
 from outrider.verify.base import LogitsProcessor, Verifier
 
+INT32_MAX = torch.iinfo(torch.int32).max
+
 
 class SlotTable:
     """Applies releases, admissions and growth to `slots`, and knows which processors are in use."""
@@ -45,7 +47,7 @@ class SlotTable:
             min_p=table(float32),
             seed=table(int64),
             min_length=table(int32),
-            barred=table(int64, MAX_STOP_IDS, fill=-1),
+            barred=table(int64, 2 * MAX_STOP_IDS, fill=-1),
             draft_tokens=table(int64, drafter.num_drafts),
             draft_length=table(int32),
             draft_logits=table(float32, *drafts_wide) if keeps_logits else None,
@@ -80,11 +82,11 @@ class SlotTable:
         slots.length[slot] = len(admission.tokens)
         slots.computed[slot] = admission.num_cached
         slots.temperature[slot] = sampling.temperature
-        slots.top_k[slot] = sampling.top_k
+        slots.top_k[slot] = min(sampling.top_k, INT32_MAX)
         slots.top_p[slot] = sampling.top_p
         slots.min_p[slot] = sampling.min_p
         slots.seed[slot] = admission.seed
-        slots.min_length[slot] = admission.num_prompt + sampling.min_tokens
+        slots.min_length[slot] = min(admission.num_prompt + sampling.min_tokens, INT32_MAX)
         slots.barred[slot] = -1
         slots.barred[slot, : len(admission.stop_ids)] = torch.tensor(admission.stop_ids, dtype=torch.int64)
         slots.draft_length[slot] = 0

@@ -13,7 +13,10 @@ from outrider.core.sampling import SamplingParams
 from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
 from outrider.runner.slots import SlotTable
 from outrider.tensors import Draft
+from outrider.verify.base import Verifier
+from outrider.verify.exact import Exact
 from outrider.verify.processors import PROCESSORS
+from outrider.verify.rejection import Rejection
 
 CPU = torch.device("cpu")
 
@@ -43,9 +46,21 @@ def witness() -> Witness:
     return Witness()
 
 
+def make_table(drafter: Drafter, verifier: Verifier) -> SlotTable:
+    return SlotTable(
+        num_slots=4,
+        max_len=32,
+        max_blocks=4,
+        drafter=drafter,
+        verifier=verifier,
+        processors=PROCESSORS,
+        device=CPU,
+    )
+
+
 @pytest.fixture
 def table(witness: Witness) -> SlotTable:
-    return SlotTable(num_slots=4, max_len=32, max_blocks=4, drafter=witness, processors=PROCESSORS, device=CPU)
+    return make_table(witness, Exact())
 
 
 def plan(
@@ -104,3 +119,14 @@ def test_only_wanted_processors_run(table: SlotTable) -> None:
     assert wanted() == []
     table.update(plan([admission(3, temperature=1.0)]))
     assert wanted() == []
+
+
+@pytest.mark.parametrize("gives", [False, True])
+@pytest.mark.parametrize("verifier", [Exact(), Rejection()], ids=lambda verifier: verifier.name)
+def test_draft_logits_are_kept_where_one_gives_and_the_other_reads_them(
+    witness: Witness, gives: bool, verifier: Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Witness, "gives_logits", gives)
+    logits = make_table(witness, verifier).slots.draft_logits
+    assert (logits is not None) == (gives and verifier.name == "rejection")
+    assert logits is None or logits.shape == (4, 3, 9)

@@ -1,0 +1,297 @@
+"""Every op's kernels against its reference, and what a kernel promises beyond it.
+
+New memory is filled with NaN while a kernel runs, so that a number it forgets to write, or reads before anyone has
+written it, is not a plausible zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pkgutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import outrider.kernels
+from outrider.kernels.attention import PAGED_ATTENTION, paged_attention_reference
+from outrider.kernels.linear import LINEAR
+from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
+from outrider.kernels.op import Op
+from outrider.kernels.rope import ROPE_STORE
+
+CPU = torch.device("cpu")
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def all_ops() -> list[Op]:
+    found = {}
+    for module in pkgutil.iter_modules(outrider.kernels.__path__):
+        for value in vars(importlib.import_module(f"outrider.kernels.{module.name}")).values():
+            if isinstance(value, Op):
+                found[value.name] = value
+    return [found[name] for name in sorted(found)]
+
+
+def leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return leaves([getattr(value, field.name) for field in fields(value)])
+    if isinstance(value, dict):
+        return leaves(list(value.values()))
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in leaves(item)]
+    return []
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """||ours - theirs|| / ||theirs||, nan where either holds one that the other does not."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.device == theirs.device
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    if bool(same.all()):
+        return 0.0
+    wide = theirs.double()
+    gap = torch.where(same, 0, ours.double() - wide)
+    return float(gap.norm() / wide.norm())
+
+
+def close(ours: Any, theirs: Any, tolerance: float) -> bool:
+    pairs = list(zip(leaves(ours), leaves(theirs), strict=True))
+    return all(distance(a, b) <= tolerance for a, b in pairs)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def empty(*args: Any, **kwargs: Any) -> Tensor:
+            made = make(*args, **kwargs)
+            return made.fill_(torch.nan if made.is_floating_point() else -(10**9) if made.dtype != torch.bool else True)
+
+        return empty
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+OPS = [op for op in all_ops() if op.examples is not None]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_kernel_agrees_with_reference(op: Op, device: str, poison: None) -> None:
+    assert op.examples is not None
+    kernel, count = op.on(device), 0
+    for example in op.examples(torch.Generator().manual_seed(1), torch.device(device)):
+        theirs, ours = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
+        expected, found = op.reference(**theirs), kernel(**ours)
+        written = [(ours[name], theirs[name]) for name in op.outputs]
+        for a, b in [(found, expected), *written]:
+            assert close(a, b, op.tolerance), {k: getattr(v, "shape", v) for k, v in example.items()}
+        for name in set(example) - set(op.outputs):
+            assert close(ours[name], example[name], 0), f"{name} was written"
+        count += 1
+    assert count > 0
+
+
+def test_every_op_has_examples_and_a_reason_for_its_tolerance() -> None:
+    for op in all_ops():
+        assert op.examples is not None, op.name
+        assert op.tolerance == Op("", lambda: None).tolerance or op.why, op.name
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (67, 5), (129, 131), (1024, 48), (16, 1)])
+def test_linear_row_does_not_depend_on_the_rows_beside_it(
+    inputs: int, outputs: int, dtype: torch.dtype, poison: None
+) -> None:
+    linear = LINEAR.on(CPU)
+    x, weight = draw(8, inputs), draw(outputs, inputs, seed=1, dtype=dtype)
+    alone = torch.cat([linear(row.unsqueeze(0), weight) for row in x])
+    for rows in range(2, 9):
+        assert torch.equal(linear(x[-rows:], weight), alone[-rows:]), rows
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(linear(x[order], weight), alone[order])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 8, 31, 33, 100, 257])
+def test_linear_is_float32_at_any_height(rows: int, dtype: torch.dtype, poison: None) -> None:
+    x, weight, bias = draw(rows, 192), draw(80, 192, seed=1, dtype=dtype), draw(80, seed=2, dtype=dtype)
+    exact = x.double() @ weight.double().T + bias.double()
+    gap = distance(LINEAR.on(CPU)(x, weight, bias), exact.float())
+    assert gap < (2e-6 if dtype != torch.bfloat16 or rows <= 8 else 5e-6)
+
+
+def attention_case(
+    lengths: Iterable[tuple[int, int]], heads: tuple[int, int] = (8, 2), head_dim: int = 64, seed: int = 0
+) -> dict[str, Any]:
+    """Rows of (query tokens, all tokens), each in blocks of its own, in random order."""
+    lengths = list(lengths)
+    used = [-(-length // 16) for _, length in lengths]
+    order = torch.randperm(sum(used), generator=torch.Generator().manual_seed(seed)).int()
+    table = torch.full((len(lengths), max(used)), -1, dtype=torch.int32)
+    for row, part in enumerate(order.split(used)):
+        table[row, : len(part)] = part
+    starts = torch.tensor([0, *(count for count, _ in lengths)]).cumsum(0).int()
+    return {
+        "query": draw(int(starts[-1]), heads[0], head_dim, seed=seed + 1),
+        "key_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 2),
+        "value_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 3),
+        "block_table": table,
+        "query_start": starts,
+        "seq_lens": torch.tensor([length for _, length in lengths]).int(),
+        "scale": head_dim**-0.5,
+    }
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 2), (8, 1), (6, 2)])
+@pytest.mark.parametrize("length", [17, 300, 513, 1100])
+def test_attention_of_a_query_does_not_depend_on_the_others(length: int, heads: tuple[int, int], poison: None) -> None:
+    attention = PAGED_ATTENTION.on(CPU)
+    case = attention_case([(9, length), (1, 40)], heads)
+    together = attention(**case)
+    for index in range(9):
+        alone = {
+            **case,
+            "query": case["query"][index : index + 1],
+            "block_table": case["block_table"][:1],
+            "query_start": torch.tensor([0, 1]).int(),
+            "seq_lens": torch.tensor([length - 8 + index]).int(),
+        }
+        assert torch.equal(attention(**alone), together[index : index + 1]), index
+
+
+def test_attention_comparison_catches_a_mask_that_is_off_by_one() -> None:
+    case = attention_case([(5, 40), (1, 513)])
+    found = PAGED_ATTENTION.on(CPU)(**case)
+    assert close(found, paged_attention_reference(**case), PAGED_ATTENTION.tolerance)
+    shifted = {**case, "seq_lens": case["seq_lens"] - 1}
+    assert not close(found, paged_attention_reference(**shifted), 100 * PAGED_ATTENTION.tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_never_reads_past_a_row(device: str, poison: None) -> None:
+    """What lies in the cache after a row's last token is NaN, what lies in the table after its last block is absurd."""
+    case = attention_case([(3, 21), (1, 16), (2, 530)], head_dim=128)
+    if device == "cuda":
+        case = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.items()}
+    expected = PAGED_ATTENTION.on(device)(**case)
+    case["block_table"][case["block_table"] < 0] = 2**31 - 1
+    for row, length in enumerate(case["seq_lens"].tolist()):
+        if length % 16:
+            block = int(case["block_table"][row, length // 16])
+            case["key_cache"][block, :, length % 16 :] = torch.nan
+            case["value_cache"][block, :, length % 16 :] = torch.nan
+    assert torch.equal(PAGED_ATTENTION.on(device)(**case), expected)
+
+
+def test_attention_gives_nothing_to_tokens_of_no_row(poison: None) -> None:
+    case = attention_case([(2, 20), (1, 9)])
+    expected = PAGED_ATTENTION.on(CPU)(**case)
+    case["query"] = torch.cat([case["query"], draw(4, 8, 64, seed=9)])
+    found = PAGED_ATTENTION.on(CPU)(**case)
+    assert torch.equal(found[:3], expected) and not found[3:].any()
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-3, 30.0, 1e4])
+def test_attention_weights_stay_finite(magnitude: float, poison: None) -> None:
+    case = attention_case([(3, 70)])
+    case["query"] *= magnitude
+    found = PAGED_ATTENTION.on(CPU)(**case)
+    assert found.isfinite().all() and close(found, paged_attention_reference(**case), 1e-4)
+
+
+def rope_case(tokens: int = 5) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    assert ROPE_STORE.examples is not None
+    cases = (dict(example) for example in ROPE_STORE.examples(generator, CPU))
+    return next(case for case in cases if len(case["qkv"]) == tokens and case["q_norm"] is not None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rope_store_writes_its_slots_and_nothing_else(device: str, poison: None) -> None:
+    case = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in rope_case().items()}
+    for name in ("key_cache", "value_cache"):
+        case[name] = torch.full_like(case[name], 7.0)
+    case["cache_slot"] = torch.tensor([33, -1, 0, -1, 79], device=device)
+    ROPE_STORE.on(device)(**case)
+    for name in ("key_cache", "value_cache"):
+        by_slot = case[name].transpose(1, 2).flatten(0, 1)  # [slots, Hkv, D]
+        written = (by_slot != 7.0).flatten(1).any(1).nonzero().flatten().tolist()
+        assert written == [0, 33, 79]
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_norms_use_eps(eps: float, poison: None) -> None:
+    x, weight = 1e-2 * draw(3, 67), draw(67, seed=1)
+    exact = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    assert distance(RMS_NORM.on(CPU)(x, weight, eps), exact) < 1e-6
+    residual, sum_ = draw(3, 67, seed=2), draw(3, 67, seed=2) + x
+    ADD_RMS_NORM.on(CPU)(x, residual, weight, eps)
+    assert torch.equal(residual, sum_)
+
+
+def test_kernels_may_run_in_several_threads_at_once() -> None:
+    case, x, weight = attention_case([(1, 700)]), draw(4, 1024), draw(512, 1024, seed=1, dtype=torch.bfloat16)
+    linear, attention = LINEAR.on(CPU), PAGED_ATTENTION.on(CPU)
+    expected, wrong = (linear(x, weight), attention(**case)), []
+
+    def work() -> None:
+        for _ in range(50):
+            if not (torch.equal(linear(x, weight), expected[0]) and torch.equal(attention(**case), expected[1])):
+                wrong.append(threading.get_ident())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
+    case, x = attention_case([(1, 1500), (20, 90)]), draw(5, 300)
+    weight, found = draw(777, 300, seed=1, dtype=torch.bfloat16), []
+    for count in (1, 2, 5):
+        threads(count)
+        found.append((LINEAR.on(CPU)(x, weight), PAGED_ATTENTION.on(CPU)(**case)))
+    assert all(close(each, found[0], 0) for each in found)
+
+
+FORKED = """
+import os, torch
+from outrider.kernels.linear import LINEAR
+x, weight = torch.randn(2, 512), torch.randn(4096, 512).bfloat16()
+expected = LINEAR.on("cpu")(x, weight)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(LINEAR.on("cpu")(x, weight), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_forked_process_and_the_interpreters_end_are_survived() -> None:
+    """A child has no helper threads, and an exit must not take code away from under running ones."""
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)

@@ -1,0 +1,97 @@
+"""The shapes that `LLM` takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoints import prompt, write, write_tokenizer
+from outrider import LLM, EngineDeadError, OptionError, OutriderError, PromptError, SamplingParams
+from outrider.config import EngineOptions
+from outrider.engine.engine import StepTimes
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[{{ who or 'assistant' }}]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Callable[..., Path]) -> Iterator[LLM]:
+    with LLM(str(tiny("qwen3")), max_model_len=64) as llm:
+        yield llm
+
+
+def test_a_prompt_in_any_of_its_forms(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("né!")
+    expected = llm.generate(ids, GREEDY)[0]
+    assert expected.prompt is None and expected.prompt_token_ids == ids and expected.finished
+    assert len(expected.outputs) == 1 and len(expected.outputs[0].token_ids) == 6
+    for form in ("né!", {"prompt": "né!"}, {"prompt_token_ids": ids}, {"prompt": "né!", "prompt_token_ids": ids}):
+        (found,) = llm.generate(form, GREEDY)
+        assert found.outputs == expected.outputs and found.prompt_token_ids == ids
+        assert found.prompt == (None if form == {"prompt_token_ids": ids} else "né!")
+        assert llm.generate([form, form], GREEDY)[1].outputs == expected.outputs
+
+
+def test_outputs_are_in_the_order_of_the_prompts_whoever_is_done_first(llm: LLM) -> None:
+    prompts = [prompt(length) for length in (9, 5, 13)]
+    sampling = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in (20, 1, 7)]
+    seen: list[tuple[int, int]] = []
+    found = llm.generate(prompts, sampling, progress=lambda done, total: seen.append((done, total)))
+    assert [output.prompt_token_ids for output in found] == prompts
+    assert [len(output.outputs[0].token_ids) for output in found] == [20, 1, 7]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_what_the_prefix_cache_held_is_told(llm: LLM) -> None:
+    text = prompt(40, salt=9)
+    assert [llm.generate(text, GREEDY)[0].num_cached_tokens for _ in range(2)] == [0, 32]
+
+
+def test_no_sampling_params_are_the_defaults(llm: LLM) -> None:
+    assert len(llm.generate(prompt(5))[0].outputs[0].token_ids) <= SamplingParams().max_tokens
+
+
+def test_options_as_a_record_and_as_keywords(llm: LLM, tiny: Callable[..., Path]) -> None:
+    path = str(tiny("qwen3"))
+    with LLM.from_options(EngineOptions(model=path, max_model_len=64)) as other:
+        assert other.engine.resolved.options == llm.engine.resolved.options
+    with pytest.raises(OptionError, match="unknown option: modle"):
+        EngineOptions.from_kwargs(modle=path)
+
+
+def test_closing_twice_and_serving_no_more(tiny: Callable[..., Path]) -> None:
+    llm = LLM(str(tiny("qwen3")), max_model_len=64)
+    llm.generate(prompt(5), GREEDY)
+    llm.close()
+    llm.close()
+    with pytest.raises(OutriderError):
+        llm.generate(prompt(5), GREEDY)
+
+
+def test_times_are_counted_by_step(llm: LLM) -> None:
+    before = llm.engine.times.copy()
+    llm.generate(prompt(5), GREEDY)
+    spent = llm.engine.times.since(before)
+    assert spent.steps == 6 and spent.run > 0
+    assert llm.engine.times.since(llm.engine.times) == StepTimes()
+    assert not issubclass(EngineDeadError, ValueError)
+
+
+def test_conversations(tmp_path: Path) -> None:
+    path = write_tokenizer(write(tmp_path / "chatty"), chat_template=TEMPLATE)
+    with LLM(str(path), max_model_len=64) as llm:
+        messages = [{"role": "user", "content": "hé"}]
+        expected = llm.generate("[user]hé[assistant]", GREEDY)[0]
+        (found,) = llm.chat(messages, GREEDY)
+        assert (found.outputs, found.prompt_token_ids) == (expected.outputs, expected.prompt_token_ids)
+        assert [one.outputs for one in llm.chat([messages, messages], GREEDY)] == [expected.outputs] * 2
+        (told,) = llm.chat(messages, GREEDY, chat_template_kwargs={"who": "me"})
+        assert told.prompt_token_ids == llm.tokenizer.encode("[user]hé[me]")
+        with pytest.raises(PromptError, match="refused the messages: no robots"):
+            llm.chat([{"role": "robot", "content": "x"}], GREEDY)
+        assert not llm.engine.has_work
