@@ -12,8 +12,12 @@ help: ## what there is to run
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): outrider needs Python 3.11 or 3.12;" \
+		"name one as in: make demo PYTHON=python3.12" >&2; exit 2; }
+	@echo "setting up $(VENV): a few minutes on the first run"
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' || { rm -rf $(VENV); exit 1; }
 	@touch $@
 
 demo: $(READY) ## the bundled model edits code, drafts in colour, with and without speculation

@@ -11,6 +11,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from checkpoints import Case, Knowing, Right, Sometimes, Wrong, plugin, run, write_tokenizer
 from checkpoints import write as write_model
 from outrider import LLM, AcceptanceReport, CheckpointError, SamplingParams
-from outrider.bench.acceptance import Expectation, departures, interval, measure, mismatches, summary, suspect
+from outrider.bench.acceptance import Expectation, Setting, departures, interval, measure, mismatches, summary, suspect
 from outrider.bench.prompts import PromptSet
 from outrider.cli.main import main
 from outrider.core.output import AcceptanceTally
@@ -28,6 +29,18 @@ RATES = (0.675, 0.376, 0.196, 0.084)
 """Of P-EAGLE on Qwen3-8B, as vLLM's own test expects them."""
 
 DRAFTS = 4000
+
+
+SETTING = Setting(
+    model="fedcba9876543210",
+    dtype="float32",
+    method="ngram",
+    draft_options={"num_speculative_tokens": 4},
+    verifier="exact",
+    prompts="0123456789abcdef",
+    max_tokens=128,
+    temperature=0.0,
+)
 
 
 def sample(rates: Sequence[float], seed: int, drafts: int = DRAFTS) -> AcceptanceReport:
@@ -42,17 +55,9 @@ def sample(rates: Sequence[float], seed: int, drafts: int = DRAFTS) -> Acceptanc
 
 def record(report: AcceptanceReport, **changes: Any) -> Expectation:
     """The report as an expectation."""
-    given = {
-        "method": "ngram",
-        "num_speculative_tokens": len(report.rates),
-        "prompts": "0123456789abcdef",
-        "max_tokens": 128,
-        "temperature": 0.0,
-        "drafts": report.drafts,
-        "rates": report.rates,
-        "acceptance_length": report.length,
-    }
-    return Expectation(**{**given, **changes})
+    return replace(
+        Expectation.of(replace(SETTING, draft_options={"num_speculative_tokens": len(report.rates)}), report), **changes
+    )
 
 
 def positions(expected: Expectation, report: AcceptanceReport) -> set[tuple[str, int]]:
@@ -62,7 +67,7 @@ def positions(expected: Expectation, report: AcceptanceReport) -> set[tuple[str,
 def test_the_same_report_passes() -> None:
     report = sample(RATES, 1)
     assert departures(record(report), report) == []
-    told = summary(record(report), report, [])
+    told = summary(SETTING, record(report), report, [])
     assert told["passed"] is True and told["departures"] == [] and told["suspect"] is None
 
 
@@ -98,7 +103,7 @@ def test_departures_are_found(fault: str) -> None:
         found = departures(expected, report)
         assert all(not departure.low <= departure.measured <= departure.high for departure in found)
         assert all(f"{departure.measured:.3f}" in str(departure) for departure in found)
-        assert summary(expected, report, found)["passed"] is False
+        assert summary(SETTING, expected, report, found)["passed"] is False
 
 
 def test_ratios_catch_what_rates_within_their_bands_hide() -> None:
@@ -136,12 +141,21 @@ def test_intervals() -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    expected = record(sample(RATES, 1))
-    assert mismatches(expected, expected) == []
-    changes = {"method": "other", "num_speculative_tokens": 5, "prompts": "f" * 16, "max_tokens": 7, "temperature": 0.5}
+    assert mismatches(SETTING, SETTING) == []
+    changes: dict[str, Any] = {
+        "model": "0" * 16,
+        "dtype": "bfloat16",
+        "method": "other",
+        "draft_options": {"num_speculative_tokens": 4, "prompt_lookup_min": 1},
+        "verifier": "synthetic",
+        "prompts": "f" * 16,
+        "max_tokens": 7,
+        "temperature": 0.5,
+    }
+    assert changes.keys() == {entry.name for entry in fields(Setting)}
     for name, value in changes.items():
-        (found,) = mismatches(expected, record(sample(RATES, 1), **{name: value}))
-        assert name in found and str(value) in found and str(getattr(expected, name)) in found
+        (found,) = mismatches(SETTING, replace(SETTING, **{name: value}))
+        assert name in found and str(value) in found and str(getattr(SETTING, name)) in found
 
 
 def test_prompt_sets_are_told_apart() -> None:
@@ -166,6 +180,8 @@ BROKEN = {
     "rates-of-nothing": {"rates": None},
     "rates-of-text": {"rates": ["a", "b", "c", "d"]},
     "another-k": {"rates": [0.5, 0.2]},
+    "setting-of-nothing": {"setting": None},
+    "setting-unknown": {"setting": {"colour": "red"}},
     "drafts-of-text": {"drafts": "many"},
 }
 
@@ -271,13 +287,16 @@ def test_the_command(accept: Callable[..., Any], tmp_path: Path) -> None:
     code, told, _ = accept("--expect", str(path))
     assert code == 0 and told["passed"] is True and told["expected"]["rates"] == told["rates"]
     lower = Expectation.read(path)
-    Expectation(**{**json.loads(path.read_text()), "rates": (1.0, 1.0, 1.0), "drafts": 10**6}).write(path)
+    replace(lower, rates=(1.0, 1.0, 1.0), drafts=10**6).write(path)
     code, told, _ = accept("--expect", str(path))
     assert code == 1 and told["passed"] is False and told["departures"][0]["position"] == 0
     lower.write(path)
-    for flags, message in ((("-k", "2"), "num_speculative_tokens is 2"), (("--num-prompts", "2"), "prompts is")):
+    for flags, message in (
+        (("-k", "2"), "'num_speculative_tokens': 2"),
+        (("--num-prompts", "2"), "prompts is"),
+    ):
         code, told, err = accept("--expect", str(path), *flags)
-        assert (code, told) == (2, {}) and message in err and "cannot be compared" in err
+        assert code == 2 and told["type"] == "OptionError" and message in err and "cannot be compared" in err
     path.write_text("{")
     code, _, err = accept("--expect", str(path))
     assert code == 2 and "acceptance.json" in err

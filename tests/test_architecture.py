@@ -32,7 +32,7 @@ __main__
 
 TORCH_FREE = ("core", "schedule", "cache/pool.py", "cache/prefix.py", "cache/manager.py", "capability.py", "errors.py")
 FORBIDDEN = {"draft": ("runner", "schedule"), "verify": ("runner", "schedule")}
-OPTIONAL = {"transformers", "tokenizers", "huggingface_hub", "jinja2"}  # imported where they are needed, if they are
+OPTIONAL = {"transformers", "tokenizers", "huggingface_hub", "jinja2", "tqdm"}  # imported where they are needed, if they are
 MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 400, 80, 12
 
 RANK = {room: rank for rank, line in enumerate(LAYERS.split("\n")) for room in line.split()}

@@ -46,10 +46,10 @@ class Shifted(Ngram):
 
 def acceptance(method: str) -> Any:
     prompts = read_prompts(HELD_OUT)
-    assert prompts.hash == RECORDED.prompts, "the prompts changed: record acceptance anew"
-    drafting = {"method": method, "num_speculative_tokens": RECORDED.num_speculative_tokens}
+    assert prompts.hash == RECORDED.setting.prompts, "the prompts changed: record acceptance anew"
+    drafting = {"method": method, "num_speculative_tokens": RECORDED.setting.draft_options["num_speculative_tokens"]}
     with LLM(device="cpu", speculative_config=drafting) as llm:
-        sampling = SamplingParams(temperature=RECORDED.temperature, max_tokens=RECORDED.max_tokens)
+        sampling = SamplingParams(temperature=RECORDED.setting.temperature, max_tokens=RECORDED.setting.max_tokens)
         return measure(llm, prompts, sampling)
 
 

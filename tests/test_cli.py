@@ -70,6 +70,30 @@ def test_explain_json(outrider: Any) -> None:
     assert result["passed_over"] == [] and result["memory"]["num_blocks"] > 0
 
 
+def test_errors_are_json_too(outrider: Any) -> None:
+    code, out, _ = outrider("explain", "/no/such/model", "--json")
+    assert code == 2 and json.loads(out)["type"] == "CheckpointError"
+
+
+def test_synthetic_acceptance_is_said_to_be_made_up(outrider: Any) -> None:
+    made_up = ["--verifier", "synthetic", "--synthetic-rates", "1.0", "--synthetic-rates", "0.5"]
+    _, out, err = outrider("generate", "--prompt", "import os\n", *made_up, *SHORT, "--json")
+    assert json.loads(out)["faithful"] is False and "meaningless" in err
+    _, _, err = outrider("bench", "latency", "--input-len", "8", "--output-len", "8", "--repeats", "1", *made_up)
+    assert "meaningless" in err
+
+
+def test_text_is_written_as_it_is(outrider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from outrider.cli import generate
+    from outrider.engine.outputs import Piece
+
+    pieces = [Piece(0, 1, "a\tb\r\n[bold]x", None), Piece(0, 2, "c", 0)]
+    for piece in pieces:
+        generate._write(piece)
+    _, out, _ = outrider("--version")
+    assert out.startswith("a\tb\r\n[bold]xc")
+
+
 def test_explain_refused_json(outrider: Any) -> None:
     code, out, _ = outrider("explain", "--tensor-parallel-size", "2", "--json")
     (refusal,) = json.loads(out)["refused"]
@@ -134,6 +158,15 @@ def test_bench_json(outrider: Any, kind: str) -> None:
         (["generate", "--prompt", "a", "--draft", "ngrams"], "did you mean ngram"),
         (["generate", "--prompt", "a", "--draft", "nowhere:Class"], "nowhere"),
         (["generate", "--prompt", "a", "--speculative-config", "{"], "not JSON"),
+        (["explain", "--draft", "none", "--speculative-config", '{"method": "ngram"}'], "contradicts"),
+        (["explain", "-k", "3", "--speculative-config", '{"num_speculative_tokens": 4}'], "contradicts"),
+        (["explain", "--speculative-config", '{"method": "none", "num_speculative_tokens": 3}'], "drafts nothing"),
+        (["explain", "--max-num-batched-tokens", "64"], "max_num_seqs 128"),
+        (["explain", "--max-model-len", "1"], "max_model_len"),
+        (["explain", "--verifier", "synthetic"], "synthetic_rates"),
+        (["accept", "--record", "/"], "--record"),
+        (["accept", "--expect", "/no/such/file"], "/no/such/file"),
+        (["bench", "latency", "--input-len", "1500", "--output-len", "1500"], "3000"),
         (["generate", "/no/such/model", "--prompt", "a"], "/no/such/model"),
         (["generate", "--prompt", "a", "--dtype", "int3"], "int3"),
         (["generate", "--prompt", "a", "--max-model-len", "99999"], "99999"),

@@ -22,7 +22,6 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "examples")]),
     "COLUMNS": "200",
 }
-SLOW = ("bench throughput", "accept")  # run by tests of their own
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -36,7 +35,7 @@ def commands() -> list[str]:
     return sorted({line for line in plain if line.startswith("outrider ")})
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if not any(slow in command for slow in SLOW)])
+@pytest.mark.parametrize("command", commands())
 def test_documented_command_runs(command: str) -> None:
     arguments = shlex.split(command)[1:]
     if any(argument.startswith("Qwen/") for argument in arguments):

@@ -21,7 +21,7 @@ from outrider import (
     EngineDeadError,
     HostDrafter,
     OptionError,
-    OutriderError,
+    InputError,
     PromptError,
     SamplingError,
     SamplingParams,
@@ -58,11 +58,11 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "empty": ([[]], "prompt is empty"),
     "empty-text": ("", "prompt is empty"),
     "too-long": ([[1] * MAX_LEN], f"{MAX_LEN} tokens.*at most {MAX_LEN - 1}"),
-    "id-past-the-vocabulary": ([[1, 260]], "token id 260 is outside the vocabulary of 260"),
+    "id-past-the-vocabulary": ([[1, 260]], "token id 260 is outside the vocabulary of 260, at index 1 "),
     "negative-id": ([[-1]], "token id -1"),
     "id-past-int64": ([[2**70]], str(2**70)),
-    "ids-of-text": ([["a"]], r"whole numbers: \['a'\]"),
-    "ids-of-floats": ([[1.0, 2.0]], r"whole numbers: \[1.0, 2.0\]"),
+    "ids-of-text": ([[1, "a"]], "whole numbers: 'a' at index 1"),
+    "ids-of-floats": ([[1.0, 2.0]], "whole numbers: 1.0 at index 0"),
     "booleans": ([True, False], "whole numbers"),
     "floats": ([1.5], "1.5"),
     "none": ([None], "None"),
@@ -86,16 +86,51 @@ def test_bad_prompts(llm: LLM, name: str) -> None:
             llm.stream(given)
 
 
+@pytest.mark.parametrize("given", [{"temperature": 0}, [{"temperature": 0}], "greedy", 5, [SamplingParams(), None]])
+def test_sampling_params_of_another_type(llm: LLM, given: Any) -> None:
+    with pytest.raises(SamplingError, match="sampling_params must be SamplingParams"):
+        llm.generate(["x", "y"][: len(given) if isinstance(given, list) else 1], given)
+    with pytest.raises(SamplingError, match="sampling_params must be SamplingParams"):
+        llm.stream("x", given)
+
+
 def test_as_many_sampling_params_as_prompts(llm: LLM) -> None:
-    with pytest.raises(PromptError, match="2 sampling params for 3 prompts"):
+    with pytest.raises(SamplingError, match="2 sampling params for 3 prompts"):
         llm.generate([[1], [2], [3]], [SamplingParams()] * 2)
 
 
-def test_conversations(llm: LLM) -> None:
-    with pytest.raises(PromptError, match="empty"):
-        llm.chat([])
-    with pytest.raises(PromptError, match="no chat template"):
-        llm.chat([{"role": "user", "content": "hi"}])
+BAD_CONVERSATIONS: dict[str, tuple[Any, str]] = {
+    "empty": ([], "empty"),
+    "one-of-several-empty": ([[{"role": "user", "content": "hi"}], []], "empty"),
+    "text": ("hi", "a conversation must be a list.*'hi'"),
+    "record": ({"role": "user", "content": "hi"}, "a conversation must be a list"),
+    "number": (5, "a conversation must be a list.*5"),
+    "texts": (["hi"], "a message must be a record.*'hi'"),
+    "text-among-messages": ([{"role": "user", "content": "hi"}, "hi"], "a message must be a record"),
+    "no-template": ([{"role": "user", "content": "hi"}], "no chat template"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONVERSATIONS)
+def test_bad_conversations(llm: LLM, name: str) -> None:
+    given, message = BAD_CONVERSATIONS[name]
+    with pytest.raises(PromptError, match=message):
+        llm.chat(given)
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "conversation"])
+def test_template_arguments_that_are_not_the_caller_s(llm: LLM, name: str) -> None:
+    with pytest.raises(PromptError, match=f"chat_template_kwargs holds {name}, "):
+        llm.chat([{"role": "user", "content": "hi"}], chat_template_kwargs={name: True})
+    with pytest.raises(PromptError, match="chat_template_kwargs must be a record"):
+        llm.chat([{"role": "user", "content": "hi"}], chat_template_kwargs=name)  # type: ignore[arg-type]
+
+
+def test_a_long_prompt_is_not_printed_for_one_wrong_token(llm: LLM) -> None:
+    for wrong in (999, "a"):
+        with pytest.raises(PromptError) as refused:
+            llm.generate([[1] * 60 + [wrong]])
+        assert "index 60" in str(refused.value) and len(str(refused.value)) < 120
 
 
 BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
@@ -105,6 +140,11 @@ BAD_SAMPLING: list[tuple[dict[str, Any], str]] = [
     *[({name: "x"}, f"{name}.*'x'") for name in ("temperature", "top_p", "top_k", "n", "max_tokens", "seed")],
     *[({name: 1.5}, f"{name}.*1.5") for name in ("top_k", "n", "max_tokens", "min_tokens", "seed")],
     *[({name: True}, f"{name}.*True") for name in ("temperature", "top_k", "n", "max_tokens", "seed")],
+    ({"temprature": 0.0}, r"unknown sampling parameter: temprature \(did you mean temperature\?\)"),
+    *[({name: None}, f"{name} is not offered yet") for name in ("logprobs", "presence_penalty", "logit_bias")],
+    ({"stop": 5}, "stop must be a list of strings: 5"),
+    ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids: 5"),
+    ({"stop_token_ids": "ab"}, "stop_token_ids must be a list of token ids: 'ab'"),
     *[({name: -2}, f"{name}.*-2") for name in ("top_k", "n", "max_tokens", "min_tokens", "seed")],
     ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\]: 0.0"),
     ({"top_p": 1.1}, "top_p.*1.1"),
@@ -127,11 +167,10 @@ def test_bad_sampling(given: dict[str, Any], message: str) -> None:
         SamplingParams(**given)
 
 
-EXTREMES: list[dict[str, Any]] = [
+SERVED: list[dict[str, Any]] = [
     {"temperature": 1e-45},
     {"temperature": 1e-30},
-    {"temperature": 1e38},
-    {"temperature": 1e300},
+    {"temperature": 1e6},
     {"top_p": 1e-300},
     {"min_p": 1.0},
     {"min_p": 1e-300},
@@ -139,24 +178,32 @@ EXTREMES: list[dict[str, Any]] = [
     {"top_k": 2**40},
     {"max_tokens": 2**62},
     {"max_tokens": None, "min_tokens": 2**40},
-    {"stop_token_ids": [2**62]},
-    {"stop_token_ids": [2**64]},
     {"stop_token_ids": list(range(100, 115)), "ignore_eos": False},  # and two end-of-text tokens of the model's own
     {"stop_token_ids": list(range(100, 115)), "ignore_eos": False, "min_tokens": 8},
     {"seed": 2**63 - 1, "n": 3},
 ]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": 1e38}, r"temperature must be a number in \[0, 1e\+06\]"),
+    ({"temperature": 1e300}, "temperature must be"),
+    ({"temperature": 10**400}, "temperature must be"),
+    ({"stop_token_ids": [260]}, "stop token id 260 is outside the vocabulary of 260"),
+    ({"stop_token_ids": [2**62]}, f"stop token id {2**62} is outside"),
+    ({"stop_token_ids": [2**64]}, f"stop token id {2**64} is outside"),
+]
 
 
-@pytest.mark.parametrize("extreme", EXTREMES, ids=repr)
-def test_extremes_are_served_or_refused_and_harm_nobody(llm: LLM, expected: Any, extreme: dict[str, Any]) -> None:
-    try:
-        cases = [*CHECKS, Case.of(6, 6, **extreme)]
-        found = run(llm, cases)
-    except (SamplingError, PromptError):
-        return
+@pytest.mark.parametrize("extreme", SERVED, ids=repr)
+def test_extremes_that_are_served_harm_nobody(llm: LLM, expected: Any, extreme: dict[str, Any]) -> None:
+    found = run(llm, [*CHECKS, Case.of(6, 6, **extreme)])
     assert found[:-1] == expected
     assert all(0 <= token < 260 for tokens, *_ in found[-1] for token in tokens)
     assert all(tokens for tokens, *_ in found[-1])
+
+
+@pytest.mark.parametrize(("extreme", "message"), REFUSED, ids=lambda given: str(given)[:40])
+def test_extremes_that_are_refused_harm_nobody(llm: LLM, extreme: dict[str, Any], message: str) -> None:
+    with pytest.raises(SamplingError, match=message):
+        run(llm, [*CHECKS, Case.of(6, 6, **extreme)])
 
 
 def test_a_callback_that_raises(llm: LLM) -> None:
@@ -170,7 +217,7 @@ def test_a_callback_that_raises(llm: LLM) -> None:
 def test_requests_by_hand(llm: LLM) -> None:
     engine, sampling = llm.engine, SamplingParams(max_tokens=3, detokenize=False)
     engine.add("a", [1, 2], sampling)
-    with pytest.raises(OutriderError, match="request id is in use: a"):
+    with pytest.raises(InputError, match="request id is already in use: 'a'"):
         engine.add("a", [3], sampling)
     with pytest.raises(PromptError, match="empty"):
         engine.add("b", [], sampling)
@@ -191,6 +238,15 @@ class Failing(HostDrafter):
         if self.left < 0:
             raise LookupError("the drafter lost its way")
         return tokens[-2:]
+
+
+class Speechless(Failing):
+    """Says nothing of what went wrong."""
+
+    name = "speechless"
+
+    def guess(self, slot: int, tokens: list[int]) -> list[int]:
+        raise ZeroDivisionError
 
 
 class Outside(HostDrafter):
@@ -242,6 +298,11 @@ def test_a_drafter_that_raises(path: Path) -> None:
     with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Failing)) as llm:
         died = die(llm)
         assert "the drafter lost its way" in str(died) and isinstance(died.__cause__, LookupError)
+
+
+def test_an_error_without_a_message_is_named(path: Path) -> None:
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Speechless)) as llm:
+        assert str(die(llm)) == "the engine failed in a step: ZeroDivisionError()"
 
 
 def test_blocks_are_conserved_when_the_engine_fails(path: Path) -> None:

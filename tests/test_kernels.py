@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 import outrider.kernels
+from outrider.kernels._amx import AVAILABLE as AMX
 from outrider.kernels.attention import PAGED_ATTENTION, paged_attention_reference
+from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_by_ops
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.op import Op
@@ -127,6 +129,18 @@ def test_linear_row_does_not_depend_on_the_rows_beside_it(
     assert torch.equal(linear(x[order], weight), alone[order])
 
 
+@pytest.mark.skipif(not AMX, reason="needs the matrix unit of x86 servers")
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (96, 45), (1024, 48)])
+def test_linear_of_many_rows_does_not_depend_on_them_in_the_matrix_unit(
+    inputs: int, outputs: int, poison: None
+) -> None:
+    linear = LINEAR.on(CPU)
+    x, weight = draw(70, inputs), draw(outputs, inputs, seed=1, dtype=torch.bfloat16)
+    whole = linear(x, weight)
+    for start, stop in ((0, 9), (5, 17), (16, 48), (31, 70)):
+        assert torch.equal(linear(x[start:stop], weight), whole[start:stop]), (start, stop)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 8, 31, 33, 100, 257])
 def test_linear_is_float32_at_any_height(rows: int, dtype: torch.dtype, poison: None) -> None:
@@ -215,6 +229,15 @@ def test_attention_weights_stay_finite(magnitude: float, poison: None) -> None:
     assert found.isfinite().all() and close(found, paged_attention_reference(**case), 1e-4)
 
 
+def test_decoder_layer_in_one_launch_equals_the_ops_it_is_made_of(poison: None) -> None:
+    assert DECODER_LAYER.examples is not None
+    for example in DECODER_LAYER.examples(torch.Generator().manual_seed(5), CPU):
+        ours, theirs = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
+        found, expected = DECODER_LAYER.on(CPU)(**ours), decoder_layer_by_ops(**theirs)
+        written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
+        assert all(close(a, b, 0) for a, b in [(found, expected), *written])
+
+
 def rope_case(tokens: int = 5) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     assert ROPE_STORE.examples is not None
@@ -281,6 +304,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int],
 
 FORKED = """
 import os, torch
+from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_by_ops
 from outrider.kernels.linear import LINEAR
 x, weight = torch.randn(2, 512), torch.randn(4096, 512).bfloat16()
 expected = LINEAR.on("cpu")(x, weight)

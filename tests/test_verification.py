@@ -194,7 +194,7 @@ def test_output_has_the_targets_law(verifier: type[Verifier], drafter: str, samp
 class Scaled:
     """Wrong: the target's logits are five percent too sharp."""
 
-    name, needs, draft_noise, exact = "scaled", frozenset[Feature](), Purpose.TARGET, True
+    name, needs, draft_noise, faithful = "scaled", frozenset[Feature](), Purpose.TARGET, True
 
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
         return Exact()(logits * 1.05, batch, draft, slots)

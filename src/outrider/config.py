@@ -6,6 +6,8 @@ are generated. `resolve` reads the checkpoint's config and answers every "auto";
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from outrider.capability import Feature, Part
-from outrider.core.option import option
+from outrider.core.option import option, wrong_types
 from outrider.core.sampling import MAX_STOP_IDS
 from outrider.draft.registry import parse_speculative_config
 from outrider.errors import CheckpointError, OptionError, nearest
@@ -24,9 +26,12 @@ from outrider.models.config import DTYPES, ModelConfig, token_ids
 from outrider.models.registry import find_model
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
-from outrider.runner.memory import plan_memory
+from outrider.runner.memory import Demand, plan_memory
+from outrider.schedule.options import SchedulerOptions
 from outrider.verify.processors import PROCESSORS
 from outrider.verify.registry import build_verifier
+
+logger = logging.getLogger("outrider")
 
 AUTO = "auto"
 BLOCK_SIZE = 16
@@ -42,7 +47,9 @@ class EngineOptions:
     runner: str = option(AUTO, "auto takes the fastest runner that can serve; a name is taken or refused")
     dtype: str = option(AUTO, "auto (the checkpoint's), float32, bfloat16 or float16")
     device: str = option(AUTO, "auto, cpu, cuda or cuda:N")
-    max_model_len: int | None = option(None, "longest sequence, prompt and output; left out: the model's limit")
+    max_model_len: int | None = option(
+        None, "longest sequence, prompt and output; left out: the model's limit, or what fits"
+    )
     max_num_seqs: int = option(128, "most sequences run at once")
     max_num_batched_tokens: int | None = option(None, "most tokens a step; left out: 2048 on a CPU, 8192 on a GPU")
     kv_cache_memory: int | None = option(None, "bytes for keys and values; left out: what is free")
@@ -55,13 +62,21 @@ class EngineOptions:
     verifier: str = option("exact", "exact, rejection, or synthetic (benchmarks only)")
     synthetic_rates: Sequence[float] | None = option(None, "the synthetic verifier's acceptance per position")
 
+    def __post_init__(self) -> None:
+        for name, value, wanted in wrong_types(self):
+            raise OptionError(f"{name} must be {wanted}: {value!r}")
+
     @classmethod
     def from_kwargs(cls, **given: Any) -> EngineOptions:
-        """The options, or OptionError naming an unknown one and the nearest known."""
+        """The options; a path and a torch dtype will do. OptionError names an unknown one and the nearest known."""
         known = [known.name for known in fields(cls)]
         for name in given:
             if name not in known:
                 raise OptionError(f"unknown option: {name} ({nearest(name, known)})")
+        if isinstance(given.get("model"), os.PathLike):
+            given["model"] = os.fspath(given["model"])
+        if isinstance(given.get("dtype"), torch.dtype):
+            given["dtype"] = str(given["dtype"]).removeprefix("torch.")
         return cls(**given)
 
 
@@ -72,6 +87,7 @@ class Resolved:
     options: EngineOptions
     directory: Path  # of the checkpoint, where the tokenizer is too
     runner: RunnerConfig
+    scheduler: SchedulerOptions  # at depth 1; the runner chosen may allow more
     mesh: Mesh
     parts: tuple[Part, ...]
     eos_token_ids: tuple[int, ...]
@@ -88,15 +104,15 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     Raises OptionError, CheckpointError or CapacityError, each naming the value and the remedy.
     `progress` is told the bytes loaded so far and in all when the runner is built.
     """
-    _check_numbers(options)
+    _check_values(options)
     directory = locate(options.model)
     model_config = ModelConfig.from_dict(read_json(directory / "config.json"))
     model = find_model(model_config.architecture)
     device = _device(options.device)
     drafter, draft_options = parse_speculative_config(options.speculative_config)
     num_drafts = draft_options.num_speculative_tokens
-    verifier = build_verifier(options.verifier, rates=options.synthetic_rates)
-    max_model_len = _max_model_len(options.max_model_len, model_config.max_position_embeddings)
+    verifier = build_verifier(options.verifier, synthetic_rates=options.synthetic_rates)
+    limit = model_config.max_position_embeddings
     budget = options.max_num_batched_tokens or (2048 if device.type == "cpu" else 8192)
     if budget < num_drafts + 1:
         raise OptionError(
@@ -105,18 +121,24 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
     mesh = Mesh(options.tensor_parallel_size, options.pipeline_parallel_size)
     memory = plan_memory(
-        model,
-        model_config,
-        dtype=dtype,
-        device=device,
-        block_size=BLOCK_SIZE,
-        max_model_len=max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=budget,
-        num_drafts=num_drafts,
-        cache_bytes=options.kv_cache_memory,
-        utilization=options.gpu_memory_utilization,
+        Demand(
+            model=model,
+            config=model_config,
+            dtype=dtype,
+            device=device,
+            block_size=BLOCK_SIZE,
+            max_model_len=_max_model_len(options.max_model_len, limit),
+            may_shorten=options.max_model_len is None,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=budget,
+            num_drafts=num_drafts,
+            keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
+            cache_bytes=options.kv_cache_memory,
+            utilization=options.gpu_memory_utilization,
+        )
     )
+    if options.max_model_len is None and memory.max_model_len < limit:
+        logger.warning("max_model_len is lowered from %d to %d, which fits in memory", limit, memory.max_model_len)
     runner = RunnerConfig(
         model=model,
         model_config=model_config,
@@ -127,13 +149,24 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         draft_options=draft_options,
         verifier=verifier,
         processors=PROCESSORS,
-        max_model_len=max_model_len,
+        max_model_len=memory.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=budget,
         block_size=BLOCK_SIZE,
         memory=memory,
         seed=options.seed,
         progress=progress,
+    )
+    scheduler = SchedulerOptions(
+        max_model_len=memory.max_model_len,
+        num_blocks=memory.num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=options.enable_prefix_caching,
+        num_drafts=num_drafts,
+        lookahead=num_drafts if drafter.writes_ahead else 0,
+        rerun=drafter.rerun,
     )
     host = Part(f"device {device}", frozenset({Feature.CPU if device.type == "cpu" else Feature.CUDA}))
     parts = (
@@ -144,24 +177,22 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         *(Part(f"processor {processor.name}", processor.needs) for processor in PROCESSORS),
         *mesh.parts(),
     )
-    return Resolved(options, directory, runner, mesh, parts, _eos_token_ids(directory, model_config))
+    return Resolved(options, directory, runner, scheduler, mesh, parts, _eos_token_ids(directory, model_config))
 
 
-def _check_numbers(options: EngineOptions) -> None:
+def _check_values(options: EngineOptions) -> None:
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory"):
         value = getattr(options, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and value < 1:
             raise OptionError(f"{name} must be a whole number of 1 or more: {value!r}")
     if not 0.0 < options.gpu_memory_utilization <= 1.0:
         raise OptionError(f"gpu_memory_utilization must be in (0, 1]: {options.gpu_memory_utilization}")
+    if not 0 <= options.seed < 2**63:
+        raise OptionError(f"seed must be a whole number of 0 or more: {options.seed}")
     if options.dtype != AUTO and options.dtype not in DTYPES:
         raise OptionError(f"unknown dtype: {options.dtype} ({nearest(options.dtype, [AUTO, *DTYPES])})")
     if options.load_format not in (AUTO, "dummy"):
         raise OptionError(f"unknown load_format: {options.load_format} (known: auto, dummy)")
-    if options.synthetic_rates is not None and options.verifier != "synthetic":
-        raise OptionError(
-            f"synthetic_rates are the synthetic verifier's, not {options.verifier}'s: drop one of the two"
-        )
 
 
 def _device(name: str) -> torch.device:

@@ -48,7 +48,7 @@ class StepBatch:
 class TargetOutput:
     """What the target model computed for a step."""
 
-    logits: Tensor  # [L, V] float32, before any processor
+    logits: Tensor  # [L, V] float32, after the step's processors, which work in place
     hidden: Tensor  # [T, H], after the final norm
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,71 @@ from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import CheckpointError
-from outrider.load.checkpoint import read_json
+from outrider.load.checkpoint import fingerprint, read_json
 
 DEVIATIONS = 3.0
 """Standard deviations of sampling noise that a band allows for on top of its tolerance."""
 
 
 @dataclass(frozen=True, slots=True)
-class Expectation:
-    """Acceptance as it was recorded, and what it was recorded on."""
+class Setting:
+    """What acceptance was measured on: with any of it different, figures do not compare."""
 
+    model: str  # fingerprint of the checkpoint
+    dtype: str
     method: str
-    num_speculative_tokens: int
+    draft_options: dict[str, Any]
+    verifier: str
     prompts: str  # hash of the prompt set
     max_tokens: int
     temperature: float
+
+    @classmethod
+    def of(cls, llm: LLM, prompts: PromptSet, sampling: SamplingParams) -> Setting:
+        """The setting of a run that is about to be made."""
+        runner = llm.engine.resolved.runner
+        return cls(
+            model=fingerprint(llm.engine.resolved.directory),
+            dtype=str(runner.dtype).removeprefix("torch."),
+            method=runner.drafter.name,
+            draft_options=asdict(runner.draft_options),
+            verifier=runner.verifier.name,
+            prompts=prompts.hash,
+            max_tokens=sampling.max_tokens or 0,
+            temperature=sampling.temperature,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Acceptance as it was recorded, and what it was recorded on."""
+
+    setting: Setting
     drafts: int
     rates: tuple[float, ...]
     acceptance_length: float
     tolerance: float = 0.05  # relative, on each rate and each ratio
 
     @classmethod
+    def of(cls, setting: Setting, report: AcceptanceReport) -> Expectation:
+        """What a run measured, as what later ones are held to."""
+        return cls(setting, report.drafts, report.rates, report.length)
+
+    @classmethod
     def read(cls, path: Path) -> Expectation:
         """From acceptance.json; CheckpointError if the file is not one."""
         given = read_json(path)
         try:
-            recorded = cls(**{**given, "rates": tuple(float(rate) for rate in given["rates"])})
-            numbers = (recorded.drafts, recorded.max_tokens, recorded.temperature, recorded.tolerance)
+            rates = tuple(float(rate) for rate in given["rates"])
+            recorded = cls(**{**given, "setting": Setting(**given["setting"]), "rates": rates})
+            width = recorded.setting.draft_options["num_speculative_tokens"]
+            numbers = (recorded.drafts, recorded.acceptance_length, recorded.tolerance, width)
             if not all(isinstance(number, (int, float)) for number in numbers):
-                raise TypeError(f"drafts, max_tokens, temperature and tolerance must be numbers: {numbers}")
+                raise TypeError(f"drafts, acceptance_length, tolerance and K must be numbers: {numbers}")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not an acceptance record: {path}: {error}") from error
-        if len(recorded.rates) != recorded.num_speculative_tokens:
-            raise CheckpointError(
-                f"{path} records {len(recorded.rates)} rates for {recorded.num_speculative_tokens} drafts a round"
-            )
+        if len(rates) != width:
+            raise CheckpointError(f"{path} records {len(rates)} rates for {width} drafts a round")
         return recorded
 
     def write(self, path: Path) -> None:
@@ -95,10 +125,10 @@ def measure(
     return sum((output.acceptance for output in outputs), AcceptanceReport())
 
 
-def mismatches(expected: Expectation, measured_on: Expectation) -> list[str]:
-    """What makes a comparison meaningless: another method, K, prompt set, length or temperature."""
-    names = ("method", "num_speculative_tokens", "prompts", "max_tokens", "temperature")
-    pairs = [(name, getattr(expected, name), getattr(measured_on, name)) for name in names]
+def mismatches(recorded: Setting, measured: Setting) -> list[str]:
+    """What makes a comparison meaningless, a line each."""
+    names = [entry.name for entry in fields(Setting)]
+    pairs = [(name, getattr(recorded, name), getattr(measured, name)) for name in names]
     return [f"{name} is {now}, recorded with {then}" for name, then, now in pairs if then != now]
 
 
@@ -160,9 +190,12 @@ def suspect(found: Sequence[Departure]) -> str:
     )
 
 
-def summary(expected: Expectation | None, report: AcceptanceReport, found: Sequence[Departure]) -> dict[str, Any]:
+def summary(
+    setting: Setting, expected: Expectation | None, report: AcceptanceReport, found: Sequence[Departure]
+) -> dict[str, Any]:
     """As `accept --json` prints it."""
     return {
+        **asdict(setting),
         **report.to_dict(),
         "intervals": [list(interval(rate, report.drafts)) for rate in report.rates],
         "expected": None if expected is None else {"rates": list(expected.rates), "ratios": list(expected.ratios)},

@@ -49,7 +49,11 @@ class Workload:
             drawn: list[list[int]] = torch.randint(vocab, (count, self.input_len), generator=generator).tolist()
             return drawn
         texts = itertools.islice(itertools.cycle(self.prompts.texts), seed * count, (seed + 1) * count)
-        return [llm.tokenizer.encode(text)[-self.input_len :] for text in texts]
+        encoded = [llm.tokenizer.encode(text)[-self.input_len :] for text in texts]
+        short = min(map(len, encoded))
+        if short < self.input_len:
+            raise OptionError(f"{self.prompts.name} holds a prompt of {short} tokens, less than {self.input_len}")
+        return encoded
 
 
 def bench(llm: LLM, workload: Workload, concurrencies: Sequence[int], repeats: int) -> dict[str, Any]:
@@ -58,6 +62,9 @@ def bench(llm: LLM, workload: Workload, concurrencies: Sequence[int], repeats: i
     largest = max(concurrencies)
     if largest > runner.max_num_seqs:
         raise OptionError(f"concurrency {largest} is more than max_num_seqs {runner.max_num_seqs}: raise that")
+    whole = workload.input_len + workload.output_len
+    if whole > runner.max_model_len:
+        raise OptionError(f"{whole} tokens, input and output, do not fit in max_model_len {runner.max_model_len}")
     bandwidth = read_bandwidth(runner.device)
     floor_ms = 1e3 * weight_bytes_read(llm) / bandwidth
     rows = [_row(llm, workload, concurrency, repeats, floor_ms) for concurrency in concurrencies]
@@ -71,6 +78,7 @@ def bench(llm: LLM, workload: Workload, concurrencies: Sequence[int], repeats: i
             "method": resolved.method,
             "num_speculative_tokens": runner.draft_options.num_speculative_tokens,
             "verifier": runner.verifier.name,
+            "faithful": runner.verifier.faithful,
             "input_len": workload.input_len,
             "output_len": workload.output_len,
             "prompts": workload.prompts.name if workload.prompts else "random tokens",

@@ -6,24 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from outrider.bench.prompts import read_prompts
 from outrider.bench.speed import Workload, bench
 from outrider.cli.common import (
-    NO_DRAFTS,
     Drafting,
     Json,
     Model,
-    NumDrafts,
-    SpeculativeConfig,
+    drafting_flags,
     engine_flags,
     engine_options,
     loading,
     out,
     print_json,
+    say_if_unfaithful,
     table,
 )
 from outrider.config import EngineOptions
+from outrider.draft.registry import NO_DRAFTS
 from outrider.engine.llm import LLM
 from outrider.errors import OptionError
 
@@ -36,12 +37,11 @@ Prompts = Annotated[Path | None, typer.Option(help="JSONL file with a prompt a l
 
 @app.command("latency")
 @engine_flags
+@drafting_flags
 def latency(
-    options: EngineOptions,
+    engine: EngineOptions,
+    drafting: Drafting,
     model: Model = None,
-    draft: Drafting = NO_DRAFTS,
-    num_drafts: NumDrafts = None,
-    speculative_config: SpeculativeConfig = None,
     input_len: InputLen = 128,
     output_len: OutputLen = 256,
     prompts: Prompts = None,
@@ -49,18 +49,17 @@ def latency(
     as_json: Json = False,
 ) -> None:
     """One sequence at a time: time to the first token, and a decode step beside its floor."""
-    chosen = engine_options(options, model, draft, num_drafts, speculative_config)
-    _report(chosen, _workload(input_len, output_len, prompts), [1], repeats, as_json)
+    options = engine_options(engine, drafting, model, NO_DRAFTS)
+    _report(options, _workload(input_len, output_len, prompts), [1], repeats, as_json)
 
 
 @app.command("throughput")
 @engine_flags
+@drafting_flags
 def throughput(
-    options: EngineOptions,
+    engine: EngineOptions,
+    drafting: Drafting,
     model: Model = None,
-    draft: Drafting = NO_DRAFTS,
-    num_drafts: NumDrafts = None,
-    speculative_config: SpeculativeConfig = None,
     input_len: InputLen = 128,
     output_len: OutputLen = 128,
     prompts: Prompts = None,
@@ -75,8 +74,8 @@ def throughput(
         raise OptionError(f"--concurrency must be numbers with commas between: {concurrency}") from None
     if min(wanted) < 1:
         raise OptionError(f"--concurrency must be 1 or more: {concurrency}")
-    chosen = engine_options(options, model, draft, num_drafts, speculative_config)
-    _report(chosen, _workload(input_len, output_len, prompts), wanted, repeats, as_json)
+    options = engine_options(engine, drafting, model, NO_DRAFTS)
+    _report(options, _workload(input_len, output_len, prompts), wanted, repeats, as_json)
 
 
 def _workload(input_len: int, output_len: int, prompts: Path | None) -> Workload:
@@ -95,9 +94,10 @@ def _report(options: EngineOptions, workload: Workload, concurrency: list[int], 
 
 def _print(result: dict[str, Any]) -> None:
     config = result["config"]
-    out.print(f"[bold]{config['model']}[/] {config['dtype']}, runner {config['runner']}, drafts {config['method']}")
-    if config["verifier"] == "synthetic":
-        out.print("[bold yellow]synthetic acceptance: the text is meaningless, the times are not[/]")
+    out.print(
+        f"[bold]{escape(config['model'])}[/] {config['dtype']}, runner {config['runner']}, drafts {config['method']}"
+    )
+    say_if_unfaithful(config["faithful"], config["verifier"])
     rows = table(
         f"\n{config['input_len']} tokens in, {config['output_len']} out, {config['prompts']}",
         "concurrency",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -15,50 +15,62 @@ from rich.table import Table
 
 from outrider.cli.flags import with_flags
 from outrider.config import EngineOptions
+from outrider.core.option import option
 from outrider.core.output import AcceptanceReport
+from outrider.draft.registry import NO_DRAFTS, WITHOUT_WEIGHTS
 from outrider.errors import OptionError
 
-NO_DRAFTS = "none"
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """The drafting flags."""
+
+    draft: str | None = option(None, "drafting method, or module:Class of your own; none turns it off")
+    num_speculative_tokens: int | None = option(None, "tokens to draft a round (K)")
+    speculative_config: str | None = option(None, "JSON object with more options of the drafting method")
+
+    def config(self, default: str) -> dict[str, Any] | None:
+        """What the flags say together, `default` being the method where none is named. OptionError if they clash."""
+        config: dict[str, Any] = {}
+        if self.speculative_config is not None:
+            try:
+                config = json.loads(self.speculative_config)
+            except json.JSONDecodeError as error:
+                raise OptionError(f"--speculative-config is not JSON: {error}") from None
+            if not isinstance(config, dict):
+                raise OptionError(f"--speculative-config must be a JSON object: {self.speculative_config}")
+        said = {"num_speculative_tokens": self.num_speculative_tokens, "method": self.draft}
+        for key, value in said.items():
+            if value is not None and config.setdefault(key, value) != value:
+                raise OptionError(f"{key} {value} contradicts --speculative-config {self.speculative_config}")
+        config.setdefault("method", WITHOUT_WEIGHTS if config and default == NO_DRAFTS else default)
+        return None if config == {"method": NO_DRAFTS} else config
+
 
 Model = Annotated[str | None, typer.Argument(help="local directory or Hugging Face id; left out: the bundled model")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
-Drafting = Annotated[
-    str, typer.Option("--draft", help="drafting method, or module:Class of your own; none turns it off")
-]
-NumDrafts = Annotated[int | None, typer.Option("--num-speculative-tokens", "-k", help="tokens to draft a round (K)")]
-SpeculativeConfig = Annotated[
-    str | None, typer.Option("--speculative-config", help="JSON object with more options of the drafting method")
-]
-
 _SAID_OTHERWISE = ("model", "speculative_config")
-engine_flags = with_flags(EngineOptions, "options", skip=_SAID_OTHERWISE)
-"""Gives a command the engine's flags, as `options: EngineOptions` without model and drafting."""
 
-seedless_engine_flags = with_flags(EngineOptions, "options", skip=(*_SAID_OTHERWISE, "seed"))
-"""The same for a command whose --seed is its one request's."""
+drafting_flags = with_flags(Drafting, "drafting", short={"num_speculative_tokens": "-k"})
+"""Gives a command the drafting flags, as `drafting: Drafting`."""
+
+engine_flags = with_flags(EngineOptions, "engine", skip=_SAID_OTHERWISE)
+"""Gives a command the engine's flags, as `engine: EngineOptions` without model and drafting."""
+
+single_engine_flags = with_flags(
+    EngineOptions, "engine", skip=(*_SAID_OTHERWISE, "seed"), defaults={"enable_prefix_caching": False}
+)
+"""The same for a command that serves one request: --seed is the request's, and no run may profit from the last."""
+
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def engine_options(
-    options: EngineOptions, model: str | None, draft: str, num_drafts: int | None, more: str | None
-) -> EngineOptions:
-    """Completes the engine's options by the model and what the drafting flags say. OptionError for contradictions."""
-    config: dict[str, Any] = {}
-    if more is not None:
-        try:
-            config = json.loads(more)
-        except json.JSONDecodeError as error:
-            raise OptionError(f"--speculative-config is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise OptionError(f"--speculative-config must be a JSON object: {more}")
-    if num_drafts is not None and config.setdefault("num_speculative_tokens", num_drafts) != num_drafts:
-        raise OptionError(f"-k {num_drafts} contradicts --speculative-config {more}: give one of the two")
-    if draft == NO_DRAFTS and config and "method" not in config:
-        raise OptionError(f"--draft none drafts nothing, so it has no options: {config}")
-    config.setdefault("method", draft)
-    return replace(options, model=model, speculative_config=None if config["method"] == NO_DRAFTS else config)
+def engine_options(engine: EngineOptions, drafting: Drafting, model: str | None, default: str) -> EngineOptions:
+    """The engine's options with the model and the drafting that were asked for."""
+    return replace(engine, model=model, speculative_config=drafting.config(default))
 
 
 def without_drafts(options: EngineOptions) -> EngineOptions:
@@ -88,6 +100,24 @@ def counting(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | No
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def waiting(what: str, quiet: bool) -> Iterator[None]:
+    """A spinner on stderr for what may take seconds and has no steps to count."""
+    if quiet or not err.is_terminal:
+        yield
+        return
+    with err.status(f"[dim]{what}[/]"):
+        yield
+
+
+def say_if_unfaithful(faithful: bool, verifier: str) -> None:
+    """A line on stderr where what is printed is not the target's own."""
+    if not faithful:
+        err.print(
+            f"[bold yellow]verifier {verifier}: acceptance is made up, the text is meaningless, times are real[/]"
+        )
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from outrider.cli.common import (
-    NO_DRAFTS,
     Drafting,
     Json,
     Model,
-    NumDrafts,
-    SpeculativeConfig,
+    drafting_flags,
     engine_flags,
     engine_options,
     out,
@@ -20,23 +19,23 @@ from outrider.cli.common import (
     table,
 )
 from outrider.config import EngineOptions, Resolved, resolve
+from outrider.draft.registry import NO_DRAFTS
 from outrider.engine.engine import verdict
 from outrider.oracle import Choice, RefusedError
-
-MIB = 1 << 20
+from outrider.runner.memory import MIB
 
 
 @engine_flags
+@drafting_flags
 def explain(
-    options: EngineOptions,
+    engine: EngineOptions,
+    drafting: Drafting,
     model: Model = None,
-    draft: Drafting = NO_DRAFTS,
-    num_drafts: NumDrafts = None,
-    speculative_config: SpeculativeConfig = None,
     as_json: Json = False,
 ) -> None:
     """Say which runner serves a configuration and why, without loading it. Exit code 2 if none does."""
-    resolved = resolve(engine_options(options, model, draft, num_drafts, speculative_config))
+    options = engine_options(engine, drafting, model, NO_DRAFTS)
+    resolved = resolve(options)
     try:
         choice = verdict(resolved)
     except RefusedError as refusal:
@@ -75,9 +74,12 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     for entry in choice.passed_over:
         for gap in entry.gaps:
             out.print(f"  [yellow]not {entry.runner}[/]: {gap}")
+    limit = runner.model_config.max_position_embeddings
     drafts = runner.draft_options.num_speculative_tokens
     drafting = f"{resolved.method}, {drafts} tokens a round" if drafts else "none"
-    out.print(f"model [bold]{runner.model_config.architecture}[/] from {resolved.directory}")
+    out.print(f"model [bold]{runner.model_config.architecture}[/] from {escape(str(resolved.directory))}")
+    shortened = "" if memory.max_model_len == limit else f", lowered from {limit} to fit memory or as asked"
+    out.print(f"at most {memory.max_model_len} tokens a sequence{shortened}")
     out.print(f"drafting {drafting}; verifier {runner.verifier.name}; {runner.dtype} on {runner.device}")
     needs = table("\nneeds", "part", "features")
     for part in resolved.parts:

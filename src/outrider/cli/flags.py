@@ -18,6 +18,7 @@ def with_flags(
     *,
     skip: Iterable[str] = (),  # fields that no flag sets
     defaults: Mapping[str, Any] | None = None,  # defaults other than the record's own
+    short: Mapping[str, str] | None = None,  # one-letter flags
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives a typer command a flag for each field, and hands it the record under `argument`."""
     flagged = [entry for entry in fields(record) if entry.name not in set(skip)]
@@ -27,7 +28,7 @@ def with_flags(
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(command, eval_str=True)
         kept = [parameter for parameter in signature.parameters.values() if parameter.name != argument]
-        added = [_parameter(entry, hints[entry.name], own) for entry in flagged]
+        added = [_parameter(entry, hints[entry.name], own, (short or {}).get(entry.name)) for entry in flagged]
 
         def run(**given: Any) -> Any:
             values = {entry.name: given.pop(entry.name) for entry in flagged}
@@ -41,20 +42,22 @@ def with_flags(
     return decorate
 
 
-def _parameter(entry: Field[Any], hint: Any, defaults: Mapping[str, Any]) -> inspect.Parameter:
+def _parameter(entry: Field[Any], hint: Any, defaults: Mapping[str, Any], short: str | None) -> inspect.Parameter:
     default = defaults.get(entry.name, None if entry.default is MISSING else entry.default)
     flag = "--" + entry.name.replace("_", "-")
-    names = (f"{flag}/--no-{flag[2:]}",) if hint is bool else (flag,)
+    names = (f"{flag}/--no-{flag[2:]}",) if hint is bool else (flag, short) if short else (flag,)
     annotated: Any = Annotated
     annotation = annotated[_flag_type(hint), typer.Option(*names, help=entry.metadata["help"])]
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _flag_type(hint: Any) -> Any:
-    """What typer can parse: `X | None` as it is, a sequence as a flag that may be repeated."""
-    members = [member for member in typing.get_args(hint) if member is not type(None)]
-    if not isinstance(hint, types.UnionType) or not members:
+    """What typer can parse: a sequence as a flag that may be repeated, of other unions the first member."""
+    if not isinstance(hint, types.UnionType):
         return hint
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    if type(None) not in typing.get_args(hint):
+        return members[0]
     listed = [member for member in members if typing.get_origin(member) is not None]
     if listed:
         repeated: Any = list

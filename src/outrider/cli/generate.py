@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from outrider.cli.common import (
     Drafting,
     Json,
     Model,
-    NumDrafts,
-    SpeculativeConfig,
     describe_acceptance,
+    drafting_flags,
     engine_options,
     err,
     loading,
     out,
     print_json,
-    seedless_engine_flags,
+    say_if_unfaithful,
+    single_engine_flags,
+    waiting,
     without_drafts,
 )
 from outrider.cli.flags import with_flags
@@ -32,10 +32,15 @@ from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
 from outrider.draft.registry import WITHOUT_WEIGHTS
 from outrider.engine.llm import LLM
+from outrider.engine.outputs import Piece
 from outrider.errors import PromptError
+from outrider.tensors import Purpose
+from outrider.verify.base import Verifier
 
 COLOURS = ("green", "cyan", "blue", "magenta")
 """Of the first, second, third accepted draft of a round, and all that follow."""
+
+ANSI = {"green": 32, "cyan": 36, "blue": 34, "magenta": 35}
 
 WARM_UP_TOKENS = 8
 COMPARED_RUNS = 3
@@ -61,41 +66,52 @@ class _Run:
         return len(self.token_ids) / self.seconds
 
 
-@seedless_engine_flags
+@single_engine_flags
+@drafting_flags
 @sampling_flags
 def generate(
-    options: EngineOptions,
+    engine: EngineOptions,
+    drafting: Drafting,
     sampling: SamplingParams,
     model: Model = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="text to continue; - reads it from stdin")
     ] = None,
     chat: Annotated[str | None, typer.Option("--chat", help="a user's message, put in the chat template")] = None,
-    draft: Drafting = WITHOUT_WEIGHTS,
-    num_drafts: NumDrafts = None,
-    speculative_config: SpeculativeConfig = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="run without drafts too: same text? how much faster?")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt and show the text as it comes; accepted drafts are coloured by their position."""
-    chosen = engine_options(options, model, draft, num_drafts, speculative_config)
+    options = engine_options(engine, drafting, model, WITHOUT_WEIGHTS)
     with loading(quiet=as_json) as progress:
-        llm = LLM.from_options(chosen, progress)
+        llm = LLM.from_options(options, progress)
+    say_if_unfaithful(_verifier(llm).faithful, _verifier(llm).name)
     ids = _prompt_ids(llm, prompt, chat)
-    _warm_up(llm, ids)
+    _warm_up(llm, ids, as_json)
     run = _run(llm, ids, sampling, show=not as_json)
     result = _result(run, llm)
     if compare:
         with loading(quiet=as_json) as progress:
-            baseline = LLM.from_options(without_drafts(chosen), progress)
-        _warm_up(baseline, ids)
+            baseline = LLM.from_options(without_drafts(options), progress)
+        _warm_up(baseline, ids, as_json)
         result |= _compare(llm, baseline, ids, sampling, run)
     if as_json:
         print_json(result)
     else:
         _print_figures(result, run)
+    if compare and not result["identical"] and _keeps_tokens(llm):
+        raise typer.Exit(1)
+
+
+def _verifier(llm: LLM) -> Verifier:
+    return llm.engine.resolved.runner.verifier
+
+
+def _keeps_tokens(llm: LLM) -> bool:
+    """Whether drafts may not change a token; other faithful verifiers keep the distribution they come from."""
+    return _verifier(llm).draft_noise is Purpose.TARGET
 
 
 def _prompt_ids(llm: LLM, prompt: str | None, chat: str | None) -> list[int]:
@@ -111,20 +127,22 @@ def _read(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
-def _warm_up(llm: LLM, ids: list[int]) -> None:
-    """A few tokens first: kernels are compiled or read from their cache, and pages touched."""
-    llm.generate({"prompt_token_ids": ids}, SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True))
+def _warm_up(llm: LLM, ids: list[int], quiet: bool) -> None:
+    """A few tokens first: kernels are compiled, once a machine, or read from their cache, and pages touched."""
+    few = SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True, detokenize=False)
+    with waiting("preparing kernels (compiled on the first run only)", quiet):
+        llm.generate({"prompt_token_ids": ids}, few)
 
 
 def _run(llm: LLM, ids: list[int], sampling: SamplingParams, show: bool = False) -> _Run:
     start = time.perf_counter()
     stream = llm.stream({"prompt_token_ids": ids}, sampling)
     for piece in stream:
-        if show and piece.text:
-            out.print(Text(piece.text, style=_style(piece.draft_position)), end="")
+        if show:
+            _write(piece)
     seconds = time.perf_counter() - start
     if show:
-        out.print()
+        sys.stdout.write("\n")
     completion = stream.output.outputs[0]
     return _Run(
         text=completion.text,
@@ -135,10 +153,14 @@ def _run(llm: LLM, ids: list[int], sampling: SamplingParams, show: bool = False)
     )
 
 
-def _style(draft_position: int | None) -> str:
-    if draft_position is None:
-        return ""
-    return f"bold {COLOURS[min(draft_position, len(COLOURS) - 1)]}"
+def _write(piece: Piece) -> None:
+    """The text as it is: nothing of it is wrapped or expanded. Colours only on a terminal."""
+    text = piece.text
+    if text and piece.draft_position is not None and out.is_terminal and not out.no_color:
+        colour = COLOURS[min(piece.draft_position, len(COLOURS) - 1)]
+        text = f"\x1b[1;{ANSI[colour]}m{text}\x1b[0m"
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _compare(llm: LLM, baseline: LLM, ids: list[int], sampling: SamplingParams, first: _Run) -> dict[str, Any]:
@@ -162,7 +184,9 @@ def _result(run: _Run, llm: LLM) -> dict[str, Any]:
         "finish_reason": run.finish_reason,
         "runner": llm.choice.runner.name,
         "method": llm.engine.resolved.method,
-        "verifier": llm.engine.resolved.runner.verifier.name,
+        "verifier": _verifier(llm).name,
+        "faithful": _verifier(llm).faithful,
+        "same_tokens_promised": _keeps_tokens(llm),
         "tokens_per_second": run.tokens_per_second,
         "acceptance": run.acceptance.to_dict(),
     }
@@ -179,6 +203,8 @@ def _print_figures(result: dict[str, Any], run: _Run) -> None:
     if "identical" in result:
         speeds = result["tokens_per_second"]
         same = "[green]the same text[/]" if result["identical"] else "[bold red]a DIFFERENT text[/]"
+        if not result["identical"] and not result["same_tokens_promised"]:
+            same = f"another text, as verifier {result['verifier']} keeps the distribution and not the tokens"
         err.print(
             f"without drafts: {same}, {speeds['without']:.0f} tokens a second; "
             f"with drafts {speeds['with']:.0f}: [bold]{result['speedup']:.2f}x[/]"

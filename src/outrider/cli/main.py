@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 
 import typer
+from rich.markup import escape
 
 from outrider import __version__
 from outrider.cli import accept, bench, explain, generate
-from outrider.cli.common import err
+from outrider.cli.common import err, print_json
 from outrider.errors import OutriderError
 
 app = typer.Typer(
@@ -42,15 +43,13 @@ def main() -> None:
     try:
         app()
     except OutriderError as error:
-        err.print(f"[bold red]error:[/] {_escaped(str(error))}")
+        if "--json" in sys.argv:
+            print_json({"error": str(error), "type": type(error).__name__})
+        err.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,47 @@
-"""A field of an options record, with the help from which flags and pages are generated."""
+"""Fields of options records, with the help from which flags and pages are generated, and a check of their types."""
 
 from __future__ import annotations
 
-from dataclasses import field
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import field, fields
 from typing import Any
 
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with its default and one line of help."""
     return field(default=default, metadata={"help": help})
+
+
+def wrong_types(record: Any) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and wanted type of each field of a dataclass whose value is not of its annotated type."""
+    hints = typing.get_type_hints(type(record))
+    for entry in fields(record):
+        value, hint = getattr(record, entry.name), hints[entry.name]
+        if not _is(value, hint):
+            yield entry.name, value, _name(hint)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is(value, member) for member in _members(hint))
+    origin = typing.get_origin(hint)
+    if origin is not None:  # a mapping, or a sequence of one type; text is a sequence too, but never meant
+        item = typing.get_args(hint)[0]
+        listed = isinstance(value, origin) and not isinstance(value, (str, bytes))
+        return listed and (issubclass(origin, typing.Mapping) or all(_is(each, item) for each in value))
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
+    return " or ".join(names.get(member, str(member).split(".")[-1]) for member in _members(hint))

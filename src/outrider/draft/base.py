@@ -71,6 +71,8 @@ class Drafter(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Feature]]
     Options: ClassVar[type[DraftOptions]] = DraftOptions
+    rerun: ClassVar[int] = 0  # prompt tokens to run again after a prefix hit, to rebuild what the drafter keeps
+    writes_ahead: ClassVar[bool] = False  # whether `propose` writes cache positions past a row's last query token
     gives_logits: ClassVar[bool] = False  # whether `propose` says what its guesses were drawn from
 
     num_drafts: int

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,15 +18,21 @@ from outrider.tensors import Draft
 class HostDrafter(Drafter):
     """A drafter that thinks on the host: subclass it, write `guess`, name it as `module:Class`.
 
-    It reads tensors on the host, so it runs where a runner offers HOST_CODE.
+    It reads tensors on the host, so it runs where a runner offers HOST_CODE. A subclass that sets
+    no `name` is called `module:Class`.
     """
 
     name: ClassVar[str] = "host"
     needs: ClassVar[frozenset[Feature]] = frozenset({Feature.HOST_CODE, Feature.TOKEN_HISTORY})
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "name" not in vars(cls):
+            cls.name = f"{cls.__module__}:{cls.__qualname__}"
+
     @abstractmethod
     def guess(self, slot: int, tokens: list[int]) -> Sequence[int]:
-        """Up to K tokens to follow `tokens` (prompt and output so far); more are cut off.
+        """Up to K token ids to follow `tokens` (prompt and output so far); more are cut off.
 
         `slot` stays the same for a request's life, between `admit` and `release`.
         """
@@ -40,13 +47,21 @@ class HostDrafter(Drafter):
             if not speaks:
                 continue
             history = slots.tokens[slot, : int(slots.length[slot])].tolist()
-            guesses = list(self.guess(slot, history))[: self.num_drafts]
-            wrong = [token for token in guesses if not 0 <= token < self.target.vocab_size]
-            if wrong:
-                raise OptionError(
-                    f"drafter {type(self).__name__} guessed token {wrong[0]}, "
-                    f"outside the vocabulary of {self.target.vocab_size}"
-                )
+            guesses = self._checked(self.guess(slot, history))
             drafted[row, : len(guesses)] = torch.tensor(guesses, dtype=torch.int64)
             length[row] = len(guesses)
         return Draft(drafted.to(batch.slot.device), length.to(batch.slot.device), None)
+
+    def _checked(self, given: Sequence[int]) -> list[int]:
+        """The first K guesses as plain integers. OptionError for what is no token of the target's."""
+        try:
+            guesses = [operator.index(token) for token in list(given)[: self.num_drafts]]
+        except TypeError:
+            raise OptionError(f"drafter {type(self).__name__} must guess whole numbers: {given!r}") from None
+        wrong = [token for token in guesses if not 0 <= token < self.target.vocab_size]
+        if wrong:
+            raise OptionError(
+                f"drafter {type(self).__name__} guessed token {wrong[0]}, "
+                f"outside the vocabulary of {self.target.vocab_size}"
+            )
+        return guesses

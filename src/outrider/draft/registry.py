@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -17,6 +18,9 @@ METHODS: dict[str, type[Drafter]] = {method.name: method for method in (NoDrafte
 WITHOUT_WEIGHTS = Ngram.name
 """The method that serves any model, since it needs no checkpoint of its own."""
 
+NO_DRAFTS = NoDrafter.name
+"""The method that drafts nothing: what turns speculation off."""
+
 
 def find_drafter(method: str) -> type[Drafter]:
     """A method of ours by name, or a user's class by `module:Class`. OptionError if there is none."""
@@ -27,12 +31,21 @@ def find_drafter(method: str) -> type[Drafter]:
         raise OptionError(
             f"unknown drafting method: {method} ({nearest(method, METHODS)}, or module:Class for your own)"
         )
+    if not module_name or not class_name:
+        raise OptionError(f"drafter {method} names no class: give module:Class")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"cannot import drafter {method}: {error}") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the module is the user's: anything may go wrong in it
+        raise OptionError(f"cannot import drafter {method}: {type(error).__name__}: {error}") from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise OptionError(f"cannot import drafter {method}: module {module_name} has no class {class_name}")
     if not (isinstance(found, type) and issubclass(found, Drafter)):
         raise OptionError(f"drafter {method} must be a subclass of outrider.Drafter")
+    missing = sorted(found.__abstractmethods__) if inspect.isabstract(found) else []
+    missing += [fact for fact in ("name", "needs") if not hasattr(found, fact)]
+    if missing:
+        raise OptionError(f"drafter {method} is not complete: it lacks {', '.join(missing)}")
     return found
 
 

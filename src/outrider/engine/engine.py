@@ -13,11 +13,10 @@ from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import StepPlan
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
-from outrider.errors import EngineDeadError, InputError, PromptError, SamplingError
+from outrider.errors import EngineDeadError, PromptError, SamplingError
 from outrider.oracle import Choice, choose
 from outrider.runner.base import Pending
 from outrider.runner.registry import RUNNERS
-from outrider.schedule.options import SchedulerOptions
 from outrider.schedule.scheduler import Scheduler
 from outrider.workers.local import LocalWorker
 
@@ -66,35 +65,29 @@ class Engine:
         self.choice = verdict(self.resolved)
         runner = self.resolved.runner
         self._worker = LocalWorker(self.choice.runner, runner, self.resolved.mesh)
-        self._scheduler = Scheduler(
-            SchedulerOptions(
-                max_model_len=runner.max_model_len,
-                num_blocks=runner.memory.num_blocks,
-                block_size=runner.block_size,
-                max_num_seqs=runner.max_num_seqs,
-                max_num_batched_tokens=runner.max_num_batched_tokens,
-                enable_prefix_caching=options.enable_prefix_caching,
-                num_drafts=runner.draft_options.num_speculative_tokens,
-                depth=self._worker.depth,
-            )
-        )
+        self._scheduler_options = replace(self.resolved.scheduler, depth=self._worker.depth)
+        self._scheduler = Scheduler(self._scheduler_options)
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[_Flight] = deque()
         self._num_requests = 0
         self._cause_of_death: BaseException | None = None
+        self._busy = False
+        self.num_dropped = 0
+        """Requests that ended other than in a step: by `finish`, `abort` or an interrupt."""
         self.times = StepTimes()
 
-    def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        """Queues a request. Raises PromptError or CapacityError; nothing else is affected."""
+    def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
+        """Queues a request and gives its record, to be read only.
+
+        Raises PromptError, SamplingError, or InputError if the id is in use; nothing else is affected.
+        """
         self._check_alive()
-        if request_id in self._requests:
-            raise InputError(f"request id is in use: {request_id}")
         self._check_prompt(prompt)
         self._check_stop_ids(sampling.stop_token_ids)
-        self._num_requests += 1
+        number = self._num_requests + 1
         seed = sampling.seed
         if seed is None:
-            seed = (self.resolved.options.seed + self._num_requests * SEED_STRIDE) % 2**63
+            seed = (self.resolved.options.seed + number * SEED_STRIDE) % 2**63
         eos = () if sampling.ignore_eos else self.resolved.eos_token_ids
         assert isinstance(sampling.stop_token_ids, tuple)
         request = Request(
@@ -104,22 +97,22 @@ class Engine:
             seed=seed,
             stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
         )
-        self._scheduler.add(request)
-        self._requests[request_id] = request
+        self._busy = True
+        try:
+            self._scheduler.add(request)
+            self._requests[request_id] = request
+            self._num_requests = number
+        finally:
+            self._busy = False
+        return request
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
-        runner = self.resolved.runner
-        if not prompt:
-            raise PromptError("the prompt is empty: give at least one token")
-        if len(prompt) >= runner.max_model_len:
-            raise PromptError(
-                f"the prompt has {len(prompt)} tokens, max_model_len {runner.max_model_len} leaves room for "
-                f"at most {runner.max_model_len - 1}: shorten it or raise max_model_len"
-            )
-        vocab_size = runner.model_config.vocab_size
-        for token in prompt:
+        vocab_size = self.resolved.runner.model_config.vocab_size
+        for index, token in enumerate(prompt):
             if not 0 <= token < vocab_size:
-                raise PromptError(f"token id {token} is outside the vocabulary of {vocab_size}")
+                raise PromptError(
+                    f"token id {token} is outside the vocabulary of {vocab_size}, at index {index} of the prompt"
+                )
 
     def _check_stop_ids(self, stop_ids: Sequence[int] | None) -> None:
         vocab_size = self.resolved.runner.model_config.vocab_size
@@ -131,11 +124,27 @@ class Engine:
         """Drops a request wherever it is; unknown ids are ignored, since it may just have ended."""
         self.finish(request_id, FinishReason.ABORT)
 
-    def finish(self, request_id: str, reason: FinishReason) -> None:
-        """Ends a request from outside, as a stop string in its text does."""
-        if request_id in self._requests:
+    def finish(self, request_id: str, reason: FinishReason) -> bool:
+        """Ends a request from outside, as a stop string in its text does; False if it had ended already."""
+        if request_id not in self._requests:
+            return False
+        self._busy = True
+        try:
             self._scheduler.finish(request_id, reason)
             del self._requests[request_id]
+            self.num_dropped += 1
+        finally:
+            self._busy = False
+        return True
+
+    def knows(self, request_id: str) -> bool:
+        """Whether the request is waiting or running."""
+        return request_id in self._requests
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is changing the schedule. Only what interrupts it, a finalizer say, ever finds it so."""
+        return self._busy
 
     @property
     def has_work(self) -> bool:
@@ -149,14 +158,21 @@ class Engine:
     def step(self) -> list[tuple[TokenDelta, Request]]:
         """Submits a step and reads the oldest one due; what each request gained, and its record.
 
-        Raises EngineDeadError, chained to the cause, if the worker failed now or earlier.
+        Raises EngineDeadError, chained to the cause, if the worker failed now or earlier. An interrupt
+        (Ctrl-C) goes through: every request is forgotten, and the engine is as new.
         """
         self._check_alive()
+        self._busy = True
         try:
             return self._step()
         except Exception as error:
             self._die(error)
-            raise EngineDeadError(f"the engine failed in a step: {error}") from error
+            raise EngineDeadError(f"the engine failed in a step: {str(error) or repr(error)}") from error
+        except BaseException:
+            self._start_over()
+            raise
+        finally:
+            self._busy = False
 
     def _step(self) -> list[tuple[TokenDelta, Request]]:
         times, clock = self.times, time.perf_counter
@@ -195,6 +211,23 @@ class Engine:
         if self._in_flight:  # the worker failed; had the scheduler, its books could not be trusted to close
             self._in_flight.clear()
             self._scheduler.abandon()
+
+    def _start_over(self) -> None:
+        """Forgets every request after an interrupted step; the engine is dead if a part cannot."""
+        self.num_dropped += len(self._requests)
+        self._requests.clear()
+        self._in_flight.clear()
+        try:
+            self._scheduler.abandon()
+            self._scheduler.check_idle()
+        except Exception:  # it was interrupted itself, in the middle of its books
+            acceptance = self._scheduler.acceptance
+            self._scheduler = Scheduler(self._scheduler_options)
+            self._scheduler.acceptance = acceptance
+        try:
+            self._worker.reset()
+        except Exception as error:
+            self._cause_of_death = error
 
     def _check_alive(self) -> None:
         if self._cause_of_death is not None:

@@ -4,65 +4,34 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
+from outrider.engine.completion import Completion, Inbox
 from outrider.engine.detokenize import Detokenizer
 from outrider.engine.engine import Engine
-from outrider.engine.outputs import CompletionOutput, Piece, RequestOutput
+from outrider.engine.outputs import CompletionOutput, RequestOutput
+from outrider.engine.prompts import (
+    Messages,
+    Prompt,
+    as_conversations,
+    as_prompts,
+    as_template_arguments,
+    as_token_ids,
+    one_each,
+)
+from outrider.engine.stream import Stream
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
 from outrider.oracle import Choice
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids} as in vLLM."""
-
-Messages = Sequence[dict[str, Any]]
-"""A conversation: [{"role": "user", "content": ...}, ...]."""
-
-
-@dataclass(slots=True)
-class _Completion:
-    """One completion under way."""
-
-    request_id: str
-    parent: RequestOutput
-    output: CompletionOutput
-    detokenizer: Detokenizer | None = None
-    pieces: deque[Piece] | None = None  # where a stream waits for them
-
-
-class Stream(Iterator[Piece]):
-    """A completion as it comes. `output` grows with it, and holds the acceptance once it has ended.
-
-    Closing it, or letting it go, aborts what is not finished.
-    """
-
-    def __init__(self, llm: LLM, output: RequestOutput, completions: dict[str, _Completion]) -> None:
-        """`LLM.stream` makes it."""
-        self.output = output
-        self._llm, self._completions = llm, completions
-        self._pieces: deque[Piece] = deque()
-        for completion in completions.values():
-            completion.pieces = self._pieces
-
-    def __next__(self) -> Piece:
-        while not self._pieces:
-            if self.output.finished:
-                raise StopIteration
-            self._llm._advance()
-        return self._pieces.popleft()
-
-    def close(self) -> None:
-        """Aborts what is not finished. Idempotent."""
-        self._llm._abort(self._completions)
-
-    def __del__(self) -> None:
-        self.close()
+Progress = Callable[[int, int], None]
+"""Told how much is done, and how much there is."""
 
 
 class LLM:
@@ -76,24 +45,27 @@ class LLM:
         self,
         model: str | None = None,
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> None:
         """`progress` is told the bytes of weights loaded so far and in all."""
         self._open(EngineOptions.from_kwargs(model=model, **options), progress)
 
     @classmethod
-    def from_options(cls, options: EngineOptions, progress: Callable[[int, int], None] | None = None) -> Self:
+    def from_options(cls, options: EngineOptions, progress: Progress | None = None) -> Self:
         """From a record of options instead of keyword arguments."""
         llm = cls.__new__(cls)
         llm._open(options, progress)
         return llm
 
-    def _open(self, options: EngineOptions, progress: Callable[[int, int], None] | None) -> None:
+    def _open(self, options: EngineOptions, progress: Progress | None) -> None:
         self._engine = Engine(options, progress)
         self._tokenizer: Tokenizer | None = None
         self._num_requests = 0
-        self._completions: dict[str, _Completion] = {}  # under way, whoever waits for them
+        self._completions: dict[str, Completion] = {}  # under way, whoever waits for them
+        self._gained: deque[tuple[TokenDelta, Request]] = deque()  # of the last step, not yet handed out
+        self._released: deque[str] = deque()  # let go while the engine was busy: to be aborted
+        self._num_dropped = 0  # requests that we dropped ourselves, or have taken note of
 
     @property
     def choice(self) -> Choice:
@@ -112,6 +84,10 @@ class LLM:
             self._tokenizer = Tokenizer(self._engine.resolved.directory)
         return self._tokenizer
 
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer, as vLLM gives it."""
+        return self.tokenizer.wrapped
+
     def acceptance(self) -> AcceptanceReport:
         """How drafts fared over the life of this LLM."""
         return self._engine.acceptance()
@@ -121,23 +97,32 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        progress: Callable[[int, int], None] | None = None,  # finished completions, completions in all
+        use_tqdm: bool = False,
+        progress: Progress | None = None,  # finished completions, completions in all
     ) -> list[RequestOutput]:
         """Completes every prompt; outputs are in the prompts' order.
 
-        Every prompt is checked before any runs, so an InputError leaves nothing half done.
+        Every prompt is checked before any runs, so an InputError leaves nothing half done. What goes
+        wrong with one completion alone, in its text say, is raised, and the others are aborted.
         """
-        many = _as_prompts(prompts)
-        sampling = _one_each(sampling_params, len(many))
+        many = as_prompts(prompts)
+        sampling = one_each(sampling_params, len(many))
         encoded = [self._encode(prompt) for prompt in many]
-        outputs, completions = self._start(encoded, sampling)
-        left = set(completions)
+        inbox = Inbox(keeps_pieces=False)
+        outputs, completions = self._start(encoded, sampling, inbox)
+        num_ended = 0
         try:
-            while left:
-                for request_id in left.intersection(self._advance()):
-                    left.remove(request_id)
-                    if progress is not None:
-                        progress(len(completions) - len(left), len(completions))
+            with _bar(len(completions), use_tqdm) as advance_bar:
+                while num_ended < len(completions):
+                    self._advance()
+                    while inbox.ended:
+                        ended = inbox.ended.popleft()
+                        if ended.error is not None:
+                            raise ended.error
+                        num_ended += 1
+                        advance_bar()
+                        if progress is not None:
+                            progress(num_ended, len(completions))
         finally:
             self._abort(completions)
         return outputs
@@ -147,42 +132,82 @@ class LLM:
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, rendered by the checkpoint's chat template."""
-        if not messages:
-            raise PromptError("the conversation is empty: give at least one message")
-        conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
-        arguments = dict(chat_template_kwargs or {})
-        rendered = [self.tokenizer.render_chat(conversation, **arguments) for conversation in conversations]  # type: ignore[arg-type]
-        return self.generate([{"prompt_token_ids": ids} for ids in rendered], sampling_params)
+        conversations = as_conversations(messages)
+        arguments = as_template_arguments(chat_template_kwargs)
+        rendered = [self.tokenizer.render_chat(conversation, **arguments) for conversation in conversations]
+        return self.generate([{"prompt_token_ids": ids} for ids in rendered], sampling_params, use_tqdm=use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Completes one prompt, token by token as they come; closing or dropping the stream aborts it."""
-        sampling = sampling_params or SamplingParams()
-        outputs, completions = self._start([self._encode(prompt)], [sampling])
-        return Stream(self, outputs[0], completions)
+        sampling = one_each(sampling_params, 1)
+        inbox = Inbox(keeps_pieces=True)
+        outputs, completions = self._start([self._encode(prompt)], sampling, inbox)
+        return Stream(outputs[0], inbox, completions, self._advance, self._release)
 
-    def _advance(self) -> list[str]:
-        """Runs one step, and hands every completion under way what it gained. Returns those that ended."""
-        ended = []
-        for delta, request in self._engine.step():
+    def _advance(self) -> None:
+        """Runs one step, and hands every completion under way what it gained.
+
+        An error of one completion is its owner's to hear, and keeps nothing from the others; an
+        interrupt leaves what is not handed out for the next call. A completion whose request the
+        engine no longer knows ends as aborted, so that nobody waits for ever.
+        """
+        self._abort_released()
+        if not self._gained:
+            self._gained.extend(self._engine.step())
+            self._abort_released()
+        while self._gained:
+            delta, _ = self._gained.popleft()
             completion = self._completions.get(delta.request_id)
-            if completion is None:  # a request of somebody who drives the engine beside us
-                continue
-            pieces = self._take(completion, delta, request)
-            if completion.pieces is not None:
-                completion.pieces.extend(pieces)
-            if completion.output.finish_reason is not None:
-                del self._completions[delta.request_id]
-                ended.append(delta.request_id)
-        return ended
+            if completion is not None:  # else a request of somebody who drives the engine beside us
+                self._hand_out(completion, delta)
+        if self._engine.num_dropped != self._num_dropped or not self._engine.has_work:
+            self._num_dropped = self._engine.num_dropped
+            for completion in list(self._completions.values()):
+                if not self._engine.knows(completion.request.id):
+                    self._drop(completion)
 
-    def _abort(self, completions: Iterable[str]) -> None:
+    def _hand_out(self, completion: Completion, delta: TokenDelta) -> None:
+        try:
+            if completion.take(delta):
+                self._finish(completion.request.id, FinishReason.STOP)
+        except Exception as error:
+            self._drop(completion, error)
+        except BaseException:
+            self._drop(completion)
+            raise
+        if completion.ended:
+            self._completions.pop(completion.request.id, None)
+
+    def _finish(self, request_id: str, reason: FinishReason) -> None:
+        self._num_dropped += self._engine.finish(request_id, reason)
+
+    def _drop(self, completion: Completion, error: Exception | None = None) -> None:
+        """Ends a completion and its request, if that is not over."""
+        self._completions.pop(completion.request.id, None)
+        self._finish(completion.request.id, FinishReason.ABORT)
+        completion.abort(error)
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
         """Drops those that are still under way."""
-        for request_id in completions:
-            if self._completions.pop(request_id, None) is not None:
-                self._engine.abort(request_id)
+        for request_id in request_ids:
+            completion = self._completions.get(request_id)
+            if completion is not None:
+                self._drop(completion)
+
+    def _release(self, request_ids: Iterable[str]) -> None:
+        """As `_abort`, but safe anywhere: a finalizer may run in the middle of a step, and must not disturb it."""
+        if self._engine.busy:
+            self._released.extend(request_ids)
+        else:
+            self._abort(request_ids)
+
+    def _abort_released(self) -> None:
+        while self._released:
+            self._abort([self._released.popleft()])
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -191,30 +216,33 @@ class LLM:
                 raise PromptError(f"a prompt record holds prompt or prompt_token_ids: {sorted(prompt)}")
             if "prompt_token_ids" not in prompt:
                 return self._encode(prompt["prompt"])
-            return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"])
+            return prompt.get("prompt"), as_token_ids(prompt["prompt_token_ids"])
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
-        return None, _token_ids(prompt)
+        return None, as_token_ids(prompt)
 
     def _start(
-        self, encoded: Sequence[tuple[str | None, list[int]]], sampling: Sequence[SamplingParams]
-    ) -> tuple[list[RequestOutput], dict[str, _Completion]]:
+        self, encoded: Sequence[tuple[str | None, list[int]]], sampling: Sequence[SamplingParams], inbox: Inbox
+    ) -> tuple[list[RequestOutput], dict[str, Completion]]:
+        """Queues every completion of every prompt, or none."""
+        self._abort_released()
         outputs: list[RequestOutput] = []
-        completions: dict[str, _Completion] = {}
+        completions: dict[str, Completion] = {}
+        verifier, eos = self._engine.resolved.runner.verifier.name, self._engine.resolved.eos_token_ids
         try:
             for (text, ids), params in zip(encoded, sampling, strict=True):
-                parent = RequestOutput(text, ids, [])
+                number, self._num_requests = self._num_requests, self._num_requests + 1
+                parent = RequestOutput(str(number), text, ids, [], verifier)
                 outputs.append(parent)
                 for index in range(params.n):
-                    request_id = f"{self._num_requests}-{index}"
+                    request_id = f"{number}-{index}"
                     own = params if params.seed is None else replace(params, seed=(params.seed + index) % 2**63)
+                    request = self._engine.add(request_id, ids, own)
                     output = CompletionOutput(index, "", [])
-                    self._engine.add(request_id, ids, own)
-                    completion = _Completion(request_id, parent, output)
+                    completion = Completion(request, parent, output, inbox, eos)
                     completions[request_id] = self._completions[request_id] = completion
                     completion.detokenizer = self._detokenizer(ids, params)
                     parent.outputs.append(output)
-                self._num_requests += 1
         except BaseException:
             self._abort(completions)
             raise
@@ -228,52 +256,6 @@ class LLM:
             self.tokenizer, prompt, params.stop, params.include_stop_str_in_output, params.skip_special_tokens
         )
 
-    def _take(self, completion: _Completion, delta: TokenDelta, request: Request) -> list[Piece]:
-        """Adds a step's tokens to a completion; ends its request if they complete a stop string."""
-        output, detokenizer = completion.output, completion.detokenizer
-        taken: list[tuple[int, str]] = []
-        reason = delta.finish_reason
-        for token in delta.tokens:
-            output.token_ids.append(token)
-            stopped = False
-            # a token that ended the request is no part of its text
-            if detokenizer is not None and not (token == delta.stop_token and reason is FinishReason.STOP):
-                stopped = detokenizer.append(token, len(output.token_ids) > request.sampling.min_tokens)
-            taken.append((token, detokenizer.stream(finished=stopped) if detokenizer else ""))
-            if stopped:
-                assert detokenizer is not None
-                reason, output.stop_reason = FinishReason.STOP, detokenizer.stop_reason
-                self._engine.finish(completion.request_id, reason)
-                break
-        if reason is not None:
-            self._end(completion, request, delta, reason)
-            if detokenizer is not None and taken:
-                taken[-1] = (taken[-1][0], taken[-1][1] + detokenizer.stream(finished=True))
-        if detokenizer is not None:
-            output.text = detokenizer.text
-        last = len(taken) - 1
-        return [
-            Piece(
-                output.index,
-                token,
-                text,
-                place if place < delta.num_accepted else None,
-                output.finish_reason if place == last else None,
-            )
-            for place, (token, text) in enumerate(taken)
-        ]
-
-    def _end(self, completion: _Completion, request: Request, delta: TokenDelta, reason: FinishReason) -> None:
-        output, parent = completion.output, completion.parent
-        if completion.detokenizer is not None:
-            completion.detokenizer.finish()
-        output.finish_reason = reason.value
-        eos = (None, *self._engine.resolved.eos_token_ids)
-        if output.stop_reason is None and delta.stop_token not in eos:  # a stop string found before it is the reason
-            output.stop_reason = delta.stop_token
-        parent.acceptance += request.acceptance.report()
-        parent.num_cached_tokens = max(parent.num_cached_tokens, request.num_cached)
-
     def close(self) -> None:
         """Frees the model and the cache. Idempotent."""
         self._engine.close()
@@ -285,27 +267,13 @@ class LLM:
         self.close()
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several: a list of numbers is one."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if all(isinstance(item, int) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
+    """A progress bar in vLLM's manner; what is given moves it by one."""
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm import tqdm
 
-
-def _one_each(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if given is None:
-        return [SamplingParams()] * count
-    if isinstance(given, SamplingParams):
-        return [given] * count
-    if len(given) != count:
-        raise PromptError(f"{len(given)} sampling params for {count} prompts: give one, or one each")
-    return list(given)
-
-
-def _token_ids(ids: Any) -> list[int]:
-    listed = isinstance(ids, Sequence) and not isinstance(ids, (str, bytes))
-    if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise PromptError(f"token ids must be whole numbers: {ids!r}")
-    return list(ids)
+    with tqdm(total=total, desc="Processed prompts") as bar:
+        yield bar.update

@@ -14,18 +14,21 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
+    cumulative_logprob: None = None  # not offered yet
+    logprobs: None = None  # not offered yet
     finish_reason: str | None = None  # "stop", "length" or "abort"; None while it runs
     stop_reason: int | str | None = None  # the token id or string that stopped it, if it is not the model's own end
-    logprobs: None = None  # not offered yet
 
 
 @dataclass(slots=True)
 class RequestOutput:
     """A prompt and its completions."""
 
+    request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    verifier: str  # by which drafts were accepted: "synthetic" makes up its acceptance, and the text with it
     acceptance: AcceptanceReport = field(default_factory=AcceptanceReport)  # over all completions
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
@@ -43,4 +46,4 @@ class Piece:
     token_id: int
     text: str  # may be empty: a character not complete yet, or text held back for a stop string
     draft_position: int | None  # 0 for an accepted first draft, 1 for a second, ...; None: the target's own
-    finish_reason: str | None = None  # on a completion's last piece
+    finish_reason: str | None = None  # on a completion's last piece; an aborted completion has no last piece

@@ -1,11 +1,13 @@
-"""Products with bfloat16 weights in the matrix unit of recent x86 servers (AMX), for many rows.
+"""Products with bfloat16 weights in the matrix unit of recent x86 servers (AMX).
 
 The unit multiplies bfloat16 only, so each float32 activation is split in two: its own rounding to bfloat16, and that
 of what is left. With both products added in float32 the result is good to about 2^-17, a hundred times better than
 rounding the activations, for twice the multiplications of a unit that has eight times the vector unit's rate.
 
-A tile is 16 rows of 64 bytes. Weights are loaded as they lie, 16 outputs by 32 inputs; activations are packed first,
-[16 pairs of inputs][16 tokens][2]; so sums come out as [16 outputs][16 tokens] and are turned on their way to memory.
+A tile is 16 rows of up to 64 bytes. Weights are loaded as they lie, 16 outputs by 32 inputs. Activations are packed
+first: [16 pairs of inputs][tokens][2], the number of tokens being 1, 2, 4, 8 or 16. So sums come out as [16 outputs]
+[tokens], and are turned on their way to memory. A sum takes its inputs in order, 32 at a time, whatever the number of
+tokens: a token's result does not depend on those beside it.
 """
 
 from __future__ import annotations
@@ -18,15 +20,14 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 
-from outrider.kernels._attention import keep
-from outrider.kernels._numba import LANES, Emitter, Int, Vector, emitted
+from outrider.kernels._numba import LANES, SERIAL, Emitter, Int, Vector, address, compiled, emitted, keep
 from outrider.kernels._threads import add, parallel
-from outrider.kernels.native import compiled
 
 _BYTE, _INTS = ir.IntType(8), ir.VectorType(ir.IntType(32), LANES)
-_TILE = 1024  # bytes
 _STEP = 32  # inputs in a tile
-_OUTPUTS = 32  # a thread's sums are 2 x 2 tiles: 32 outputs by 32 tokens
+_OUTPUTS = 32  # that are summed at once, in two tiles a tile of tokens
+_HEIGHTS = (1, 2, 4, 8, LANES)
+_TASK = 1 << 15, 1 << 20  # bytes of weights in a task: at least, cheap to hand out, and at most, long enough to stream
 _PANEL = 1 << 20  # bytes of packed activations that are used against all weights before the next: they stay in cache
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
@@ -42,16 +43,24 @@ def _available() -> bool:
 AVAILABLE = _available()
 
 
-def _turned(emitter: Emitter, rows: list[Vector]) -> list[Vector]:
-    """The transpose of 16 vectors of 16 lanes: halves of halves change places."""
-    for span in (8, 4, 2, 1):
-        low = [lane if not lane & span else LANES + lane - span for lane in range(LANES)]
-        high = [lane + span if not lane & span else LANES + lane for lane in range(LANES)]
-        for i in range(LANES):
-            if not i & span:
-                pair = rows[i], rows[i + span]
-                rows[i], rows[i + span] = emitter.shuffle(*pair, low), emitter.shuffle(*pair, high)
-    return rows
+def _zipped(emitter: Emitter, rows: list[Vector]) -> list[Vector]:
+    """2^k vectors' lanes in turn: the first lane of each, then the second, ..."""
+    if len(rows) == 1:
+        return rows
+    evens, odds = _zipped(emitter, rows[::2]), _zipped(emitter, rows[1::2])
+    low, high = ([lane + part for i in range(8) for lane in (i, i + LANES)] for part in (0, 8))
+    pairs = zip(evens, odds, strict=True)
+    return [emitter.shuffle(even, odd, half) for even, odd in pairs for half in (low, high)]
+
+
+def _unzipped(emitter: Emitter, vectors: list[Vector]) -> list[Vector]:
+    """What `_zipped` was given."""
+    if len(vectors) == 1:
+        return vectors
+    pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+    evens, odds = ([emitter.shuffle(a, b, range(first, 2 * LANES, 2)) for a, b in pairs] for first in (0, 1))
+    rows = zip(_unzipped(emitter, evens), _unzipped(emitter, odds), strict=True)
+    return [row for pair in rows for row in pair]
 
 
 def _rounded(emitter: Emitter, value: Vector) -> tuple[Vector, Vector]:
@@ -64,30 +73,35 @@ def _rounded(emitter: Emitter, value: Vector) -> tuple[Vector, Vector]:
 
 
 @emitted
-def _pack(emitter: Emitter, x: Int, count: Int, size: Int, out: Int) -> None:
-    """Up to 16 rows of x, as `size` / 32 pairs of tiles: the activations rounded, and what that leaves."""
+def _pack(emitter: Emitter, x: Int, count: Int, size: Int, first: Int, last: Int, height: Int, out: Int) -> None:
+    """Inputs first:last of `count` rows, as pairs of tiles for `height` tokens: rounded, and what that leaves."""
     builder = emitter.builder
-    rows = emitter.rows(x, emitter.times(size, 4), LANES, count)
-    present = [builder.icmp_signed("<", count.type(i), count) for i in range(LANES)]
 
-    def step(index: Int, none: list[Vector]) -> list[Vector]:
-        coarse, fine = [], []
-        for row, there in zip(rows, present, strict=True):
-            low, high = (emitter.load(row, emitter.plus(index, start, 1)) for start in (0, LANES))
-            words = []
-            for parity in (0, 1):
-                value = emitter.shuffle(low, high, list(range(parity, 2 * LANES, 2)))
-                value = builder.select(there, value, emitter.floats(0))
-                top, top_bits = _rounded(emitter, value)
-                words.append((top_bits, _rounded(emitter, builder.fsub(value, top))[1]))
-            for (even, odd), tile in zip(zip(*words, strict=True), (coarse, fine), strict=True):
-                word = builder.or_(builder.lshr(even, emitter.ints(16)), odd)
-                tile.append(builder.bitcast(word, emitter.floats(0).type))
-        for i, vector in enumerate([*_turned(emitter, coarse), *_turned(emitter, fine)]):
-            emitter.store(vector, out, emitter.plus(emitter.times(index, LANES), i, LANES))
-        return none
+    def of_height(height: int) -> None:
+        rows = emitter.rows(x, emitter.times(size, 4), height, count)
+        present = [builder.icmp_signed("<", count.type(i), count) for i in range(height)]
 
-    emitter.loop(0, size, _STEP, step, [])
+        def step(index: Int, none: list[Vector]) -> list[Vector]:
+            coarse: list[Vector] = []
+            fine: list[Vector] = []
+            for row, there in zip(rows, present, strict=True):
+                low, high = (emitter.load(row, emitter.plus(index, start, 1)) for start in (0, LANES))
+                words = []
+                for parity in (0, 1):
+                    value = emitter.shuffle(low, high, range(parity, 2 * LANES, 2))
+                    value = builder.select(there, value, emitter.floats(0))
+                    top, top_bits = _rounded(emitter, value)
+                    words.append((top_bits, _rounded(emitter, builder.fsub(value, top))[1]))
+                for (even, odd), tile in zip(zip(*words, strict=True), (coarse, fine), strict=True):
+                    word = builder.or_(builder.lshr(even, emitter.ints(16)), odd)
+                    tile.append(builder.bitcast(word, emitter.floats(0).type))
+            for i, vector in enumerate([*_zipped(emitter, coarse), *_zipped(emitter, fine)]):
+                emitter.store(vector, out, emitter.plus(emitter.times(index, height), i, LANES))
+            return none
+
+        emitter.loop(first, last, _STEP, step, [])
+
+    emitter.each_height(height, of_height, _HEIGHTS)
 
 
 def _tile_call(emitter: Emitter, name: str, *arguments: Any) -> None:
@@ -95,13 +109,22 @@ def _tile_call(emitter: Emitter, name: str, *arguments: Any) -> None:
     emitter.call(f"llvm.x86.{name}", ir.VoidType(), *given)
 
 
+_SUMS, _WEIGHTS, _TOKENS = (0, 1, 2, 3), (4, 5), (6, 7)  # what the eight tiles are for
+
+
 @emitted
-def _configure(emitter: Emitter, scratch: Int) -> None:
-    """Gives all eight tiles 16 rows of 64 bytes."""
-    for offset, values in ((0, [1] + [0] * 15), (16, [64, 0] * 8), (32, [0] * 16), (48, [16] * 8 + [0] * 8)):
-        row = ir.Constant(ir.VectorType(_BYTE, 16), [_BYTE(value) for value in values])
-        emitter.builder.store(row, emitter.pointer(scratch, offset, row.type), align=1)
-    _tile_call(emitter, "ldtilecfg", emitter.pointer(scratch, 0, _BYTE))
+def _configure(emitter: Emitter, height: Int, scratch: Int) -> None:
+    """16 rows in each tile: of 32 inputs' weights, or of so many tokens."""
+
+    def of_height(height: int) -> None:
+        widths = [64 if tile in _WEIGHTS else 4 * height for tile in range(8)]
+        table = [1] + [0] * 15 + [byte for width in widths for byte in (width, 0)] + [0] * 16 + [16] * 8 + [0] * 8
+        for start in range(0, 64, 16):
+            row = ir.Constant(ir.VectorType(_BYTE, 16), [_BYTE(value) for value in table[start : start + 16]])
+            emitter.builder.store(row, emitter.pointer(scratch, start, row.type), align=1)
+        _tile_call(emitter, "ldtilecfg", emitter.pointer(scratch, 0, _BYTE))
+
+    emitter.each_height(height, of_height, _HEIGHTS)
 
 
 @emitted
@@ -109,64 +132,109 @@ def _release(emitter: Emitter, scratch: Int) -> None:
     _tile_call(emitter, "tilerelease")
 
 
+def _sum_tiles(
+    emitter: Emitter,
+    weight: Int,
+    size: Int,
+    packed: Int,
+    height: int,
+    width: int,
+    out: Int,
+    outputs: Int,
+    left: Int,
+    scratch: Int,
+) -> None:
+    """32 outputs of `width` tiles of `height` tokens, of which `left` are wanted."""
+    builder, stride, panel = emitter.builder, emitter.times(size, 2), emitter.times(size, 4 * height)
+    sums = [(o, t, _SUMS[2 * o + t]) for o in range(2) for t in range(width)]
+    for _, _, tile in sums:
+        _tile_call(emitter, "tilezero", tile)
+
+    def step(index: Int, none: list[Vector]) -> list[Vector]:
+        for o, tile in enumerate(_WEIGHTS):
+            base = emitter.plus(emitter.plus(weight, 16 * o, stride), index, 2)
+            if height * width <= LANES:
+                for row in range(LANES):
+                    emitter.prefetch(emitter.plus(base, _OUTPUTS + row, stride), 0, 1)
+            _tile_call(emitter, "tileloadd64", tile, emitter.pointer(base, 0, _BYTE), stride)
+        for part in range(2):
+            for t in range(width):
+                base = emitter.plus(emitter.plus(packed, index, 4 * height), panel, t)
+                place = emitter.pointer(base, part * 64 * height, _BYTE)
+                _tile_call(emitter, "tileloadd64", _TOKENS[t], place, size.type(4 * height))
+            for o, t, tile in sums:
+                _tile_call(emitter, "tdpbf16ps", tile, _WEIGHTS[o], _TOKENS[t])
+        return none
+
+    emitter.loop(0, size, _STEP, step, [])
+    line = emitter.times(outputs, 4)
+    for o, t, tile in sums:
+        _tile_call(emitter, "tilestored64", tile, emitter.pointer(scratch, 0, _BYTE), size.type(4 * height))
+        rows = _unzipped(emitter, [emitter.load(scratch, i * LANES) for i in range(height)])
+        places = emitter.rows(
+            emitter.plus(out, line, height * t), line, height, builder.sub(left, left.type(height * t))
+        )
+        # a row past the last goes where the last one does, and before it
+        for row, place in reversed(list(zip(rows, places, strict=True))):
+            emitter.store(row, place, 16 * o)
+
+
 @emitted
 def _multiply(
-    emitter: Emitter, weight: Int, size: Int, packed: Int, tokens: Int, out: Int, outputs: Int, scratch: Int
+    emitter: Emitter, weight: Int, size: Int, packed: Int, height: Int, out: Int, outputs: Int, left: Int, scratch: Int
 ) -> None:
-    """out[:tokens, :32], a row being `outputs` long, for up to 32 tokens."""
-    builder, stride, panel = emitter.builder, emitter.times(size, 2), emitter.times(size, LANES * 4)
-    first, second, halves = 4, 5, (6, 7)  # tiles 0 to 3 are the sums
-
-    def of_width(width: int) -> None:
-        sums = [(o, t, 2 * o + t) for o in range(2) for t in range(width)]
-        for _, _, tile in sums:
-            _tile_call(emitter, "tilezero", tile)
-
-        def step(index: Int, none: list[Vector]) -> list[Vector]:
-            for o, tile in enumerate((first, second)):
-                base = emitter.plus(emitter.plus(weight, 16 * o, stride), index, 2)
-                _tile_call(emitter, "tileloadd64", tile, emitter.pointer(base, 0, _BYTE), stride)
-            place = emitter.plus(packed, index, 2 * _TILE // _STEP)
-            for half in range(2):
-                for t in range(width):
-                    base = emitter.plus(place, panel, t)
-                    _tile_call(
-                        emitter, "tileloadd64", halves[t], emitter.pointer(base, half * _TILE, _BYTE), size.type(64)
-                    )
-                for o, t, tile in sums:
-                    _tile_call(emitter, "tdpbf16ps", tile, (first, second)[o], halves[t])
-            return none
-
-        emitter.loop(0, size, _STEP, step, [])
-        for o, t, tile in sums:
-            _tile_call(emitter, "tilestored64", tile, emitter.pointer(scratch, 0, _BYTE), size.type(64))
-            rows = _turned(emitter, [emitter.load(scratch, i * LANES) for i in range(LANES)])
-            line = emitter.times(outputs, 4)
-            places = emitter.rows(
-                emitter.plus(out, line, 16 * t), line, LANES, builder.sub(tokens, tokens.type(16 * t))
+    """32 outputs of up to `height` tokens, or of up to 32 where tiles hold 16."""
+    wide = emitter.builder.icmp_signed(">", left, left.type(LANES))
+    with emitter.builder.if_else(wide) as (two, one):
+        with two:
+            _sum_tiles(emitter, weight, size, packed, LANES, 2, out, outputs, left, scratch)
+        with one:
+            emitter.each_height(
+                height,
+                lambda each: _sum_tiles(emitter, weight, size, packed, each, 1, out, outputs, left, scratch),
+                _HEIGHTS,
             )
-            # a row past the last goes where the last one does, and before it
-            for row, place in reversed(list(zip(rows, places, strict=True))):
-                emitter.store(row, place, 16 * o)
-
-    emitter.each_height(emitter.builder.ashr(emitter.plus(tokens, 15, 1), tokens.type(4)), of_width, (1, 2))
 
 
 @compiled()
-def _pack_all(tickets: int, x: int, rows: int, inputs: int, packed: int) -> None:
+def tile_height(rows: int) -> int:
+    """How many tokens a tile holds: the least power of two that is enough, 16 at most."""
+    height = 1
+    while height < min(rows, LANES):
+        height *= 2
+    return height
+
+
+@compiled()
+def pack(tickets: int, x: int, rows: int, inputs: int, height: int, packed: int) -> None:
+    """Takes 16 rows, or `height` if they are all, and 256 of their inputs."""
+    parts = (inputs + 255) // 256
     while True:
-        row = add(tickets, 1) * LANES
+        ticket = add(tickets, 1)
+        row, first = ticket // parts * height, ticket % parts * 256
         if row >= rows:
             break
-        _pack(x + row * inputs * 4, min(rows - row, LANES), inputs, packed + row * inputs * 4)
+        place = packed + row * inputs * 4
+        _pack(x + row * inputs * 4, min(rows - row, height), inputs, first, min(first + 256, inputs), height, place)
 
 
 @compiled()
-def _products(
-    tickets: int, packed: int, rows: int, inputs: int, weight: int, outputs: int, share: int, out: int
+def products(
+    tickets: int,
+    packed: int,
+    rows: int,
+    height: int,
+    inputs: int,
+    weight: int,
+    outputs: int,
+    out: int,
+    threads: int,
 ) -> None:
-    scratch = np.empty(_TILE, np.uint8)
-    _configure(scratch.ctypes.data)
+    """Takes some outputs of all rows. Inputs are a multiple of 32, outputs 32 or more."""
+    task = min(max(outputs * inputs * 2 // (4 * threads), _TASK[0]), _TASK[1])
+    share = max(task // (inputs * 2 * _OUTPUTS), 1) * _OUTPUTS
+    scratch = np.empty(1024, np.uint8)
+    _configure(height, address(scratch))
     while True:
         start = add(tickets, 1) * share
         if start >= outputs:
@@ -175,22 +243,23 @@ def _products(
             o = min(each, outputs - _OUTPUTS)
             for row in range(0, rows, 2 * LANES):
                 place = out + (row * outputs + o) * 4
-                count = min(rows - row, 2 * LANES)
-                weights = weight + o * inputs * 2
-                _multiply(weights, inputs, packed + row * inputs * 4, count, place, outputs, scratch.ctypes.data)
-    _release(scratch.ctypes.data)
+                left = min(rows - row, 2 * LANES)
+                x = packed + row * inputs * 4
+                _multiply(weight + o * inputs * 2, inputs, x, height, place, outputs, left, address(scratch))
+    _release(address(scratch))
     keep(scratch)
 
 
 @compiled()
 def multiply(x: int, weight: int, out: int, rows: int, inputs: int, outputs: int, threads: int) -> None:
-    """out = x @ weight.T; inputs are a multiple of 32, outputs 32 or more. Outputs past the last full 32 overlap."""
-    packed = np.empty((rows + LANES - 1) // LANES * LANES * inputs, np.float32)
-    parallel(_pack_all, threads, (x, rows, inputs, packed.ctypes.data))
-    share = max(outputs // (4 * threads) // _OUTPUTS, 1) * _OUTPUTS
+    """out = x @ weight.T"""
+    height = tile_height(rows)
+    packed = np.empty((rows + height - 1) // height * height * inputs, np.float32)
+    small = rows * inputs < SERIAL
+    parallel(pack, 1 if small else threads, (x, rows, inputs, height, address(packed)))
     block = max(_PANEL // (inputs * 4) // (2 * LANES), 1) * 2 * LANES
     for row in range(0, rows, block):
         count, place = min(rows - row, block), out + row * outputs * 4
-        work = (packed.ctypes.data + row * inputs * 4, count, inputs, weight, outputs, share, place)
-        parallel(_products, threads, work)
+        work = (address(packed) + row * inputs * 4, count, height, inputs, weight, outputs, place, threads)
+        parallel(products, threads, work)
     keep(packed)

@@ -1,6 +1,6 @@
 """The CPU's paged attention: tasks, and the tiles that they are made of.
 
-A query row is one head of one token. A task is up to 8 rows that share a key head, against up to 512 keys: every row
+A query row is one head of one token. A task is up to 32 rows that share a key head, against up to 512 keys: every row
 keeps a running maximum and sums relative to it (Milakov and Gimelshein, 2018). Keys are taken 64 at a time, and the
 sums over one 512 are joined with those over the next in order, so what a row gets depends on its own query and the
 keys before it: not on the rows beside it, nor on the number of threads.
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from outrider.kernels._numba import LANES, Emitter, Int, Real, Vector, copy_row, emitted
+from outrider.kernels._numba import LANES, Emitter, Int, Real, Vector, address, compiled, copy_row, emitted, keep
 from outrider.kernels._threads import add
-from outrider.kernels.native import compiled, pointer
+from outrider.kernels.native import pointer
 
 _SPLIT = 512  # keys in a task
 _CHUNK = 64  # keys between two updates of the maximum
-_TILE = 8  # rows in a task
+_ROWS = 32  # rows in a task
+_TILE = 8  # of them, in a tile
 _HEIGHTS = (2, 4, _TILE)
 _STATE = 3 * LANES * 4  # bytes of a row's state: its maximum, sum of weights, and factor for the sums so far
 _SUM, _FACTOR = LANES, 2 * LANES
@@ -39,8 +40,8 @@ def _start_row(emitter: Emitter, state: Int, mixed: Int, size: Int) -> None:
 
 
 @emitted
-def _score(emitter: Emitter, queries: Int, count: Int, keys: Int, size: Int, scores: Int) -> None:
-    """scores[r][k] = queries[r] . keys[k], for up to 8 rows and 16 keys."""
+def _score(emitter: Emitter, queries: Int, count: Int, keys: Int, size: Int, scores: Int, ahead: Int) -> None:
+    """scores[r][k] = queries[r] . keys[k], for up to 8 rows and 16 keys; what lies `ahead` of these is asked for."""
     stride = emitter.times(size, 4)
 
     def of_height(height: int) -> None:
@@ -50,7 +51,8 @@ def _score(emitter: Emitter, queries: Int, count: Int, keys: Int, size: Int, sco
 
         def tile(key: Int, state: list[Vector]) -> list[Vector]:
             k_rows = emitter.rows(emitter.plus(keys, key, stride), stride, width, width)
-            emitter.dots(q_rows, k_rows, size, [emitter.plus(row, key, 4) for row in score_rows])
+            places = [emitter.plus(row, key, 4) for row in score_rows]
+            emitter.dots(q_rows, k_rows, size, places, ahead=ahead)
             return state
 
         emitter.loop(0, LANES, width, tile, [])
@@ -98,7 +100,15 @@ def _soften_row(emitter: Emitter, scores: Int, scale: Real, keys: Int, seen: Int
 
 @emitted
 def _mix(
-    emitter: Emitter, weights: Int, states: Int, count: Int, values: Int, seen: Int, mixed: Int, size: Int
+    emitter: Emitter,
+    weights: Int,
+    states: Int,
+    count: Int,
+    values: Int,
+    seen: Int,
+    mixed: Int,
+    size: Int,
+    ahead: Int,
 ) -> None:
     """mixed[r] = mixed[r] * factor of r + sum over up to 16 keys of weights[r][k] * values[k]; the factor is then 1."""
     builder = emitter.builder
@@ -116,7 +126,10 @@ def _mix(
             sums = [builder.fmul(old, factors[i // len(columns)]) for i, old in enumerate(sums)]
 
             def step(key: Int, old: list[Vector]) -> list[Vector]:
-                parts = [emitter.load(emitter.plus(values, key, stride), column, mask) for column in columns]
+                value = emitter.plus(values, key, stride)
+                for column in columns:
+                    emitter.prefetch(builder.add(value, ahead), column, 4)
+                parts = [emitter.load(value, column, mask) for column in columns]
                 new: list[Vector] = []
                 for row in weight_rows:
                     weight = emitter.spread(row, key)
@@ -175,14 +188,9 @@ def _finish_row(emitter: Emitter, state: Int, mixed: Int, out: Int, size: Int) -
 
 
 @compiled()
-def keep(memory: Any) -> None:
-    """Called after the last use of an array's address: numba frees what no name refers to any more."""
-
-
-@compiled()
 def area(head_dim: int) -> int:
     """Bytes that a task's sums and states take."""
-    return _TILE * (head_dim * 4 + _STATE)
+    return _ROWS * (head_dim * 4 + _STATE)
 
 
 @compiled()
@@ -196,16 +204,16 @@ def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: i
     lens = carray(pointer(seq_lens), (rows,), np.int32)
     most = 1
     for row in range(rows):
-        tiles = ((starts[row + 1] - starts[row]) * group + _TILE - 1) // _TILE
+        tiles = ((starts[row + 1] - starts[row]) * group + _ROWS - 1) // _ROWS
         most += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
     tasks = np.empty((most, 8), np.int64)
     count = areas = pairs = 0
     for row in range(rows):
-        token, tokens = np.int64(starts[row]), np.int64(starts[row + 1] - starts[row])
-        position = lens[row] - tokens
+        token, tokens = int(starts[row]), int(starts[row + 1] - starts[row])
+        position = int(lens[row]) - tokens
         for head in range(num_kv_heads):
-            for first in range(0, tokens * group, _TILE):
-                height = min(_TILE, tokens * group - first)
+            for first in range(0, tokens * group, _ROWS):
+                height = min(_ROWS, tokens * group - first)
                 last = position + (first + height - 1) // group
                 splits = last // _SPLIT + 1
                 pairs += (last + 1) * height
@@ -226,6 +234,12 @@ def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: i
 
 
 @compiled()
+def _place(table: Any, token: int, head: int, num_kv_heads: int, block_size: int) -> int:
+    """How many heads of one token lie before this one in a cache."""
+    return (int(table[token // block_size]) * num_kv_heads + head) * block_size + token % block_size
+
+
+@compiled()
 def attend(
     tickets: int,
     plan: int,
@@ -242,21 +256,25 @@ def attend(
     head_dim: int,
     scale: float,
     out: int,
+    owned: int,  # query tokens that belong to a row; the rest get 0
+    tokens: int,
 ) -> None:
     """Takes tasks; where one has its query rows to itself it finishes them."""
     tasks = carray(pointer(plan), (count, 8), np.int64)
     size, stride, whole = head_dim * 4, group * num_kv_heads * head_dim * 4, area(head_dim)
-    scratch = np.empty((_TILE * (size + _CHUNK * 4) + whole) // 4, np.float32)
-    queries = scratch.ctypes.data
-    scores = queries + _TILE * size
+    scratch = np.empty((_ROWS * size + _TILE * _CHUNK * 4 + whole) // 4, np.float32)
+    queries = address(scratch)
+    scores = queries + _ROWS * size
     own = scores + _TILE * _CHUNK * 4
     while True:
         index = add(tickets, 1)
         if index >= count:
+            if index == count:
+                carray(pointer(out), (tokens, stride // 4), np.float32)[owned:] = 0
             break
         row, head, token, position, first, height, split, place = tasks[index]
         mixed = own if place < 0 else areas + place * whole
-        states = mixed + _TILE * size
+        states = mixed + _ROWS * size
         for i in range(height):
             heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
             copy_row(query + token * stride + heads, queries + i * size, head_dim)
@@ -264,20 +282,31 @@ def attend(
         table = carray(pointer(block_table + row * max_blocks * 4), (max_blocks,), np.int32)
         stop = min((split + 1) * _SPLIT, position + (first + height - 1) // group + 1)
         for begin in range(split * _SPLIT, stop, _CHUNK):
-            end = min(begin + _CHUNK, stop)
-            for key in range(begin, end, LANES):
-                block = np.int64(table[key // block_size])
-                place = ((block * num_kv_heads + head) * block_size + key % block_size) * size
-                _score(queries, height, key_cache + place, head_dim, scores + (key - begin) * 4)
-            for i in range(height):
-                seen = position + (first + i) // group + 1 - begin
-                _soften_row(scores + i * _CHUNK * 4, scale, end - begin, seen, states + i * _STATE)
-            for key in range(begin, end, LANES):
-                block = np.int64(table[key // block_size])
-                place = ((block * num_kv_heads + head) * block_size + key % block_size) * size
-                weights = scores + (key - begin) * 4
-                _mix(weights, states, height, value_cache + place, min(LANES, end - key), mixed, head_dim)
-        if mixed == own:
+            for part in range(0, height, _TILE):
+                # the tile's last row sees the most
+                end = min(min(begin + _CHUNK, stop), position + (first + min(part + _TILE, height) - 1) // group + 1)
+                rows = min(_TILE, height - part)
+                for key in range(begin, end, LANES):
+                    at = _place(table, key, head, num_kv_heads, block_size) * size
+                    ahead = value_cache - key_cache
+                    _score(queries + part * size, rows, key_cache + at, head_dim, scores + (key - begin) * 4, ahead)
+                for i in range(part, part + rows if end > begin else part):
+                    seen = position + (first + i) // group + 1 - begin
+                    _soften_row(scores + (i - part) * _CHUNK * 4, scale, end - begin, seen, states + i * _STATE)
+                for key in range(begin, end, LANES):
+                    at = _place(table, key, head, num_kv_heads, block_size) * size
+                    then = _place(table, min(key + _CHUNK, stop - 1), head, num_kv_heads, block_size) * size
+                    _mix(
+                        scores + (key - begin) * 4,
+                        states + part * _STATE,
+                        rows,
+                        value_cache + at,
+                        min(LANES, end - key),
+                        mixed + part * size,
+                        head_dim,
+                        key_cache + then - value_cache - at,
+                    )
+        if place < 0:
             for i in range(height):
                 heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
                 _finish_row(states + i * _STATE, mixed + i * size, out + token * stride + heads, head_dim)
@@ -300,7 +329,7 @@ def join(
             continue
         for i in range(height):
             mixed = areas + place * whole + i * size
-            state = areas + place * whole + _TILE * size + i * _STATE
+            state = areas + place * whole + _ROWS * size + i * _STATE
             for later in range(1, (position + (first + i) // group) // _SPLIT + 1):
                 _join_row(state, mixed, state + later * whole, mixed + later * whole, head_dim)
             heads = (first + i) // group * stride + (head * group + (first + i) % group) * size

@@ -15,6 +15,7 @@ import atexit
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
@@ -24,8 +25,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.kernels.native import compiled
+from outrider.kernels._numba import compiled
 
+_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic  # numba has no types
 _INT, _BYTE = ir.IntType(64), ir.IntType(8)
 _POINTER = _BYTE.as_pointer()
 
@@ -45,7 +47,7 @@ def _external(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
 
 
-@intrinsic  # type: ignore[misc]
+@_intrinsic
 def add(typing_context: Any, address: Any, value: Any) -> Any:
     """Adds to the int64 at an address, at one stroke; returns what it was."""
 
@@ -55,7 +57,7 @@ def add(typing_context: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@_intrinsic
 def read(typing_context: Any, address: Any) -> Any:
     """The int64 at an address, as other threads have left it."""
 
@@ -65,7 +67,7 @@ def read(typing_context: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@_intrinsic
 def _swap(typing_context: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return builder.atomic_rmw("xchg", builder.inttoptr(values[0], _INT.as_pointer()), values[1], "seq_cst")
@@ -73,7 +75,7 @@ def _swap(typing_context: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@_intrinsic
 def _pool(typing_context: Any) -> Any:
     """The pool's address, by a name that is looked up when compiled code is loaded, so that it can be cached."""
 
@@ -84,7 +86,7 @@ def _pool(typing_context: Any) -> Any:
     return types.int64(), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@_intrinsic
 def _run(typing_context: Any, job: Any, data: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         job = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), [_INT]).as_pointer())
@@ -94,7 +96,7 @@ def _run(typing_context: Any, job: Any, data: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@_intrinsic
 def _relax(typing_context: Any) -> Any:
     """What a thread does between two looks at a word that another will write."""
 
@@ -119,7 +121,7 @@ def _system(name: str, *offsets: int) -> Any:
 
         return types.void(types.int64), codegen
 
-    return intrinsic(typing)
+    return _intrinsic(typing)
 
 
 _lock, _unlock = _system("pthread_mutex_lock", _MUTEX), _system("pthread_mutex_unlock", _MUTEX)
@@ -219,6 +221,11 @@ def num_threads() -> int:
 
 
 def _start(count: int) -> None:
+    if not _helpers:
+        stop = ctypes.c_int64.from_address(_ADDRESS + _STOP)
+        stop.value = 1
+        _help()  # compiles it here and now: a helper would fight for the GIL to do it
+        stop.value = 0
     while len(_helpers) < count:
         helper = threading.Thread(target=_help, name="outrider-kernels", daemon=True)
         _helpers.append(helper)
@@ -252,7 +259,7 @@ if hasattr(os, "register_at_fork"):
 atexit.register(_stop)
 
 
-@intrinsic  # type: ignore[misc]
+@_intrinsic
 def parallel(typing_context: Any, body: Any, threads: Any, arguments: Any) -> Any:
     """parallel(body, threads, arguments) runs body(tickets, *arguments) here and on up to threads - 1 helpers.
 

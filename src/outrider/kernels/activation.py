@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels._numba import SERIAL, Emitter, Int, Vector, emitted
+from outrider.kernels._numba import SERIAL, Emitter, Int, Vector, compiled, emitted
 from outrider.kernels._threads import add, num_threads, parallel
-from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
 
@@ -39,6 +38,7 @@ def _gate_row(emitter: Emitter, gate: Int, up: Int, out: Int, size: Int) -> None
 
 @compiled()
 def gate_rows(tickets: int, gate_up: int, out: int, rows: int, size: int) -> None:
+    """Takes rows, one at a time."""
     while True:
         row = add(tickets, 1)
         if row >= rows:

@@ -17,10 +17,10 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels._attention import area, attend, join, keep, plan
-from outrider.kernels._numba import LANES, SERIAL
+from outrider.kernels._attention import area, attend, join, plan
+from outrider.kernels._numba import LANES, SERIAL, address, compiled, keep
 from outrider.kernels._threads import num_threads, parallel
-from outrider.kernels.native import compiled, pointer
+from outrider.kernels.native import pointer
 from outrider.kernels.op import Example, Op
 
 _QUERIES_AT_ONCE = 64  # bounds what the reference gathers
@@ -49,7 +49,8 @@ def paged_attention_reference(
         hidden = ~seen[part, None, :]
         key = key_cache[blocks].transpose(1, 2).flatten(2, 3).float()  # [t, Hkv, M * block_size, D]
         value = value_cache[blocks].transpose(1, 2).flatten(2, 3).float().masked_fill(hidden.unsqueeze(-1), 0)
-        grouped = query[part].float().unflatten(1, (num_kv_heads, -1))  # [t, Hkv, Hq / Hkv, D]
+        queries = query[part].float()
+        grouped = queries.reshape(len(queries), num_kv_heads, -1, query.shape[2])  # [t, Hkv, Hq / Hkv, D]
         scores = (grouped @ key.transpose(-1, -2) * scale).masked_fill(hidden.unsqueeze(2), -torch.inf)
         weights = scores.softmax(-1).masked_fill(hidden.unsqueeze(2), 0)
         parts.append((weights @ value).flatten(1, 2))
@@ -80,11 +81,10 @@ def _attention_kernel(
     areas = np.empty(num_areas * area(head_dim), np.uint8)
     if pairs * head_dim < SERIAL:
         threads = 1
-    owned = carray(pointer(query_start), (rows + 1,), np.int32)[rows]
-    carray(pointer(out), (tokens, group * num_kv_heads * head_dim), np.float32)[owned:] = 0
-    work = (tasks.ctypes.data, count, areas.ctypes.data)
+    owned = int(carray(pointer(query_start), (rows + 1,), np.int32)[rows])
+    work = (address(tasks), count, address(areas))
     cache = (query, key_cache, value_cache, block_table, max_blocks)
-    parallel(attend, threads, (*work, *cache, group, num_kv_heads, block_size, head_dim, scale, out))
+    parallel(attend, threads, (*work, *cache, group, num_kv_heads, block_size, head_dim, scale, out, owned, tokens))
     if num_areas > 0:
         parallel(join, threads, (*work, group, num_kv_heads, head_dim, out))
     keep(tasks)

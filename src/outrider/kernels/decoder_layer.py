@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from outrider.kernels import activation, attention, linear, norm, rope
-from outrider.kernels._attention import area, attend, join, keep, plan
+from outrider.kernels._decoder_layer import layer_kernel
 from outrider.kernels._numba import KIND
-from outrider.kernels._threads import PHASE, enter, leave, num_threads, parallel
-from outrider.kernels.native import compiled
+from outrider.kernels._threads import num_threads
+from outrider.kernels.linear import few
 from outrider.kernels.op import Example, Op
 
 
@@ -67,100 +66,156 @@ def _composed(on: Callable[[Op], Callable[..., Any]]) -> Callable[..., Tensor]:
 
 
 decoder_layer_reference = _composed(lambda op: op.reference)
-_decoder_layer_many = _composed(lambda op: op.on("cpu"))
+decoder_layer_by_ops = _composed(lambda op: op.on("cpu"))
 
 
-@compiled()
-def _layer(
-    tickets: int,
-    phases: int,
-    threads: int,
-    x: int,
-    residual: int,
-    input_norm: int,
-    qkv: int,
-    qkv_bias: int,
-    q_norm: int,
-    k_norm: int,
-    out: int,
-    post_norm: int,
-    gate_up: int,
-    down: int,
-    kind: int,
+def _decoder_layer_cpu(
+    x: Tensor | None,
+    residual: Tensor,
+    input_norm: Tensor,
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    out: Tensor,
+    post_norm: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
     eps: float,
-    rope: int,
-    positions: int,
-    key_cache: int,
-    value_cache: int,
-    cache_slot: int,
-    tasks: int,
-    num_tasks: int,
-    areas: int,
-    num_areas: int,
-    block_table: int,
-    max_blocks: int,
-    block_size: int,
+    rope: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_slot: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
     scale: float,
-    tokens: int,
-    hidden: int,
-    width: int,
-    normed: int,
-    wide: int,
-    query: int,
-    result: int,
-) -> None:
-    """Phase by phase; each is a kernel of the ops that the layer is made of."""
-    group, heads, both = num_heads // num_kv_heads, num_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim
-    phase = phases
-    enter(phase)
-    if x == 0:
-        norm_rows(phase, residual, 0, input_norm, kind, normed, tokens, hidden, eps)
-    else:
-        norm_rows(phase, x, residual, input_norm, kind, normed, tokens, hidden, eps)
-    leave(phase)
-    phase += PHASE
-    enter(phase)
-    few_rows(phase, normed, qkv, qkv_bias, wide, tokens, hidden, both, kind, threads)
-    leave(phase)
-    phase += PHASE
-    enter(phase)
-    rope_tokens(
-        phase, wide, q_norm, k_norm, kind, eps, rope, positions, key_cache, value_cache, cache_slot, block_size,
-        num_heads, num_kv_heads, head_dim, query, tokens
+) -> Tensor:
+    (tokens, hidden), kind = residual.shape, KIND[qkv.dtype]
+    (rows, max_blocks), (_, num_kv_heads, block_size, head_dim) = block_table.shape, key_cache.shape
+    if not few(tokens, hidden, len(qkv), kind):
+        return decoder_layer_by_ops(
+            x,
+            residual,
+            input_norm,
+            qkv,
+            qkv_bias,
+            q_norm,
+            k_norm,
+            out,
+            post_norm,
+            gate_up,
+            down,
+            eps,
+            rope,
+            positions,
+            key_cache,
+            value_cache,
+            cache_slot,
+            block_table,
+            query_start,
+            seq_lens,
+            num_heads,
+            scale,
+        )
+    result = torch.empty_like(residual)
+    layer_kernel(
+        0 if x is None else x.data_ptr(),
+        residual.data_ptr(),
+        input_norm.data_ptr(),
+        qkv.data_ptr(),
+        0 if qkv_bias is None else qkv_bias.data_ptr(),
+        0 if q_norm is None else q_norm.data_ptr(),
+        0 if k_norm is None else k_norm.data_ptr(),
+        out.data_ptr(),
+        post_norm.data_ptr(),
+        gate_up.data_ptr(),
+        down.data_ptr(),
+        kind,
+        eps,
+        rope.data_ptr(),
+        positions.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        cache_slot.data_ptr(),
+        block_table.data_ptr(),
+        query_start.data_ptr(),
+        seq_lens.data_ptr(),
+        rows,
+        max_blocks,
+        block_size,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale,
+        tokens,
+        hidden,
+        down.shape[1],
+        result.data_ptr(),
+        num_threads(),
     )
-    leave(phase)
-    phase += PHASE
-    enter(phase)
-    attend(
-        phase, tasks, num_tasks, areas, query, key_cache, value_cache, block_table, max_blocks, group, num_kv_heads,
-        block_size, head_dim, scale, wide
+    return result
+
+
+def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+    shapes = (
+        (96, 160, 4, 2, 64, torch.bfloat16),
+        (64, 67, 4, 4, 64, torch.float32),
+        (128, 96, 8, 2, 32, torch.bfloat16),
     )
-    leave(phase)
-    phase += PHASE
-    if num_areas > 0:
-        enter(phase)
-        join(phase, tasks, num_tasks, areas, group, num_kv_heads, head_dim, wide)
-        leave(phase)
-        phase += PHASE
-    enter(phase)
-    few_rows(phase, wide, out, 0, result, tokens, heads, hidden, kind, threads)
-    leave(phase)
-    phase += PHASE
-    enter(phase)
-    norm_rows(phase, result, residual, post_norm, kind, normed, tokens, hidden, eps)
-    leave(phase)
-    phase += PHASE
-    enter(phase)
-    few_rows(phase, normed, gate_up, 0, wide, tokens, hidden, 2 * width, kind, threads)
-    leave(phase)
-    phase += PHASE
-    enter(phase)
-    gate_rows(phase, wide, query, tokens, width)
-    leave(phase)
-    phase += PHASE
-    enter(phase)
-    few_rows(phase, query, down, 0, result, tokens, width, hidden, kind, threads)
-    leave(phase)
+    for hidden, width, num_heads, num_kv_heads, head_dim, dtype in shapes:
+        activation_type = torch.float32 if device.type == "cpu" else dtype
+
+        def draw(*shape: int, dtype: torch.dtype = dtype, centre: float = 0.0, spread: float = 1.0) -> Tensor:
+            return (centre + spread * torch.randn(shape, generator=generator)).to(device, dtype)
+
+        for lengths in (((1, 30),), ((1, 17), (5, 21), (2, 530)), ((40, 40), (1, 3))):
+            tokens = sum(count for count, _ in lengths)
+            heads = (num_heads + 2 * num_kv_heads) * head_dim
+            starts = torch.tensor([0, *(count for count, _ in lengths)]).cumsum(0)
+            blocks = [-(-length // 16) for _, length in lengths]
+            table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+            position: list[int] = []
+            slot: list[int] = []
+            for row, (count, length) in enumerate(lengths):
+                table[row, : blocks[row]] = torch.arange(blocks[row]) + sum(blocks[:row])
+                position += range(length - count, length)
+                slot += [sum(blocks[:row]) * 16 + place for place in range(length - count, length)]
+            angles = torch.rand(max(position) + 1, head_dim // 2, generator=generator) * 7
+            yield {
+                "x": draw(tokens, hidden, dtype=activation_type) if width != 67 else None,
+                "residual": draw(tokens, hidden, dtype=activation_type),
+                "input_norm": draw(hidden, centre=1.0),
+                "qkv": draw(heads, hidden, spread=hidden**-0.5),
+                "qkv_bias": draw(heads) if width == 96 else None,
+                "q_norm": None if width == 96 else draw(head_dim, centre=1.0),
+                "k_norm": None if width == 96 else draw(head_dim, centre=1.0),
+                "out": draw(hidden, num_heads * head_dim, spread=hidden**-0.5),
+                "post_norm": draw(hidden, centre=1.0),
+                "gate_up": draw(2 * width, hidden, spread=hidden**-0.5),
+                "down": draw(hidden, width, spread=width**-0.5),
+                "eps": 1e-6,
+                "rope": torch.cat((angles.cos(), angles.sin()), dim=-1).to(device),
+                "positions": torch.tensor(position, device=device),
+                "key_cache": draw(sum(blocks), num_kv_heads, 16, head_dim, dtype=activation_type),
+                "value_cache": draw(sum(blocks), num_kv_heads, 16, head_dim, dtype=activation_type),
+                "cache_slot": torch.tensor(slot, device=device),
+                "block_table": table.to(device),
+                "query_start": starts.to(device, torch.int32),
+                "seq_lens": torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
+                "num_heads": num_heads,
+                "scale": head_dim**-0.5,
+            }
+
+
+DECODER_LAYER = Op(
+    "decoder_layer",
+    decoder_layer_reference,
+    {"cpu": _decoder_layer_cpu},
+    examples=_examples,
+    outputs=("residual", "key_cache", "value_cache"),
+    tolerance=2e-5,
+    why="four products deep",
+)

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels import _amx
-from outrider.kernels._numba import FLOAT32, KIND, SERIAL, WIDTH, Emitter, Int, Vector, emitted
+from outrider.kernels._numba import BFLOAT16, FLOAT32, KIND, SERIAL, WIDTH, Emitter, Int, Vector, compiled, emitted
 from outrider.kernels._threads import add, num_threads, parallel
-from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
 
@@ -26,6 +25,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 _FEW = 32  # rows up to which the vector kernel is used: torch needs about 30 us to start
 _FEW_WITH_TILES = 8  # the same where the matrix unit can take over
 _HEIGHT, _WIDTH = 8, 8  # rows and outputs of a block
+_PAIR = 2  # outputs at once: more would be more streams of memory, fewer would load x more often
 _LEAST, _MOST = 1 << 15, 1 << 20  # bytes of weights in a task: cheap to hand out, long enough to stream
 _WIDENED = 1 << 22  # weights widened at once
 
@@ -38,7 +38,6 @@ def _block(
     until = emitter.least(left, _WIDTH)
 
     def of_height(height: int) -> None:
-        width = 2 if height == 6 else min(16 // height, _WIDTH)
         x_rows = emitter.rows(x, emitter.times(size, 4), height, rows)
         out_rows = emitter.rows(out, emitter.times(outputs, 4), height, rows)
 
@@ -47,22 +46,44 @@ def _block(
 
             def tile(first: Int, state: list[Vector]) -> list[Vector]:
                 rest = emitter.builder.sub(left, first)
-                w_rows = emitter.rows(emitter.plus(weight, first, stride), stride, width, rest)
+                w_rows = emitter.rows(emitter.plus(weight, first, stride), stride, _PAIR, rest)
                 places = [emitter.plus(row, first, 4) for row in out_rows]
-                ahead = emitter.times(stride, _WIDTH)
-                emitter.dots(x_rows, w_rows, size, places, kind, emitter.below(rest, width), ahead)
+                ahead = emitter.times(stride, 2 * _PAIR)
+                emitter.dots(x_rows, w_rows, size, places, kind, emitter.below(rest, _PAIR), ahead)
                 return state
 
-            emitter.loop(0, until, width, tile, [])
+            emitter.loop(0, until, _PAIR, tile, [])
 
         emitter.each_kind(kind, of_kind)
 
     emitter.each_height(rows, of_height, (1, 2, 4, 6, _HEIGHT))
 
 
+@emitted
+def _add_bias(emitter: Emitter, out: Int, bias: Int, kind: Int, size: Int) -> None:
+    def of_kind(kind: int) -> None:
+        def step(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
+            total = emitter.builder.fadd(emitter.load(out, index, mask), emitter.load(bias, index, mask, kind))
+            emitter.store(total, out, index, mask)
+            return none
+
+        emitter.sweep(size, step, [])
+
+    emitter.each_kind(kind, of_kind)
+
+
 @compiled()
 def few_rows(
-    tickets: int, x: int, weight: int, out: int, rows: int, inputs: int, outputs: int, kind: int, threads: int
+    tickets: int,
+    x: int,
+    weight: int,
+    bias: int,  # 0: none
+    out: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    kind: int,  # of weight and bias
+    threads: int,
 ) -> None:
     """Weights are read from memory once: all rows pass them before the next block of outputs."""
     stride = inputs * (4 if kind == FLOAT32 else 2)
@@ -76,23 +97,25 @@ def few_rows(
             for row in range(0, rows, _HEIGHT):
                 a, c = x + row * inputs * 4, out + (row * outputs + o) * 4
                 _block(a, min(rows - row, _HEIGHT), weight + o * stride, outputs - o, inputs, kind, c, outputs)
+            for row in range(rows if bias != 0 else 0):
+                place = bias + o * stride // inputs
+                _add_bias(out + (row * outputs + o) * 4, place, kind, min(outputs - o, _WIDTH))
 
 
 @compiled()
 def _few_rows_kernel(
-    x: int, weight: int, out: int, rows: int, inputs: int, outputs: int, kind: int, threads: int
+    x: int, weight: int, bias: int, out: int, rows: int, inputs: int, outputs: int, kind: int, threads: int
 ) -> None:
-    parallel(few_rows, threads, (x, weight, out, rows, inputs, outputs, kind, threads))
+    parallel(few_rows, threads, (x, weight, bias, out, rows, inputs, outputs, kind, threads))
 
 
-def few(rows: int, weight: Tensor) -> bool:
+def few(rows: int, inputs: int, outputs: int, kind: int) -> bool:
     """Whether so many rows of x are for the vector kernel, in which a row's result is its own affair."""
-    return rows <= (_FEW_WITH_TILES if _tiled(weight) else _FEW)
+    return rows <= (_FEW_WITH_TILES if _tiled(inputs, outputs, kind) else _FEW)
 
 
-def _tiled(weight: Tensor) -> bool:
-    outputs, inputs = weight.shape
-    return _amx.AVAILABLE and weight.dtype == torch.bfloat16 and inputs % 32 == 0 and outputs >= 32
+def _tiled(inputs: int, outputs: int, kind: int) -> bool:
+    return kind == BFLOAT16 and _amx.AVAILABLE and inputs % 32 == 0 and outputs >= 32
 
 
 def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -103,15 +126,16 @@ def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows, (outputs, inputs) = x.shape[0], weight.shape
-    assert x.dtype == torch.float32 and weight.is_contiguous() and x.shape[1] == inputs
+    (rows, inputs), outputs, kind = x.shape, weight.shape[0], KIND[weight.dtype]
+    assert x.dtype == torch.float32 and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
     x = x.contiguous()
-    if few(rows, weight):
+    if few(rows, inputs, outputs, kind):
         out = torch.empty(rows, outputs)
         threads = num_threads() if rows * inputs * outputs > SERIAL else 1
-        at = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-        _few_rows_kernel(*at, rows, inputs, outputs, KIND[weight.dtype], threads)
-    elif _tiled(weight):
+        at = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+        _few_rows_kernel(*at, rows, inputs, outputs, kind, threads)
+        return out
+    if _tiled(inputs, outputs, kind):
         out = torch.empty(rows, outputs)
         _amx.multiply(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, inputs, outputs, num_threads())
     else:

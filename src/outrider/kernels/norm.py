@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Real, Vector, emitted
+from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Real, Vector, compiled, emitted
 from outrider.kernels._threads import add, num_threads, parallel
-from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
 
@@ -67,6 +66,7 @@ def _add_row(emitter: Emitter, x: Int, residual: Int, size: Int) -> None:
 def norm_rows(
     tickets: int, x: int, residual: int, weight: int, kind: int, out: int, rows: int, size: int, eps: float
 ) -> None:
+    """Takes rows, one at a time; adds x to residual first and norms that, if there is one (0: there is none)."""
     while True:
         row = add(tickets, 1)
         if row >= rows:

@@ -17,9 +17,9 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Vector, copy_row, emitted
+from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Vector, compiled, copy_row, emitted
 from outrider.kernels._threads import add, num_threads, parallel
-from outrider.kernels.native import compiled, pointer
+from outrider.kernels.native import pointer
 from outrider.kernels.norm import norm_row, rms_norm_reference
 from outrider.kernels.op import Example, Op
 
@@ -37,8 +37,8 @@ def rope_store_reference(
     num_heads: int,
     num_kv_heads: int,
 ) -> Tensor:
-    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-    query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    heads = qkv.reshape(len(qkv), num_heads + 2 * num_kv_heads, -1)
+    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None:
         query = rms_norm_reference(query, q_norm, eps)
     if k_norm is not None:
@@ -110,6 +110,7 @@ def rope_tokens(
     query: int,
     tokens: int,
 ) -> None:
+    """Takes tokens, one at a time; a norm of 0 is none."""
     position, slots = carray(pointer(positions), (tokens,), np.int64), carray(pointer(cache_slot), (tokens,), np.int64)
     size = head_dim * 4
     while True:
@@ -222,8 +223,7 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
                 "num_kv_heads": num_kv_heads,
             }
             yield example
-            nowhere = torch.full_like(example["cache_slot"], -1)
-            yield {**example, "q_norm": None, "k_norm": None, "cache_slot": nowhere}
+            yield {**example, "q_norm": None, "k_norm": None, "cache_slot": torch.full((tokens,), -1, device=device)}
 
 
 ROPE_STORE = Op(

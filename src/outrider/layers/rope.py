@@ -13,6 +13,15 @@ from torch import Tensor
 from outrider.errors import CheckpointError, nearest
 
 
+def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A number of a config; KeyError if it is missing and has no default, CheckpointError if it is something else."""
+    value = config[key] if default is None else config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"config.json: {key} must be a number: {value!r}")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
     """Llama 3.1's rule: low frequencies are divided by `factor`, high ones kept, those between blended."""
@@ -20,7 +29,7 @@ class Llama3Scaling:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: float
 
     def scale(self, frequency: Tensor) -> Tensor:
         wavelength = 2 * math.pi / frequency
@@ -57,8 +66,11 @@ class Rope:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Rope:
         """Reads both spellings: `rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`."""
-        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+        said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(said, Mapping):
+            raise CheckpointError(f"config.json: rope parameters must be an object: {said!r}")
+        given = dict(said)
+        theta = number({**config, **given}, "rope_theta", 10_000.0)
         kind = given.get("rope_type") or given.get("type") or "default"
         if kind not in SCALINGS:
             raise CheckpointError(f"rope scaling is not supported: {kind} ({nearest(kind, SCALINGS)})")
@@ -66,7 +78,7 @@ class Rope:
         if scaling is None:
             return cls(theta)
         try:
-            return cls(theta, scaling(**{name: given[name] for name in scaling.__dataclass_fields__}))
+            return cls(theta, scaling(**{name: number(given, name) for name in scaling.__dataclass_fields__}))
         except KeyError as missing:
             raise CheckpointError(f"config.json: rope scaling {kind} lacks {missing}") from None
 

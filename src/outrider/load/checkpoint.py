@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,20 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def fingerprint(directory: Path) -> str:
+    """Tells one checkpoint from another by its config and the size and first MiB of each weight file."""
+    told = hashlib.sha256((directory / "config.json").read_bytes())
+    for file in weight_files(directory):
+        told.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as opened:
+            told.update(opened.read(1 << 20))
+    return told.hexdigest()[:16]
+
+
 def load_weights(
     directory: Path,
     weights: Mapping[str, Tensor],  # checkpoint name -> what it fills
-    ignorable: Iterable[str] = (),
+    ignores: Callable[[str], bool] = lambda name: False,  # names the checkpoint may hold that nothing reads
     progress: Callable[[int], None] | None = None,  # called with the bytes of each tensor as it is filled
 ) -> None:
     """Fills every parameter from the checkpoint, one tensor in memory at a time, casting as needed.
@@ -70,7 +81,7 @@ def load_weights(
                             filled.add(name)
                             if progress:
                                 progress(weights[name].nbytes)
-                        elif name not in ignorable:
+                        elif not ignores(name):
                             unexpected.append(name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"cannot read {file}: {error}; is it complete?") from error

@@ -35,10 +35,9 @@ class Tokenizer:
         return self._tokenizer.backend_tokenizer
 
     @property
-    def eos_token_id(self) -> int | None:
-        """The tokenizer's own end-of-text token, if it has one."""
-        eos: int | None = self._tokenizer.eos_token_id
-        return eos
+    def wrapped(self) -> Any:
+        """The transformers tokenizer itself."""
+        return self._tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects around it."""

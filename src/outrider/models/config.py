@@ -9,9 +9,15 @@ from typing import Any
 import torch
 
 from outrider.errors import CheckpointError
-from outrider.layers.rope import Rope
+from outrider.layers.rope import Rope, number
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float": torch.float32,
+    "half": torch.float16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class ModelConfig:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=_size(config, "max_position_embeddings"),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
             rope=Rope.from_config(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
@@ -87,9 +93,10 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     """Configs write none, one or several ids; here they are always several."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise CheckpointError(f"eos_token_id must be token ids: {value!r}")
+    return ids
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -98,6 +105,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"config.json: hidden_act is not supported: {config['hidden_act']} (known: silu)")
     if config.get("use_sliding_window") or any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         raise CheckpointError("config.json: sliding-window attention is not supported; use a model with full attention")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unnamed")
+    if config.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"config.json: partial_rotary_factor is not supported: {config['partial_rotary_factor']}")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, Mapping) else quantised
         raise CheckpointError(f"config.json: quantised weights are not supported: {method}; use the unquantised model")

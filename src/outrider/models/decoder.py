@@ -10,6 +10,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
+from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMLP
@@ -36,6 +37,48 @@ class DecoderLayer:
         )
         self.mlp_norm = RMSNorm(config.hidden_size, eps, allocator)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias, allocator)
+        unbiased = self.attention.out.bias is None and self.mlp.down.bias is None
+        self._fused = DECODER_LAYER.kernels.get(allocator.device.type) if unbiased else None
+
+    def __call__(self, x: Tensor | None, residual: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
+        """[T, H] to be added to the residual stream; `x`, what the layer before gave, is added to it first, in place.
+
+        Where the device has a kernel for the whole layer, that; it knows no biases but those of q, k and v.
+        """
+        if self._fused is not None:
+            return self._in_one(x, residual, batch, rope, cache)
+        normed = self.input_norm(residual) if x is None else self.input_norm.add(x, residual)
+        mixed = self.attention(normed, batch, rope, cache)
+        return self.mlp(self.mlp_norm.add(mixed, residual))
+
+    def _in_one(self, x: Tensor | None, residual: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
+        assert self._fused is not None
+        attention, mlp = self.attention, self.mlp
+        out: Tensor = self._fused(
+            x,
+            residual,
+            self.input_norm.weight,
+            attention.qkv.weight,
+            attention.qkv.bias,
+            attention.q_norm.weight if attention.q_norm else None,
+            attention.k_norm.weight if attention.k_norm else None,
+            attention.out.weight,
+            self.mlp_norm.weight,
+            mlp.gate_up.weight,
+            mlp.down.weight,
+            self.mlp_norm.eps,
+            rope,
+            batch.positions,
+            cache.key,
+            cache.value,
+            batch.cache_slot,
+            batch.block_table,
+            batch.query_start,
+            batch.seq_lens,
+            attention.num_heads,
+            attention.head_dim**-0.5,
+        )
+        return out
 
     def weights(self, prefix: str) -> Weights:
         return (
@@ -80,13 +123,10 @@ class Decoder:
 
     def forward(self, batch: StepBatch, cache: Sequence[LayerCache]) -> Tensor:
         """[T, H] after the final norm; the step's keys and values are written into the cache."""
-        residual = self.embedding(batch.input_ids)
-        x = self.layers[0].input_norm(residual)
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
-            if index:
-                x = layer.input_norm.add(x, residual)
-            x = layer.attention(x, batch, self.rope, layer_cache)
-            x = layer.mlp(layer.mlp_norm.add(x, residual))
+        residual, x = self.embedding(batch.input_ids), None
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, residual, batch, self.rope, layer_cache)
+        assert x is not None, "a config has one layer at least"
         return self.norm.add(x, residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -100,9 +140,9 @@ class Decoder:
             found |= layer.weights(f"model.layers.{index}.")
         return found | self.head.weights("lm_head.")
 
-    def ignorable(self) -> frozenset[str]:
-        """Names a checkpoint may hold and this model does not read: a copy of the tied head."""
-        return frozenset({"lm_head.weight"} if self.config.tie_word_embeddings else ())
+    def ignores(self, name: str) -> bool:
+        """What a checkpoint may hold and this model does not read: a copy of the tied head, rotary frequencies."""
+        return name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_word_embeddings)
 
     @property
     def num_parameters(self) -> int:

@@ -62,5 +62,8 @@ class Runner(Protocol):
     def submit(self, plan: StepPlan) -> Pending:
         """Start a step. Plans are run in the order given; `plan.step` counts them."""
 
+    def reset(self) -> None:
+        """Forget every request, as after an interrupted step. The next plan releases and reads nothing from before."""
+
     def close(self) -> None:
         """Give back memory and process groups. The runner is unusable afterwards."""

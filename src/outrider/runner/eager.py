@@ -84,7 +84,7 @@ class EagerRunner:
                 if config.progress is not None:
                     config.progress(loaded, config.memory.weights)
 
-            load_weights(config.directory, model.weights(), model.ignorable(), count)
+            load_weights(config.directory, model.weights(), model.ignores, count)
         return cls(config, model)
 
     @torch.inference_mode()
@@ -107,6 +107,10 @@ class EagerRunner:
         columns = torch.tensor(plan.rows, device=self._config.device).unbind(1)
         batch: StepBatch = self._assemble(self._table.slots, *columns, num_query, num_logits, self._config.block_size)
         return batch
+
+    def reset(self) -> None:
+        """Empties the slots."""
+        self._table.reset()
 
     def close(self) -> None:
         """Drops the model and the cache."""

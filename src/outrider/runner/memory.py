@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from outrider.errors import CapacityError
@@ -13,8 +14,33 @@ from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
 
 MIB = 1 << 20
-HOST_SHARE = 0.25
-"""Largest share of a host's free memory that the cache takes unasked: the host runs other programs too."""
+
+HOST_SHARE = 0.5
+"""Share of what a host has left beside the weights that the cache takes unasked: the host runs other programs too."""
+
+SHORTEST = 256
+"""A `max_model_len` that nobody asked for is lowered to fit the memory, but not under this."""
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a configuration asks of the memory."""
+
+    model: type[Decoder]
+    config: ModelConfig
+    dtype: torch.dtype  # of the weights
+    device: torch.device
+    block_size: int
+    max_model_len: int
+    may_shorten: bool  # whether max_model_len was left to us
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_drafts: int
+    keeps_draft_logits: bool
+    cache_bytes: int | None  # None: what the device has left, no more than all sequences could fill
+    utilization: float  # share of a GPU's free memory to use
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +48,12 @@ class MemoryPlan:
     """Bytes, by purpose. `num_blocks` is what the scheduler may hand out."""
 
     weights: int
-    workspace: int  # most that a step's activations and logits take
+    workspace: int  # most that a step's activations and logits take, and the tables of all slots
     cache: int
     bytes_per_block: int
     num_blocks: int
     block_size: int
+    max_model_len: int  # as asked, or lowered to what fits
 
     @property
     def num_tokens(self) -> int:
@@ -38,46 +65,72 @@ class MemoryPlan:
         return asdict(self) | {"num_tokens": self.num_tokens}
 
 
-def plan_memory(
-    model: type[Decoder],
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    block_size: int,
-    max_model_len: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    num_drafts: int,
-    cache_bytes: int | None,  # None: what the device has left, no more than all sequences could fill
-    utilization: float,  # share of a GPU's free memory to use
-) -> MemoryPlan:
+def plan_memory(demand: Demand) -> MemoryPlan:
     """Sizes the cache before anything is loaded. CapacityError if one full sequence does not fit."""
-    activation = activation_dtype(device, dtype)
-    shape = model(config, max_model_len, Allocator(torch.device("meta"), dtype, activation))
+    activation = activation_dtype(demand.device, demand.dtype)
+    meta = Allocator(torch.device("meta"), demand.dtype, activation)
+    shape = demand.model(demand.config, demand.max_model_len, meta)
     weights = sum(weight.nbytes for weight in shape.weights().values())
-    # widest live tensors of a layer: residual, its norm, qkv or gate_up, and what comes of it
-    width = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
-    logits_rows = max_num_seqs * (num_drafts + 1)
-    workspace = max_num_batched_tokens * width * activation.itemsize + 3 * logits_rows * config.vocab_size * 4
-    per_block = shape.cache_layout(block_size).bytes_per_block
-    blocks_per_seq = -(-max_model_len // block_size)
-    if cache_bytes is None:
-        room = free_memory(device) * (utilization if device.type == "cuda" else HOST_SHARE) - weights - workspace
-        cache_bytes = min(int(room), per_block * blocks_per_seq * max_num_seqs)
-    num_blocks = max(cache_bytes, 0) // per_block
-    if num_blocks < blocks_per_seq:
+    workspace = _workspace(demand, activation)
+    per_block = shape.cache_layout(demand.block_size).bytes_per_block
+    blocks_per_seq = -(-demand.max_model_len // demand.block_size)
+    free = free_memory(demand.device)
+    left = max(int(_usable(demand, free - weights - workspace)), 0)
+    if demand.cache_bytes is None:
+        room = min(left, per_block * blocks_per_seq * demand.max_num_seqs)
+    else:
+        room = demand.cache_bytes
+        if room > free - weights - workspace:
+            raise CapacityError(
+                f"kv_cache_memory asks for {room / MIB:.1f} MiB; beside weights and workspace "
+                f"{max(free - weights - workspace, 0) / MIB:.1f} MiB are free: lower it"
+            )
+    num_blocks = room // per_block
+    max_model_len = demand.max_model_len
+    fits = num_blocks * demand.block_size
+    if fits < max_model_len and demand.may_shorten and fits >= SHORTEST:
+        max_model_len = fits
+    if fits < max_model_len:
         raise CapacityError(
             f"one sequence of max_model_len {max_model_len} needs {blocks_per_seq * per_block / MIB:.1f} MiB of "
-            f"key/value cache, there is room for {max(cache_bytes, 0) / MIB:.1f} MiB: "
+            f"key/value cache, there is room for {room / MIB:.1f} MiB, or {fits} tokens: "
             "lower max_model_len or raise kv_cache_memory"
         )
-    return MemoryPlan(weights, workspace, num_blocks * per_block, per_block, num_blocks, block_size)
+    return MemoryPlan(
+        weights, workspace, num_blocks * per_block, per_block, num_blocks, demand.block_size, max_model_len
+    )
+
+
+def _workspace(demand: Demand, activation: torch.dtype) -> int:
+    config, slots = demand.config, demand.max_num_seqs
+    # widest live tensors of a layer: residual, its norm, qkv or gate_up, and what comes of it
+    width = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
+    activations = demand.max_num_batched_tokens * width * activation.itemsize
+    # logits, what processors make of them, and noise
+    logits = 3 * min(slots * (demand.num_drafts + 1), demand.max_num_batched_tokens) * config.vocab_size * 4
+    history = slots * demand.max_model_len * 8
+    draft_logits = slots * demand.num_drafts * config.vocab_size * 4 if demand.keeps_draft_logits else 0
+    rope = demand.max_model_len * config.head_dim * 4
+    return activations + logits + history + draft_logits + rope
+
+
+def _usable(demand: Demand, left: int) -> float:
+    return left * (demand.utilization if demand.device.type == "cuda" else HOST_SHARE)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device now."""
+    """Bytes that a program could take on the device now; on a host, within its container's limit."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available: int = psutil.virtual_memory().available
+    return int(min(available, _container_room()))
+
+
+def _container_room() -> float:
+    """What a cgroup (version 2) leaves; infinite where there is none."""
+    try:
+        limit, used = (CGROUP / "memory.max").read_text().strip(), (CGROUP / "memory.current").read_text()
+    except OSError:
+        return float("inf")
+    return float("inf") if limit == "max" else int(limit) - int(used)

@@ -71,6 +71,14 @@ class SlotTable:
         for slot, start, blocks in plan.grow:
             self.slots.block_table[slot, start : start + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
+    def reset(self) -> None:
+        """Empties every slot, as after an interrupted step, whatever part of an update that had done."""
+        taken = list(self._wanted_by)
+        self._wanted_by.clear()
+        self._num_wanting = [0] * len(self._processors)
+        for slot in taken:
+            self._drafter.release(slot)
+
     def _release(self, slot: int) -> None:
         for index in self._wanted_by.pop(slot):
             self._num_wanting[index] -= 1
@@ -90,8 +98,8 @@ class SlotTable:
         slots.barred[slot] = -1
         slots.barred[slot, : len(admission.stop_ids)] = torch.tensor(admission.stop_ids, dtype=torch.int64)
         slots.draft_length[slot] = 0
+        self._drafter.admit(slot, admission.tokens)  # first: a slot is taken once the drafter knows of it
         wanted = tuple(index for index, processor in enumerate(self._processors) if processor.wanted(sampling))
         self._wanted_by[slot] = wanted
         for index in wanted:
             self._num_wanting[index] += 1
-        self._drafter.admit(slot, admission.tokens)

@@ -17,7 +17,7 @@ class Verifier(Protocol):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Feature]]
     draft_noise: ClassVar[Purpose]  # TARGET if it compares tokens, DRAFT if it compares probabilities
-    exact: ClassVar[bool]  # False: for benchmarks only, and every output must say so
+    faithful: ClassVar[bool]  # False: the text is not the target's; for benchmarks, and every output says so
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ class Exact:
     name: ClassVar[str] = "exact"
     needs: ClassVar[frozenset[Feature]] = frozenset()
     draft_noise: ClassVar[Purpose] = Purpose.TARGET
-    exact: ClassVar[bool] = True
+    faithful: ClassVar[bool] = True
 
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
         slot = batch.logits_slot

@@ -33,7 +33,7 @@ class Rejection:
     name: ClassVar[str] = "rejection"
     needs: ClassVar[frozenset[Feature]] = frozenset({Feature.DRAFT_LOGITS})
     draft_noise: ClassVar[Purpose] = Purpose.DRAFT
-    exact: ClassVar[bool] = True
+    faithful: ClassVar[bool] = True
 
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
         slot, position = batch.logits_slot, batch.logits_position

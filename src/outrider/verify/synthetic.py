@@ -18,9 +18,9 @@ from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
 
 
 class Synthetic:
-    """A `Verifier` that accepts draft j of a round with probability rates[j], whatever it is.
+    """A `Verifier` that accepts draft j of a round with probability synthetic_rates[j], whatever it is.
 
-    `rates` are unconditional, as an acceptance report gives them: the share of rounds whose drafts
+    `synthetic_rates` are unconditional, as an acceptance report gives them: the share of rounds whose drafts
     0..j all stand. So they may not rise. The token after the last one accepted is the target's most
     likely one. Drafts past the last rate never stand. Raises OptionError for rates that cannot be.
     """
@@ -28,14 +28,15 @@ class Synthetic:
     name: ClassVar[str] = "synthetic"
     needs: ClassVar[frozenset[Feature]] = frozenset()
     draft_noise: ClassVar[Purpose] = Purpose.DRAFT
-    exact: ClassVar[bool] = False
+    faithful: ClassVar[bool] = False
 
-    def __init__(self, rates: Sequence[float]) -> None:
+    def __init__(self, synthetic_rates: Sequence[float]) -> None:
+        rates = tuple(synthetic_rates)
         if not rates or not all(0.0 <= rate <= 1.0 for rate in rates):
-            raise OptionError(f"acceptance rates must be numbers from 0 to 1, one a draft position: {list(rates)}")
+            raise OptionError(f"synthetic_rates must be numbers from 0 to 1, one a draft position: {list(rates)}")
         if any(after > before for before, after in pairwise(rates)):
             raise OptionError(
-                f"acceptance rates must not rise: {list(rates)}; give the share of rounds that get that far"
+                f"synthetic_rates must not rise: {list(rates)}; give the share of rounds that get that far"
             )
         before = [1.0, *rates]
         self._chances = [rate / given if given > 0 else 0.0 for given, rate in zip(before, rates, strict=False)]

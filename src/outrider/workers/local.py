@@ -20,6 +20,11 @@ class LocalWorker:
         assert self._runner is not None, "the worker is closed"
         return self._runner.submit(plan)
 
+    def reset(self) -> None:
+        """Forgets every request, as after an interrupted step."""
+        assert self._runner is not None, "the worker is closed"
+        self._runner.reset()
+
     def close(self) -> None:
         """Gives back the runner's memory. Idempotent."""
         if self._runner is not None:

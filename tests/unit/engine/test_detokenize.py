@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from checkpoints import EOS
 from outrider.engine.detokenize import Detokenizer
 from outrider.load.tokenizer import Tokenizer
 
@@ -107,10 +108,8 @@ def test_stop_strings(tokenizer: Tokenizer, text: str, stop: list[str], include:
 
 
 def test_special_tokens(tokenizer: Tokenizer) -> None:
-    eos = tokenizer.eos_token_id
-    assert eos is not None
     for skip, expected in ((True, "ab"), (False, "a<eos>b")):
         found = Detokenizer(tokenizer, [], (), False, skip)
-        for token in (*tokenizer.encode("a"), eos, *tokenizer.encode("b")):
+        for token in (*tokenizer.encode("a"), EOS, *tokenizer.encode("b")):
             found.append(token)
         assert found.text == expected

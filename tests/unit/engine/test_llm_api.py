@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from checkpoints import prompt, write, write_tokenizer
@@ -50,6 +51,49 @@ def test_outputs_are_in_the_order_of_the_prompts_whoever_is_done_first(llm: LLM)
 def test_what_the_prefix_cache_held_is_told(llm: LLM) -> None:
     text = prompt(40, salt=9)
     assert [llm.generate(text, GREEDY)[0].num_cached_tokens for _ in range(2)] == [0, 32]
+
+
+def test_no_prompts_are_no_outputs(llm: LLM) -> None:
+    assert llm.generate([]) == llm.generate([], GREEDY) == llm.generate([], []) == []
+    assert not llm.engine.has_work
+
+
+def test_token_ids_of_numpy_s(llm: LLM) -> None:
+    ids = prompt(7)
+    expected = llm.generate(ids, GREEDY)[0]
+    forms = [np.array(ids), [np.int32(token) for token in ids], {"prompt_token_ids": np.array(ids, dtype=np.uint16)}]
+    for form in (*forms, np.array([ids, ids])):
+        found = llm.generate(form, GREEDY)[-1]  # type: ignore[arg-type]
+        assert found.outputs == expected.outputs and found.prompt_token_ids == ids
+        assert all(type(token) is int for token in found.prompt_token_ids)
+    with pytest.raises(PromptError, match=r"whole numbers: .*1\.5.* at index 0"):
+        llm.generate({"prompt_token_ids": np.array([1.5])})
+
+
+def test_outputs_in_vllm_s_shape(llm: LLM) -> None:
+    first, second = llm.generate([prompt(5)] * 2, SamplingParams(n=2, max_tokens=2))
+    assert isinstance(first.request_id, str) and first.request_id != second.request_id
+    assert [one.index for one in first.outputs] == [0, 1]
+    assert first.outputs[0].cumulative_logprob is None and first.outputs[0].logprobs is None
+    assert first.verifier == "exact"
+
+
+def test_a_synthetic_run_says_so_in_every_output(tiny: Callable[..., Path]) -> None:
+    options = {"speculative_config": {"method": "ngram"}, "verifier": "synthetic", "synthetic_rates": [0.5]}
+    with LLM(str(tiny("qwen3")), max_model_len=64, **options) as llm:
+        assert [one.verifier for one in llm.generate([prompt(5), prompt(6)], GREEDY)] == ["synthetic"] * 2
+        assert llm.stream(prompt(5), GREEDY).output.verifier == "synthetic"
+
+
+def test_the_transformers_tokenizer(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer.decode(tokenizer("né")["input_ids"]) == "né" and tokenizer.eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_progress_bars(llm: LLM, shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate([prompt(5)] * 3, GREEDY, use_tqdm=shown)
+    assert ("3/3" in capsys.readouterr().err) == shown
 
 
 def test_no_sampling_params_are_the_defaults(llm: LLM) -> None:

@@ -29,7 +29,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "load-format": ({"load_format": "gguf"}, "unknown load_format: gguf"),
     "verifier": ({"verifier": "exakt"}, "unknown verifier: exakt .*did you mean exact"),
     "rates-of-another": ({"synthetic_rates": [0.5]}, "synthetic_rates"),
-    "no-rates": ({"verifier": "synthetic"}, "needs rates"),
+    "no-rates": ({"verifier": "synthetic"}, "needs synthetic_rates"),
     "zero-length": ({"max_model_len": 0}, "max_model_len must be.*: 0"),
     "length-of-text": ({"max_model_len": "64"}, "max_model_len must be.*'64'"),
     "past-the-positions": ({"max_model_len": 257}, "max_model_len 257.*at most 256"),

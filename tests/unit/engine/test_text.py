@@ -10,7 +10,7 @@ import pytest
 
 from checkpoints import Case, Knowing, Right, Sometimes, plugin, prompt, run
 from outrider import LLM, Piece, RequestOutput, SamplingParams
-from outrider.engine.llm import Stream
+from outrider.engine.stream import Stream
 
 DRAFTINGS = {
     "none": None,
@@ -191,3 +191,20 @@ def test_end_of_text_is_a_token_but_no_text(path: Path, plain: Any) -> None:
         assert ended == (tokens[: first + 1], llm.tokenizer.decode(tokens[:first]), "stop", None)
         case = Case(case.prompt, SamplingParams(temperature=0.8, max_tokens=40, seed=4, ignore_eos=True))
         assert run(llm, [case])[0][0][0] == tokens
+
+
+@pytest.mark.parametrize("drafting", DRAFTINGS)
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_s_text_is_kept_where_stop_strings_are(
+    path: Path, plain: Any, drafting: str, include: bool
+) -> None:
+    cases, expected = [], []
+    for salt, (tokens, _) in enumerate(plain):
+        first = tokens.index(tokens[12])
+        cases.append(text_case(salt, stop_token_ids=[tokens[12]], include_stop_str_in_output=include))
+        expected.append((tokens[: first + 1], first + include, tokens[12]))
+    with serve(path, drafting) as llm:
+        for (one,), (tokens, length, stop) in zip(run(llm, cases), expected, strict=True):
+            assert one == (tokens, llm.tokenizer.decode(tokens[:length]), "stop", stop)
+        for case, (one,) in zip(cases, run(llm, cases), strict=True):
+            assert "".join(piece.text for piece in pieces(llm, case)[0]) == one[1]

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from checkpoints import cache_bytes, program
 from outrider import LLM, CapacityError
@@ -34,23 +36,49 @@ def test_as_many_blocks_as_the_bytes_hold(path: Path, spare: int) -> None:
     assert found.to_dict()["num_tokens"] == 144
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 63, 64])
+@pytest.mark.parametrize("length", [2, 16, 17, 63, 64])
 def test_one_whole_sequence_must_fit(path: Path, length: int) -> None:
     blocks = -(-length // 16)
     assert plan(path, max_model_len=length, kv_cache_memory=blocks * BLOCK).num_blocks == blocks
-    with pytest.raises(CapacityError, match=f"max_model_len {length} .*lower max_model_len or raise kv_cache_memory"):
+    with pytest.raises(
+        CapacityError, match=f"max_model_len {length} .*or .* tokens: lower max_model_len or raise kv_cache_memory"
+    ):
         plan(path, max_model_len=length, kv_cache_memory=blocks * BLOCK - 1)
 
 
 def test_unasked_it_takes_a_share_of_what_is_free(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = plan(path, max_model_len=64, max_num_seqs=8)
     assert used.num_blocks == 8 * 4, "no more than all sequences could fill"
-    free = 4 * (used.weights + used.workspace + 11 * BLOCK)
+    free = used.weights + used.workspace + 11 * BLOCK / memory.HOST_SHARE
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     assert plan(path, max_model_len=64, max_num_seqs=8).num_blocks == 11
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     with pytest.raises(CapacityError, match=r"there is room for 0\.0 MiB"):
         plan(path, max_model_len=64)
+
+
+def test_a_length_that_nobody_asked_for_is_lowered_to_what_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SHORTEST", 32)
+    used = plan(path, max_num_seqs=8)
+    assert used.max_model_len == 256, "the model's own limit"
+    monkeypatch.setattr(memory, "free_memory", lambda device: used.weights + used.workspace + 10 * BLOCK)
+    assert plan(path, max_num_seqs=8).max_model_len == 5 * 16
+    with pytest.raises(CapacityError, match="or 80 tokens"):
+        plan(path, max_num_seqs=8, max_model_len=256)
+
+
+def test_more_cache_than_there_is_memory_is_refused(path: Path) -> None:
+    with pytest.raises(CapacityError, match="kv_cache_memory asks for"):
+        plan(path, kv_cache_memory=10**15)
+
+
+def test_free_memory_is_what_programs_could_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    free = memory.free_memory(torch.device("cpu"))
+    assert 1 << 28 < free <= psutil.virtual_memory().total
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free_memory(torch.device("cpu")) == 4000
 
 
 def test_more_rows_need_more_room(path: Path) -> None:

@@ -77,7 +77,7 @@ def test_synthetic_at_its_ends() -> None:
 
 @pytest.mark.parametrize("rates", [[], [1.1], [-0.1], [0.3, 0.4], [float("nan")]])
 def test_synthetic_refuses_rates_that_cannot_be(rates: list[float]) -> None:
-    with pytest.raises(OptionError, match="acceptance rates"):
+    with pytest.raises(OptionError, match="synthetic_rates must"):
         Synthetic(rates)
 
 
@@ -104,17 +104,17 @@ def test_rejection_survives_a_drafter_that_is_the_target() -> None:
 
 
 def test_registry() -> None:
-    assert {build_verifier(name, rates=[0.5] if name == "synthetic" else None).name for name in VERIFIERS} == set(
-        VERIFIERS
-    )
+    assert {
+        build_verifier(name, synthetic_rates=[0.5] if name == "synthetic" else None).name for name in VERIFIERS
+    } == set(VERIFIERS)
     with pytest.raises(OptionError, match=r"unknown verifier: rejektion \(did you mean rejection"):
         build_verifier("rejektion")
-    with pytest.raises(OptionError, match="exact has no option rates"):
-        build_verifier("exact", rates=[0.5])
-    with pytest.raises(OptionError, match="synthetic needs rates"):
-        build_verifier("synthetic", rates=None)
+    with pytest.raises(OptionError, match="exact has no option synthetic_rates"):
+        build_verifier("exact", synthetic_rates=[0.5])
+    with pytest.raises(OptionError, match="synthetic needs synthetic_rates"):
+        build_verifier("synthetic", synthetic_rates=None)
 
 
 def test_what_each_verifier_declares() -> None:
     assert Exact.draft_noise is Purpose.TARGET and Rejection.draft_noise is Purpose.DRAFT
-    assert Exact.exact and Rejection.exact and not Synthetic.exact
+    assert Exact.faithful and Rejection.faithful and not Synthetic.faithful

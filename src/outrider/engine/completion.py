@@ -1,0 +1,96 @@
+"""One completion under way: tokens in, text and pieces out, and how it ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from outrider.core.output import FinishReason, TokenDelta
+from outrider.core.request import Request
+from outrider.engine.detokenize import Detokenizer
+from outrider.engine.outputs import CompletionOutput, Piece, RequestOutput
+
+
+@dataclass(slots=True)
+class Inbox:
+    """What came for whoever waits for some completions, until it is taken."""
+
+    keeps_pieces: bool
+    pieces: deque[Piece] = field(default_factory=deque)
+    ended: deque[Completion] = field(default_factory=deque)
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """One completion of a prompt: what a request of the engine yields, as text and for its owner."""
+
+    request: Request
+    parent: RequestOutput
+    output: CompletionOutput
+    inbox: Inbox
+    eos_token_ids: Collection[int]  # stop tokens that are not told as the reason
+    detokenizer: Detokenizer | None = None
+    error: Exception | None = None  # what went wrong with this completion alone; its owner raises it
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+        return self.output.finish_reason is not None
+
+    def take(self, delta: TokenDelta) -> bool:
+        """Adds a step's tokens. True if a stop string ended it, which the engine cannot know."""
+        sampling = self.request.sampling
+        output, detokenizer = self.output, self.detokenizer
+        taken: list[tuple[int, str]] = []
+        reason = delta.finish_reason
+        stopped = False
+        for place, token in enumerate(delta.tokens, start=1):
+            output.token_ids.append(token)
+            text = ""
+            if detokenizer is not None:
+                ends = delta.stop_token is not None and place == len(delta.tokens)
+                if not ends or sampling.include_stop_str_in_output:
+                    stopped = detokenizer.append(token, len(output.token_ids) > sampling.min_tokens)
+                text = detokenizer.stream(finished=stopped)
+            taken.append((token, text))
+            if stopped:
+                assert detokenizer is not None
+                reason, output.stop_reason = FinishReason.STOP, detokenizer.stop_reason
+                break
+        if detokenizer is not None:
+            if reason is not None:
+                detokenizer.finish()
+                if taken:
+                    taken[-1] = (taken[-1][0], taken[-1][1] + detokenizer.stream(finished=True))
+            output.text = detokenizer.text
+        # a stop string found before a stop token is the reason
+        if output.stop_reason is None and delta.stop_token not in (None, *self.eos_token_ids):
+            output.stop_reason = delta.stop_token
+        if self.inbox.keeps_pieces:
+            self._put_pieces(taken, delta.num_accepted, reason)
+        if reason is not None:
+            self._end(reason)
+        return stopped
+
+    def abort(self, error: Exception | None = None) -> None:
+        """Ends it with what it has, unless it has ended; `error` is what went wrong, if anything did."""
+        if self.ended:
+            return
+        self.error = error
+        if self.detokenizer is not None:
+            self.output.text = self.detokenizer.text
+        self._end(FinishReason.ABORT)
+
+    def _put_pieces(self, taken: list[tuple[int, str]], num_accepted: int, reason: FinishReason | None) -> None:
+        last = len(taken) - 1
+        finish = None if reason is None else reason.value
+        for place, (token, text) in enumerate(taken):
+            drafted = place if place < num_accepted else None
+            self.inbox.pieces.append(Piece(self.output.index, token, text, drafted, finish if place == last else None))
+
+    def _end(self, reason: FinishReason) -> None:
+        self.output.finish_reason = reason.value
+        self.parent.acceptance += self.request.acceptance.report()
+        self.parent.num_cached_tokens = max(self.parent.num_cached_tokens, self.request.num_cached)
+        self.inbox.ended.append(self)
