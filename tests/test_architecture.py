@@ -30,9 +30,23 @@ __main__
 """
 """Each line imports only from lines above it."""
 
-TORCH_FREE = ("core", "schedule", "cache/pool.py", "cache/prefix.py", "cache/manager.py", "capability.py", "errors.py")
+TORCH_FREE = (
+    "core",
+    "schedule",
+    "cache/pool.py",
+    "cache/prefix.py",
+    "cache/manager.py",
+    "capability.py",
+    "errors.py",
+)
 FORBIDDEN = {"draft": ("runner", "schedule"), "verify": ("runner", "schedule")}
-OPTIONAL = {"transformers", "tokenizers", "huggingface_hub", "jinja2", "tqdm"}  # imported where they are needed, if they are
+OPTIONAL = {
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "jinja2",
+    "tqdm",
+}  # imported where they are needed, if they are
 MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 400, 80, 12
 
 RANK = {room: rank for rank, line in enumerate(LAYERS.split("\n")) for room in line.split()}
@@ -153,7 +167,7 @@ def test_rooms_stay_small(path: Path) -> None:
             allowed = 150 if room_of(path) == "kernels" else MOST_LINES_OF_FUNCTION
             assert lines <= allowed, f"{node.name} in {path} has {lines} lines"
             parameters = len(node.args.args) + len(node.args.kwonlyargs)
-            limit = 40 if room_of(path) == "kernels" else 16 if room_of(path) == "cli" else MOST_PARAMETERS
+            limit = 48 if room_of(path) == "kernels" else 16 if room_of(path) == "cli" else MOST_PARAMETERS
             assert parameters <= limit, f"{node.name} in {path} takes {parameters} parameters"
 
 

@@ -20,8 +20,8 @@ from outrider import (
     Drafter,
     EngineDeadError,
     HostDrafter,
-    OptionError,
     InputError,
+    OptionError,
     PromptError,
     SamplingError,
     SamplingParams,
@@ -225,6 +225,17 @@ def test_requests_by_hand(llm: LLM) -> None:
     engine.abort("a")
     engine.abort("a")
     assert engine.step() == []
+
+
+def test_a_refused_request_does_not_change_the_noise_of_the_next(path: Path) -> None:
+    found = []
+    for refused in ([], [[999]], [[], [1] * MAX_LEN]):
+        with LLM(str(path), max_model_len=MAX_LEN) as llm:
+            for ids in refused:
+                with pytest.raises(PromptError):
+                    llm.generate([ids])
+            found.append(run(llm, [Case.of(9, 1, seed=None)]))
+    assert found[0] == found[1] == found[2]
 
 
 class Failing(HostDrafter):

@@ -116,29 +116,18 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (67, 5), (129, 131), (1024, 48), (16, 1)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (67, 5), (129, 131), (1024, 48), (96, 45), (16, 1)])
 def test_linear_row_does_not_depend_on_the_rows_beside_it(
     inputs: int, outputs: int, dtype: torch.dtype, poison: None
 ) -> None:
     linear = LINEAR.on(CPU)
-    x, weight = draw(8, inputs), draw(outputs, inputs, seed=1, dtype=dtype)
+    most = 70 if AMX and dtype == torch.bfloat16 and inputs % 32 == 0 and outputs >= 32 else 32
+    x, weight = draw(most, inputs), draw(outputs, inputs, seed=1, dtype=dtype)
     alone = torch.cat([linear(row.unsqueeze(0), weight) for row in x])
-    for rows in range(2, 9):
+    for rows in range(2, most + 1):
         assert torch.equal(linear(x[-rows:], weight), alone[-rows:]), rows
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(most, generator=torch.Generator().manual_seed(2))
     assert torch.equal(linear(x[order], weight), alone[order])
-
-
-@pytest.mark.skipif(not AMX, reason="needs the matrix unit of x86 servers")
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (96, 45), (1024, 48)])
-def test_linear_of_many_rows_does_not_depend_on_them_in_the_matrix_unit(
-    inputs: int, outputs: int, poison: None
-) -> None:
-    linear = LINEAR.on(CPU)
-    x, weight = draw(70, inputs), draw(outputs, inputs, seed=1, dtype=torch.bfloat16)
-    whole = linear(x, weight)
-    for start, stop in ((0, 9), (5, 17), (16, 48), (31, 70)):
-        assert torch.equal(linear(x[start:stop], weight), whole[start:stop]), (start, stop)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,7 +136,7 @@ def test_linear_is_float32_at_any_height(rows: int, dtype: torch.dtype, poison: 
     x, weight, bias = draw(rows, 192), draw(80, 192, seed=1, dtype=dtype), draw(80, seed=2, dtype=dtype)
     exact = x.double() @ weight.double().T + bias.double()
     gap = distance(LINEAR.on(CPU)(x, weight, bias), exact.float())
-    assert gap < (2e-6 if dtype != torch.bfloat16 or rows <= 8 else 5e-6)
+    assert gap < (5e-6 if dtype == torch.bfloat16 and AMX else 1e-6)
 
 
 def attention_case(

@@ -20,7 +20,7 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 
-from outrider.kernels._numba import LANES, SERIAL, Emitter, Int, Vector, address, compiled, emitted, keep
+from outrider.kernels._numba import BFLOAT16, LANES, SERIAL, Emitter, Int, Vector, address, compiled, emitted, keep
 from outrider.kernels._threads import add, parallel
 
 _BYTE, _INTS = ir.IntType(8), ir.VectorType(ir.IntType(32), LANES)
@@ -28,19 +28,22 @@ _STEP = 32  # inputs in a tile
 _OUTPUTS = 32  # that are summed at once, in two tiles a tile of tokens
 _HEIGHTS = (1, 2, 4, 8, LANES)
 _TASK = 1 << 15, 1 << 20  # bytes of weights in a task: at least, cheap to hand out, and at most, long enough to stream
+_SMALL = 1 << 11  # activations, about half a microsecond's packing
 _PANEL = 1 << 20  # bytes of packed activations that are used against all weights before the next: they stay in cache
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
-def _available() -> bool:
-    features = llvmlite.binding.get_host_cpu_features()
-    if sys.platform != "linux" or not (features.get("amx-bf16") and features.get("amx-tile")):
-        return False
-    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+_FEATURES = llvmlite.binding.get_host_cpu_features()
+_EXISTS = sys.platform == "linux" and bool(_FEATURES.get("amx-bf16") and _FEATURES.get("amx-tile"))
+AVAILABLE = _EXISTS and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+"""Whether this process may use the unit."""
 
 
-AVAILABLE = _available()
+@compiled()
+def fits(inputs: int, outputs: int) -> bool:
+    """Whether a bfloat16 weight of this shape is for this file's kernels, where they are available."""
+    return inputs % _STEP == 0 and outputs >= _OUTPUTS
 
 
 def _zipped(emitter: Emitter, rows: list[Vector]) -> list[Vector]:
@@ -105,6 +108,8 @@ def _pack(emitter: Emitter, x: Int, count: Int, size: Int, first: Int, last: Int
 
 
 def _tile_call(emitter: Emitter, name: str, *arguments: Any) -> None:
+    if not _EXISTS:
+        return  # the code is compiled with the rest of a layer, and never reached
     given = [ir.Constant(_BYTE, each) if isinstance(each, int) else each for each in arguments]
     emitter.call(f"llvm.x86.{name}", ir.VoidType(), *given)
 
@@ -134,11 +139,12 @@ def _release(emitter: Emitter, scratch: Int) -> None:
 
 def _sum_tiles(
     emitter: Emitter,
-    weight: Int,
-    size: Int,
-    packed: Int,
     height: int,
     width: int,
+    weight: Int,
+    bias: Int,
+    size: Int,
+    packed: Int,
     out: Int,
     outputs: Int,
     left: Int,
@@ -153,9 +159,9 @@ def _sum_tiles(
     def step(index: Int, none: list[Vector]) -> list[Vector]:
         for o, tile in enumerate(_WEIGHTS):
             base = emitter.plus(emitter.plus(weight, 16 * o, stride), index, 2)
-            if height * width <= LANES:
+            if height * width <= LANES:  # memory is the limit, and a row of weights is the stream to follow
                 for row in range(LANES):
-                    emitter.prefetch(emitter.plus(base, _OUTPUTS + row, stride), 0, 1)
+                    emitter.prefetch(emitter.plus(base, row, stride), 2, 64)
             _tile_call(emitter, "tileloadd64", tile, emitter.pointer(base, 0, _BYTE), stride)
         for part in range(2):
             for t in range(width):
@@ -168,32 +174,38 @@ def _sum_tiles(
 
     emitter.loop(0, size, _STEP, step, [])
     line = emitter.times(outputs, 4)
+    biased = emitter.splat(builder.icmp_signed("!=", bias, bias.type(0)))
     for o, t, tile in sums:
         _tile_call(emitter, "tilestored64", tile, emitter.pointer(scratch, 0, _BYTE), size.type(4 * height))
         rows = _unzipped(emitter, [emitter.load(scratch, i * LANES) for i in range(height)])
-        places = emitter.rows(
-            emitter.plus(out, line, height * t), line, height, builder.sub(left, left.type(height * t))
-        )
+        start = emitter.plus(out, line, height * t)
+        places = emitter.rows(start, line, height, builder.sub(left, left.type(height * t)))
+        added = emitter.load(bias, 16 * o, biased, BFLOAT16)
         # a row past the last goes where the last one does, and before it
         for row, place in reversed(list(zip(rows, places, strict=True))):
-            emitter.store(row, place, 16 * o)
+            emitter.store(builder.fadd(row, added), place, 16 * o)
 
 
 @emitted
 def _multiply(
-    emitter: Emitter, weight: Int, size: Int, packed: Int, height: Int, out: Int, outputs: Int, left: Int, scratch: Int
+    emitter: Emitter,
+    height: Int,
+    weight: Int,
+    bias: Int,
+    size: Int,
+    packed: Int,
+    out: Int,
+    outputs: Int,
+    left: Int,
+    scratch: Int,
 ) -> None:
     """32 outputs of up to `height` tokens, or of up to 32 where tiles hold 16."""
-    wide = emitter.builder.icmp_signed(">", left, left.type(LANES))
-    with emitter.builder.if_else(wide) as (two, one):
+    given = weight, bias, size, packed, out, outputs, left, scratch
+    with emitter.builder.if_else(emitter.builder.icmp_signed(">", left, left.type(LANES))) as (two, one):
         with two:
-            _sum_tiles(emitter, weight, size, packed, LANES, 2, out, outputs, left, scratch)
+            _sum_tiles(emitter, LANES, 2, *given)
         with one:
-            emitter.each_height(
-                height,
-                lambda each: _sum_tiles(emitter, weight, size, packed, each, 1, out, outputs, left, scratch),
-                _HEIGHTS,
-            )
+            emitter.each_height(height, lambda each: _sum_tiles(emitter, each, 1, *given), _HEIGHTS)
 
 
 @compiled()
@@ -203,6 +215,12 @@ def tile_height(rows: int) -> int:
     while height < min(rows, LANES):
         height *= 2
     return height
+
+
+@compiled()
+def small(rows: int, inputs: int) -> bool:
+    """Whether packing takes less than handing the work to others would."""
+    return rows <= LANES and rows * inputs <= _SMALL
 
 
 @compiled()
@@ -226,11 +244,12 @@ def products(
     height: int,
     inputs: int,
     weight: int,
+    bias: int,  # 0: none
     outputs: int,
     out: int,
     threads: int,
 ) -> None:
-    """Takes some outputs of all rows. Inputs are a multiple of 32, outputs 32 or more."""
+    """Takes some outputs of all rows."""
     task = min(max(outputs * inputs * 2 // (4 * threads), _TASK[0]), _TASK[1])
     share = max(task // (inputs * 2 * _OUTPUTS), 1) * _OUTPUTS
     scratch = np.empty(1024, np.uint8)
@@ -241,25 +260,48 @@ def products(
             break
         for each in range(start, min(start + share, outputs), _OUTPUTS):
             o = min(each, outputs - _OUTPUTS)
+            weights, added = weight + o * inputs * 2, bias + o * 2 if bias != 0 else bias
             for row in range(0, rows, 2 * LANES):
-                place = out + (row * outputs + o) * 4
-                left = min(rows - row, 2 * LANES)
-                x = packed + row * inputs * 4
-                _multiply(weight + o * inputs * 2, inputs, x, height, place, outputs, left, address(scratch))
+                x, place, left = packed + row * inputs * 4, out + (row * outputs + o) * 4, min(rows - row, 2 * LANES)
+                _multiply(height, weights, added, inputs, x, place, outputs, left, address(scratch))
     _release(address(scratch))
     keep(scratch)
 
 
 @compiled()
-def multiply(x: int, weight: int, out: int, rows: int, inputs: int, outputs: int, threads: int) -> None:
-    """out = x @ weight.T"""
+def alone(
+    tickets: int,
+    x: int,
+    rows: int,
+    height: int,
+    inputs: int,
+    weight: int,
+    bias: int,
+    outputs: int,
+    out: int,
+    threads: int,
+) -> None:
+    """`pack` and `products` in one, for up to 16 rows: every thread packs them all, and waits for none to do it."""
+    packed = np.empty(height * inputs, np.float32)
+    _pack(x, rows, inputs, 0, inputs, height, address(packed))
+    products(tickets, address(packed), rows, height, inputs, weight, bias, outputs, out, threads)
+    keep(packed)
+
+
+@compiled()
+def multiply(x: int, weight: int, bias: int, out: int, rows: int, inputs: int, outputs: int, threads: int) -> None:
+    """out = x @ weight.T + bias"""
     height = tile_height(rows)
+    if rows * inputs * outputs < SERIAL:
+        threads = 1
+    if small(rows, inputs):
+        parallel(alone, threads, (x, rows, height, inputs, weight, bias, outputs, out, threads))
+        return
     packed = np.empty((rows + height - 1) // height * height * inputs, np.float32)
-    small = rows * inputs < SERIAL
-    parallel(pack, 1 if small else threads, (x, rows, inputs, height, address(packed)))
+    parallel(pack, threads, (x, rows, inputs, height, address(packed)))
     block = max(_PANEL // (inputs * 4) // (2 * LANES), 1) * 2 * LANES
     for row in range(0, rows, block):
         count, place = min(rows - row, block), out + row * outputs * 4
-        work = (address(packed) + row * inputs * 4, count, height, inputs, weight, outputs, place, threads)
+        work = (address(packed) + row * inputs * 4, count, height, inputs, weight, bias, outputs, place, threads)
         parallel(products, threads, work)
     keep(packed)

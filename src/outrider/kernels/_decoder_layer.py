@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numba import carray
 
+from outrider.kernels._amx import alone, fits, pack, products, small, tile_height
 from outrider.kernels._attention import area, attend, join, plan
-from outrider.kernels._numba import address, compiled, keep
+from outrider.kernels._numba import LANES, address, compiled, keep
 from outrider.kernels._threads import PHASE, enter, leave, parallel
 from outrider.kernels.activation import gate_rows
 from outrider.kernels.linear import few_rows
@@ -17,6 +18,41 @@ from outrider.kernels.norm import norm_rows
 from outrider.kernels.rope import rope_tokens
 
 _NONE: Any = np.int64(0)  # a plain 0 would be a type of its own to numba, and a second copy of what takes it
+
+
+@compiled()
+def _linear(
+    phase: int,
+    packed: int,
+    x: int,
+    weight: int,
+    bias: int,
+    out: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    kind: int,
+    tiles: int,
+    threads: int,
+) -> int:
+    """One product, by whichever kernel `linear` would take; returns the phase after it."""
+    if tiles and fits(inputs, outputs):
+        height = tile_height(rows)
+        if small(rows, inputs):
+            enter(phase)
+            alone(phase, x, rows, height, inputs, weight, bias, outputs, out, threads)
+        else:
+            enter(phase)
+            pack(phase, x, rows, inputs, height, packed)
+            leave(phase)
+            phase += PHASE
+            enter(phase)
+            products(phase, packed, rows, height, inputs, weight, bias, outputs, out, threads)
+    else:
+        enter(phase)
+        few_rows(phase, x, weight, bias, out, rows, inputs, outputs, kind, threads)
+    leave(phase)
+    return phase + PHASE
 
 
 @compiled()
@@ -36,6 +72,7 @@ def _layer(
     gate_up: int,
     down: int,
     kind: int,
+    tiles: int,
     eps: float,
     rope: int,
     positions: int,
@@ -60,6 +97,7 @@ def _layer(
     normed: int,
     wide: int,
     query: int,
+    packed: int,
     result: int,
 ) -> None:
     """Phase by phase; each is a kernel of the ops that the layer is made of."""
@@ -72,10 +110,7 @@ def _layer(
         norm_rows(phase, x, residual, input_norm, kind, normed, tokens, hidden, eps)
     leave(phase)
     phase += PHASE
-    enter(phase)
-    few_rows(phase, normed, qkv, qkv_bias, wide, tokens, hidden, both, kind, threads)
-    leave(phase)
-    phase += PHASE
+    phase = _linear(phase, packed, normed, qkv, qkv_bias, wide, tokens, hidden, both, kind, tiles, threads)
     enter(phase)
     rope_tokens(
         phase,
@@ -125,25 +160,17 @@ def _layer(
         join(phase, tasks, num_tasks, areas, group, num_kv_heads, head_dim, wide)
         leave(phase)
         phase += PHASE
-    enter(phase)
-    few_rows(phase, wide, out, _NONE, result, tokens, heads, hidden, kind, threads)
-    leave(phase)
-    phase += PHASE
+    phase = _linear(phase, packed, wide, out, _NONE, result, tokens, heads, hidden, kind, tiles, threads)
     enter(phase)
     norm_rows(phase, result, residual, post_norm, kind, normed, tokens, hidden, eps)
     leave(phase)
     phase += PHASE
-    enter(phase)
-    few_rows(phase, normed, gate_up, _NONE, wide, tokens, hidden, 2 * width, kind, threads)
-    leave(phase)
-    phase += PHASE
+    phase = _linear(phase, packed, normed, gate_up, _NONE, wide, tokens, hidden, 2 * width, kind, tiles, threads)
     enter(phase)
     gate_rows(phase, wide, query, tokens, width)
     leave(phase)
     phase += PHASE
-    enter(phase)
-    few_rows(phase, query, down, _NONE, result, tokens, width, hidden, kind, threads)
-    leave(phase)
+    phase = _linear(phase, packed, query, down, _NONE, result, tokens, width, hidden, kind, tiles, threads)
 
 
 @compiled()
@@ -160,6 +187,7 @@ def layer_kernel(
     gate_up: int,
     down: int,
     kind: int,
+    tiles: int,
     eps: float,
     rope: int,
     positions: int,
@@ -187,17 +215,19 @@ def layer_kernel(
     count, num_areas = tasks[-1, 0], tasks[-1, 1]
     areas = np.empty(num_areas * area(head_dim), np.uint8)
     owned = int(carray(pointer(query_start), (rows + 1,), np.int32)[rows])
-    phases = np.zeros(10 * PHASE, np.uint8)
+    phases = np.zeros(16 * PHASE, np.uint8)
     both = (num_heads + 2 * num_kv_heads) * head_dim
-    sizes = (tokens * hidden, tokens * max(both, 2 * width), tokens * max(num_heads * head_dim, width))
-    space = np.empty(sizes[0] + sizes[1] + sizes[2], np.float32)
+    most = max(num_heads * head_dim, width)
+    sizes = (tokens * hidden, tokens * max(both, 2 * width), tokens * most)
+    space = np.empty(sizes[0] + sizes[1] + sizes[2] + (tokens + LANES) * max(most, hidden), np.float32)
     normed = address(space)
     wide = normed + sizes[0] * 4
-    weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind)
+    query = wide + sizes[1] * 4
+    weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind, tiles)
     cache = (rope, positions, key_cache, value_cache, cache_slot)
     reads = (address(tasks), count, address(areas), num_areas, block_table, max_blocks, block_size)
     shape = (num_heads, num_kv_heads, head_dim, scale, tokens, owned, hidden, width)
-    memory = (normed, wide, wide + sizes[1] * 4, result)
+    memory = (normed, wide, query, query + sizes[2] * 4, result)
     start = (address(phases), threads, x, residual)
     parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory))
     keep(tasks)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.kernels import activation, attention, linear, norm, rope
+from outrider.kernels import _amx, activation, attention, linear, norm, rope
 from outrider.kernels._decoder_layer import layer_kernel
-from outrider.kernels._numba import KIND
+from outrider.kernels._numba import BFLOAT16, KIND
 from outrider.kernels._threads import num_threads
-from outrider.kernels.linear import few
+from outrider.kernels.linear import FEW
 from outrider.kernels.op import Example, Op
 
 
@@ -95,7 +95,7 @@ def _decoder_layer_cpu(
 ) -> Tensor:
     (tokens, hidden), kind = residual.shape, KIND[qkv.dtype]
     (rows, max_blocks), (_, num_kv_heads, block_size, head_dim) = block_table.shape, key_cache.shape
-    if not few(tokens, hidden, len(qkv), kind):
+    if tokens > FEW:
         return decoder_layer_by_ops(
             x,
             residual,
@@ -134,6 +134,7 @@ def _decoder_layer_cpu(
         gate_up.data_ptr(),
         down.data_ptr(),
         kind,
+        _amx.AVAILABLE and kind == BFLOAT16,
         eps,
         rope.data_ptr(),
         positions.data_ptr(),

@@ -22,8 +22,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-_FEW = 32  # rows up to which the vector kernel is used: torch needs about 30 us to start
-_FEW_WITH_TILES = 8  # the same where the matrix unit can take over
+FEW = 32  # rows up to which the vector kernel is used: torch needs some 30 us to start
 _HEIGHT, _WIDTH = 8, 8  # rows and outputs of a block
 _PAIR = 2  # outputs at once: more would be more streams of memory, fewer would load x more often
 _LEAST, _MOST = 1 << 15, 1 << 20  # bytes of weights in a task: cheap to hand out, long enough to stream
@@ -109,15 +108,6 @@ def _few_rows_kernel(
     parallel(few_rows, threads, (x, weight, bias, out, rows, inputs, outputs, kind, threads))
 
 
-def few(rows: int, inputs: int, outputs: int, kind: int) -> bool:
-    """Whether so many rows of x are for the vector kernel, in which a row's result is its own affair."""
-    return rows <= (_FEW_WITH_TILES if _tiled(inputs, outputs, kind) else _FEW)
-
-
-def _tiled(inputs: int, outputs: int, kind: int) -> bool:
-    return kind == BFLOAT16 and _amx.AVAILABLE and inputs % 32 == 0 and outputs >= 32
-
-
 def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == torch.float32:
         return functional.linear(x, weight)
@@ -128,19 +118,19 @@ def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
 def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     (rows, inputs), outputs, kind = x.shape, weight.shape[0], KIND[weight.dtype]
     assert x.dtype == torch.float32 and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
-    x = x.contiguous()
-    if few(rows, inputs, outputs, kind):
-        out = torch.empty(rows, outputs)
-        threads = num_threads() if rows * inputs * outputs > SERIAL else 1
-        at = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
-        _few_rows_kernel(*at, rows, inputs, outputs, kind, threads)
-        return out
-    if _tiled(inputs, outputs, kind):
-        out = torch.empty(rows, outputs)
-        _amx.multiply(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, inputs, outputs, num_threads())
-    else:
+    tiled = _amx.AVAILABLE and kind == BFLOAT16 and _amx.fits(inputs, outputs)
+    if rows > FEW and not tiled:
         out = _many_rows(x, weight)
-    return out if bias is None else out.add_(bias)
+        return out if bias is None else out.add_(bias)
+    x = x.contiguous()
+    out = torch.empty(rows, outputs)
+    at = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    if tiled:
+        _amx.multiply(*at, rows, inputs, outputs, num_threads())
+    else:
+        threads = num_threads() if rows * inputs * outputs > SERIAL else 1
+        _few_rows_kernel(*at, rows, inputs, outputs, kind, threads)
+    return out
 
 
 def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:

@@ -29,6 +29,10 @@ class Exact:
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
         slot = batch.logits_slot
         choice = GUMBEL_ARGMAX.on(logits.device)(
-            logits, slots.temperature[slot], slots.seed[slot], batch.logits_position, Purpose.TARGET
+            logits,
+            slots.temperature.index_select(0, slot),
+            slots.seed.index_select(0, slot),
+            batch.logits_position,
+            Purpose.TARGET,
         )
         return Verdict(*JUDGE.on(logits.device)(choice, None, batch.logits_start, draft.tokens))

@@ -46,7 +46,7 @@ def test_names_of_no_class(method: str) -> None:
 
 
 def test_a_relative_module() -> None:
-    with pytest.raises(OptionError, match="cannot import drafter .mine:Foo"):
+    with pytest.raises(OptionError, match=r"cannot import drafter \.mine:Foo"):
         find_drafter(".mine:Foo")
 
 
