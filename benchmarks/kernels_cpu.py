@@ -2,9 +2,9 @@
 
     python benchmarks/kernels_cpu.py [--shape small|qwen3-0.6b] [--rows 1 8] [--rounds 9] [--json]
 
-Every candidate passes through all layers of the model in turn, round after round: weights come from where they would in
-a step, and what else the machine does meets all candidates alike. Times are medians of a call; `x bf16` and `x fp32` are
-medians of the ratios within a round; `floor` is the share of the time that reading alone takes.
+Every candidate passes through all layers of the model in turn, round after round: weights come from where they would
+in a step, and what else the machine does meets all candidates alike. Times are medians of a call; `x bf16` and `x fp32`
+are medians of the ratios within a round; `floor` is the share of the time that reading alone takes.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from outrider.verify.registry import VERIFIERS, build_verifier
 CPU = torch.device("cpu")
 VOCAB, WIDTH = 11, 3
 HOST_READ = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
-VERIFIER_OPTIONS = {"synthetic": {"rates": [0.5, 0.2, 0.1]}}
+VERIFIER_OPTIONS = {"synthetic": {"synthetic_rates": [0.5, 0.2, 0.1]}}
 
 
 def leaves(value: Any) -> list[Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import outrider.kernels
-from outrider.kernels._amx import AVAILABLE as AMX
+from outrider.kernels import _amx
 from outrider.kernels.attention import PAGED_ATTENTION, paged_attention_reference
 from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_by_ops
 from outrider.kernels.linear import LINEAR
@@ -111,6 +111,16 @@ def test_every_op_has_examples_and_a_reason_for_its_tolerance() -> None:
         assert op.tolerance == Op("", lambda: None).tolerance or op.why, op.name
 
 
+@pytest.fixture(params=["tiles", "vectors"])
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which unit of the CPU multiplies: the matrix unit where there is one, or the vector unit all the same."""
+    if request.param == "vectors":
+        monkeypatch.setattr(_amx, "AVAILABLE", False)
+    elif not _amx.AVAILABLE:
+        pytest.skip("no matrix unit")
+    return str(request.param)
+
+
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -118,10 +128,10 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (67, 5), (129, 131), (1024, 48), (96, 45), (16, 1)])
 def test_linear_row_does_not_depend_on_the_rows_beside_it(
-    inputs: int, outputs: int, dtype: torch.dtype, poison: None
+    inputs: int, outputs: int, dtype: torch.dtype, unit: str, poison: None
 ) -> None:
     linear = LINEAR.on(CPU)
-    most = 70 if AMX and dtype == torch.bfloat16 and inputs % 32 == 0 and outputs >= 32 else 32
+    most = 70 if unit == "tiles" and dtype == torch.bfloat16 and inputs % 32 == 0 and outputs >= 32 else 32
     x, weight = draw(most, inputs), draw(outputs, inputs, seed=1, dtype=dtype)
     alone = torch.cat([linear(row.unsqueeze(0), weight) for row in x])
     for rows in range(2, most + 1):
@@ -132,11 +142,11 @@ def test_linear_row_does_not_depend_on_the_rows_beside_it(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 8, 31, 33, 100, 257])
-def test_linear_is_float32_at_any_height(rows: int, dtype: torch.dtype, poison: None) -> None:
+def test_linear_is_float32_at_any_height(rows: int, dtype: torch.dtype, unit: str, poison: None) -> None:
     x, weight, bias = draw(rows, 192), draw(80, 192, seed=1, dtype=dtype), draw(80, seed=2, dtype=dtype)
     exact = x.double() @ weight.double().T + bias.double()
     gap = distance(LINEAR.on(CPU)(x, weight, bias), exact.float())
-    assert gap < (5e-6 if dtype == torch.bfloat16 and AMX else 1e-6)
+    assert gap < (5e-6 if dtype == torch.bfloat16 and unit == "tiles" else 1e-6)
 
 
 def attention_case(
@@ -218,7 +228,7 @@ def test_attention_weights_stay_finite(magnitude: float, poison: None) -> None:
     assert found.isfinite().all() and close(found, paged_attention_reference(**case), 1e-4)
 
 
-def test_decoder_layer_in_one_launch_equals_the_ops_it_is_made_of(poison: None) -> None:
+def test_decoder_layer_in_one_launch_equals_the_ops_it_is_made_of(unit: str, poison: None) -> None:
     assert DECODER_LAYER.examples is not None
     for example in DECODER_LAYER.examples(torch.Generator().manual_seed(5), CPU):
         ours, theirs = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
@@ -263,7 +273,7 @@ def test_kernels_may_run_in_several_threads_at_once() -> None:
     expected, wrong = (linear(x, weight), attention(**case)), []
 
     def work() -> None:
-        for _ in range(50):
+        for _ in range(300):
             if not (torch.equal(linear(x, weight), expected[0]) and torch.equal(attention(**case), expected[1])):
                 wrong.append(threading.get_ident())
 

@@ -82,17 +82,15 @@ def _pack(emitter: Emitter, x: Int, count: Int, size: Int, first: Int, last: Int
 
     def of_height(height: int) -> None:
         rows = emitter.rows(x, emitter.times(size, 4), height, count)
-        present = [builder.icmp_signed("<", count.type(i), count) for i in range(height)]
 
         def step(index: Int, none: list[Vector]) -> list[Vector]:
             coarse: list[Vector] = []
             fine: list[Vector] = []
-            for row, there in zip(rows, present, strict=True):
+            for row in rows:
                 low, high = (emitter.load(row, emitter.plus(index, start, 1)) for start in (0, LANES))
                 words = []
                 for parity in (0, 1):
                     value = emitter.shuffle(low, high, range(parity, 2 * LANES, 2))
-                    value = builder.select(there, value, emitter.floats(0))
                     top, top_bits = _rounded(emitter, value)
                     words.append((top_bits, _rounded(emitter, builder.fsub(value, top))[1]))
                 for (even, odd), tile in zip(zip(*words, strict=True), (coarse, fine), strict=True):
