@@ -268,12 +268,12 @@ def test_norms_use_eps(eps: float, poison: None) -> None:
 
 
 def test_kernels_may_run_in_several_threads_at_once() -> None:
-    case, x, weight = attention_case([(1, 700)]), draw(4, 1024), draw(512, 1024, seed=1, dtype=torch.bfloat16)
+    case, x, weight = attention_case([(1, 700)]), draw(4, 1024), draw(4096, 1024, seed=1, dtype=torch.bfloat16)
     linear, attention = LINEAR.on(CPU), PAGED_ATTENTION.on(CPU)
     expected, wrong = (linear(x, weight), attention(**case)), []
 
     def work() -> None:
-        for _ in range(300):
+        for _ in range(100):
             if not (torch.equal(linear(x, weight), expected[0]) and torch.equal(attention(**case), expected[1])):
                 wrong.append(threading.get_ident())
 

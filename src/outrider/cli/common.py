@@ -133,9 +133,9 @@ def describe_acceptance(report: AcceptanceReport) -> str:
     return f"acceptance length {report.length:.2f} ({report.accepted} of {report.drafted} drafts; by position {rates})"
 
 
-def table(title: str, *headings: str) -> Table:
-    """A plain table; the first column is left-aligned, the others are numbers."""
+def table(title: str, *headings: str, numbers: bool = True) -> Table:
+    """A plain table; the first column is left-aligned, the others are too if they are not numbers."""
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for place, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if place == 0 else "right")
+        made.add_column(heading, justify="right" if place and numbers else "left")
     return made

@@ -81,7 +81,7 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     shortened = "" if memory.max_model_len == limit else f", lowered from {limit} to fit memory or as asked"
     out.print(f"at most {memory.max_model_len} tokens a sequence{shortened}")
     out.print(f"drafting {drafting}; verifier {runner.verifier.name}; {runner.dtype} on {runner.device}")
-    needs = table("\nneeds", "part", "features")
+    needs = table("\nneeds", "part", "features", numbers=False)
     for part in resolved.parts:
         needs.add_row(part.name, ", ".join(sorted(feature.name.lower() for feature in part.needs)) or "nothing")
     out.print(needs)
