@@ -29,7 +29,7 @@ from outrider.runner.base import RunnerConfig
 from outrider.runner.memory import Demand, plan_memory
 from outrider.schedule.options import SchedulerOptions
 from outrider.verify.processors import PROCESSORS
-from outrider.verify.registry import build_verifier
+from outrider.verify.registry import DEFAULT_VERIFIER, VERIFIERS, build_verifier
 
 logger = logging.getLogger("outrider")
 
@@ -59,7 +59,7 @@ class EngineOptions:
     pipeline_parallel_size: int = option(1, "ranks that split the layers")
     load_format: str = option(AUTO, "auto (safetensors), or dummy: random weights, for benchmarks")
     seed: int = option(0, "seed of requests that bring none")
-    verifier: str = option("exact", "exact, rejection, or synthetic (benchmarks only)")
+    verifier: str = option(DEFAULT_VERIFIER, f"{', '.join(VERIFIERS)}; what each promises stands in its file")
     synthetic_rates: Sequence[float] | None = option(None, "the synthetic verifier's acceptance per position")
 
     def __post_init__(self) -> None:

@@ -20,8 +20,9 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 
-from outrider.kernels._numba import BFLOAT16, LANES, SERIAL, Emitter, Int, Vector, address, compiled, emitted, keep
+from outrider.kernels._numba import BFLOAT16, LANES, SERIAL, Emitter, Int, Vector, address, emitted, keep
 from outrider.kernels._threads import add, parallel
+from outrider.kernels.native import compiled
 
 _BYTE, _INTS = ir.IntType(8), ir.VectorType(ir.IntType(32), LANES)
 _STEP = 32  # inputs in a tile

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from outrider.kernels._numba import LANES, Emitter, Int, Real, Vector, address, compiled, copy_row, emitted, keep
+from outrider.kernels._numba import LANES, Emitter, Int, Real, Vector, address, copy_row, emitted, keep
 from outrider.kernels._threads import add
-from outrider.kernels.native import pointer
+from outrider.kernels.native import compiled, pointer
 
 _SPLIT = 512  # keys in a task
 _CHUNK = 64  # keys between two updates of the maximum

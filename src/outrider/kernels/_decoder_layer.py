@@ -9,11 +9,11 @@ from numba import carray
 
 from outrider.kernels._amx import alone, fits, pack, products, small, tile_height
 from outrider.kernels._attention import area, attend, join, plan
-from outrider.kernels._numba import LANES, address, compiled, keep
+from outrider.kernels._numba import LANES, address, keep
 from outrider.kernels._threads import PHASE, enter, leave, parallel
 from outrider.kernels.activation import gate_rows
 from outrider.kernels.linear import few_rows
-from outrider.kernels.native import pointer
+from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_rows
 from outrider.kernels.rope import rope_tokens
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -20,8 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-P = ParamSpec("P")
-R = TypeVar("R")
+from outrider.kernels.native import compiled
 
 LANES = 16
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
@@ -33,26 +30,6 @@ _POINTER = ir.IntType(8).as_pointer()
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 WIDTH = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
 _STORED = {FLOAT32: (_F32, "f32"), BFLOAT16: (_I16, "i16"), FLOAT16: (ir.HalfType(), "f16")}
-
-
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
-_STAMP = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in _SOURCES)
-
-
-def compiled() -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`numba.njit`, cached on disk, without the GIL.
-
-    What numba keeps of a function holds the code of those it calls, but is thrown away only when the function's own
-    file changes. So the stamp it compares is made that of all files here.
-    """
-
-    def wrap(function: Callable[P, R]) -> Callable[P, R]:
-        dispatcher = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-        dispatcher._cache._cache_file._source_stamp = _STAMP
-        jit: Callable[P, R] = dispatcher
-        return jit
-
-    return wrap
 
 
 @compiled()

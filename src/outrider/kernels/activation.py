@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels._numba import SERIAL, Emitter, Int, Vector, compiled, emitted
+from outrider.kernels._numba import SERIAL, Emitter, Int, Vector, emitted
 from outrider.kernels._threads import add, num_threads, parallel
+from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
 

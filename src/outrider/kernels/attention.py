@@ -18,9 +18,9 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels._attention import area, attend, join, plan
-from outrider.kernels._numba import LANES, SERIAL, address, compiled, keep
+from outrider.kernels._numba import LANES, SERIAL, address, keep
 from outrider.kernels._threads import num_threads, parallel
-from outrider.kernels.native import pointer
+from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
 
 _QUERIES_AT_ONCE = 64  # bounds what the reference gathers

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels import _amx
-from outrider.kernels._numba import BFLOAT16, FLOAT32, KIND, SERIAL, WIDTH, Emitter, Int, Vector, compiled, emitted
+from outrider.kernels._numba import BFLOAT16, FLOAT32, KIND, SERIAL, WIDTH, Emitter, Int, Vector, emitted
 from outrider.kernels._threads import add, num_threads, parallel
+from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
 

@@ -7,6 +7,7 @@ and a step has dozens of them. The launcher beside each kernel checks dtype and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numba
@@ -20,14 +21,22 @@ R = TypeVar("R")
 Floats: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float32]]"
 
 
+_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+_STAMP = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in _SOURCES)
+
+
 def compiled(*, inline: str = "never") -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`numba.njit`, cached on disk and without the GIL, that keeps the function's type."""
+    """`numba.njit`, cached on disk and without the GIL, that keeps the function's type.
+
+    What numba keeps of a function holds the code of those it calls, but is thrown away only when the function's own
+    file changes. So the stamp it compares is made that of all files here.
+    """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
-        jit: Callable[[Callable[P, R]], Callable[P, R]] = numba.njit(
-            cache=True, nogil=True, inline=inline, error_model="numpy"
-        )
-        return jit(function)
+        dispatcher = numba.njit(cache=True, nogil=True, inline=inline, error_model="numpy")(function)
+        dispatcher._cache._cache_file._source_stamp = _STAMP
+        jit: Callable[P, R] = dispatcher
+        return jit
 
     return wrap
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Real, Vector, compiled, emitted
+from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Real, Vector, emitted
 from outrider.kernels._threads import add, num_threads, parallel
+from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
 

@@ -17,9 +17,9 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Vector, compiled, copy_row, emitted
+from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Vector, copy_row, emitted
 from outrider.kernels._threads import add, num_threads, parallel
-from outrider.kernels.native import pointer
+from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_row, rms_norm_reference
 from outrider.kernels.op import Example, Op
 

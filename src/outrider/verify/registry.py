@@ -18,6 +18,9 @@ VERIFIERS: dict[str, Callable[..., Verifier]] = {
     Synthetic.name: Synthetic,
 }
 
+DEFAULT_VERIFIER = Exact.name
+"""The one that keeps every token as it would be without drafts."""
+
 
 def build_verifier(name: str, **options: Any) -> Verifier:
     """The verifier `name`; an option that is None was not given. OptionError for an unknown name or option."""
