@@ -1,4 +1,4 @@
-"""Training heads: right features, right gradients, the same curve after a pause or over processes, and heads that learn.
+"""Training heads: right features and gradients, one curve whatever interrupts or shares it, and heads that learn.
 
 Everything runs on tiny targets of random weights, but for the bundled model's tokenizer.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ CPU = torch.device("cpu")
 LAYERS = 6  # the fewest whose default taps 2, 3, 3 are not three: tests name their own
 TAPS = (1, 3, 6)
 METHODS = sorted(OBJECTIVES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on two, and much slower on two that others use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +216,7 @@ def counting_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Qwen3ForCausalLM(Qwen3ForCausalLM.config_class.from_pretrained(path))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.tensor([[10 + (row + place) % 11 for place in range(32)] for row in range(11)])
-    for _ in range(30):
+    for _ in range(60):
         loss = model(tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
@@ -280,7 +290,7 @@ def curve(out: Path) -> list[tuple[int, float, list[float], float]]:
     return [(one["step"], one["loss"], one["accuracy_by_depth"], one["lr"]) for one in records if "lr" in one]
 
 
-class Interrupted(Exception):
+class HaltError(Exception):
     """What ends a run that a test stops."""
 
 
@@ -291,10 +301,10 @@ def test_a_resumed_run_has_the_same_curve(target: Path, tmp_path: Path, method: 
 
     def stop(share: float, figures: str) -> None:
         if share > 4 / 6:  # after the checkpoint of step 3, and steps that must be undone
-            raise Interrupted
+            raise HaltError
 
     halted = small(method, target, data, tmp_path / "halves", save_every=3)
-    with pytest.raises(Interrupted):
+    with pytest.raises(HaltError):
         train(halted, stop)
     assert not (tmp_path / "halves" / "model.safetensors").exists()
     train(replace(halted, resume=True))
@@ -313,34 +323,47 @@ def test_resuming_something_else_is_refused(target: Path, tmp_path: Path) -> Non
         train(replace(options, resume=True, lr=1e-3))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_do_what_one_does_with_the_same_batch(target: Path, tmp_path: Path, method: str) -> None:
+ONE_OF_TWO = """
+import json, sys
+from outrider.train.options import TrainOptions
+from outrider.train.run import train
+for options in json.loads(sys.argv[1]):
+    train(TrainOptions(**options))
+"""
+
+
+def test_two_processes_do_what_one_does_with_the_same_batch(target: Path, tmp_path: Path) -> None:
+    """Each method in turn, in processes that find one another as those that torchrun starts do."""
     data = periodic(tmp_path / "data.jsonl", documents=9)
-    alone = small(method, target, data, tmp_path / "alone", steps=3, batch_tokens=256)
-    train(alone)
-    flags = [
-        *("--method", method, "--data", str(data), "--held-out", str(data), "--out", str(tmp_path / "two")),
-        *("--max-length", "64", "--batch-tokens", "256", "--steps", "3", "--warmup-steps", "2", "--lr", "3e-3"),
-        *("--num-layers", "1", "--k-train", "5", "--ttt-steps", "4", "--num-speculative-tokens", "4"),
-        *("--log-every", "1", "--device", "cpu", "--json"),
+    runs = {name: small(name, target, data, tmp_path / name, steps=3, batch_tokens=256) for name in METHODS}
+    alone = {name: tmp_path / f"{name}-alone" for name in METHODS}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = str(Path(run.__file__).parents[2])
+    command = [sys.executable, "-c", ONE_OF_TWO, json.dumps([asdict(options) for options in runs.values()])]
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE
+        )
+        for rank in ("0", "1")
     ]
-    for tap in TAPS:
-        flags += ["--feature-layers", str(tap)]
-    if OBJECTIVES[method].parallel:
-        flags += ["--mask-token-id", "3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    launch += [str(29500 + os.getpid() % 400), "-m", "outrider", "train", str(target), *flags]
-    source = str(Path(run.__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["processes"] == 2
-    for one, other in zip(curve(tmp_path / "two"), curve(tmp_path / "alone"), strict=True):
-        assert one[0] == other[0] and one[1:2] == pytest.approx(other[1:2], rel=1e-5)
-        assert one[2] == pytest.approx(other[2], abs=1e-4)
-    ours, theirs = (torch.load(tmp_path / name / "checkpoint.pt")["head"] for name in ("two", "alone"))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, atol=2e-5, rtol=2e-4, msg=name)
+    for name, options in runs.items():
+        train(replace(options, out=str(alone[name])))
+    try:
+        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    for name in METHODS:
+        for one, other in zip(curve(tmp_path / name), curve(alone[name]), strict=True):
+            assert one[0] == other[0] and one[1] == pytest.approx(other[1], rel=1e-5)
+            assert one[2] == pytest.approx(other[2], abs=1e-4)
+        ours, theirs = (torch.load(out / "checkpoint.pt")["head"] for out in (tmp_path / name, alone[name]))
+        for weight, tensor in theirs.items():
+            torch.testing.assert_close(ours[weight], tensor, atol=2e-5, rtol=2e-4, msg=f"{name} {weight}")
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["processes"] == 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -469,30 +492,26 @@ def test_wrong_values_are_named() -> None:
             TrainOptions(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def outrider(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    def call(*arguments: str) -> tuple[int, str]:
+def test_the_command_trains_a_head_for_the_bundled_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def outrider(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["outrider", "train", *arguments])
-        try:
+        with pytest.raises(SystemExit) as ended:
             cli.main()
-        except SystemExit as exit_:
-            return int(exit_.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().out
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
 
-    return call
-
-
-def test_the_command_trains_a_head_for_the_bundled_model(outrider: Callable[..., Any], tmp_path: Path) -> None:
     data = periodic(tmp_path / "data.jsonl", documents=4)
     flags = ["--data", str(data), "--out", str(tmp_path / "head"), "--max-length", "64", "--batch-tokens", "64"]
     flags += ["--steps", "1", "--num-layers", "1", "--device", "cpu", "--draft-vocab-size", "32"]
-    code, out = outrider("--method", PEagle.name, *flags, "--json")
+    code, out, _ = outrider("--method", PEagle.name, *flags, "--json")
     figures = json.loads(out)
     assert code == 0 and figures["steps"] == 1 and figures["tokens"] == 64
     config = json.loads((tmp_path / "head" / "config.json").read_text())
     assert config["mask_token_id"] == 3 and config["eagle_aux_hidden_state_layer_ids"] == [2, 7, 11]
-    code, said = outrider("--method", "peagel", *flags)
-    assert code == 2 and "did you mean peagle?" in said
+    code, _, err = outrider("--method", "peagel", *flags)
+    assert code == 2 and "did you mean peagle?" in err
 
 
 def test_acceptance_is_measured_on_the_finished_head(target: Path, tmp_path: Path) -> None:
