@@ -83,8 +83,8 @@ def test_bfloat16_and_memory_planned_from_the_device(tiny: Callable[..., Path]) 
 def test_bundled_model_writes_the_same_text_with_drafts() -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=64)
     texts = []
-    for drafting in (None, NGRAM):
-        with LLM(device="cuda", dtype="float32", speculative_config=drafting) as llm:
+    for config in (None, NGRAM):
+        with LLM(device="cuda", dtype="float32", speculative_config=config) as llm:
             texts.append(
                 [output.outputs[0].text for output in llm.generate(["def main():\n", "import os\n"], sampling)]
             )
