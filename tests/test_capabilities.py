@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import Case, Knowing, Right, plugin, run
+from heads import drafting as head_drafting
 from outrider import LLM, DraftContext, Drafter
 from outrider.capability import Feature, Offer
 from outrider.config import EngineOptions, resolve
@@ -87,7 +88,7 @@ def served(tiny: Callable[..., Path]) -> Callable[[str, list[Case]], tuple[str, 
 
 
 DRAFTINGS: dict[str, dict[str, Any]] = {
-    **{name: {"method": name} | ({} if name == "none" else {"num_speculative_tokens": 3}) for name in METHODS},
+    **{name: head_drafting(name) for name in METHODS},
     "host": plugin(Right, 3),
 }
 CHECKING: dict[str, dict[str, Any]] = {name: {"verifier": name} for name in VERIFIERS if name != "synthetic"} | {
@@ -203,9 +204,9 @@ class Careless(EagerRunner):
 
     name: ClassVar[str] = "careless"
 
-    def __init__(self, config: RunnerConfig, model: Decoder) -> None:
+    def __init__(self, config: RunnerConfig, model: Decoder, *more: Any) -> None:
         model.norm.weight.neg_()
-        super().__init__(config, model)
+        super().__init__(config, model, *more)
 
 
 def _refuse_host(*_: Any, **__: Any) -> Any:
@@ -227,7 +228,9 @@ class Recording(EagerRunner):
 
     name: ClassVar[str] = "recording"
     offer: ClassVar[Offer] = Offer(
-        has=frozenset({Feature.TOKEN_HISTORY, Feature.CPU, Feature.DRAFT_LOGITS}),
+        has=frozenset(
+            {Feature.TOKEN_HISTORY, Feature.FEATURES, Feature.DRAFT_CACHE, Feature.CPU, Feature.DRAFT_LOGITS}
+        ),
         lacks={
             Feature.HOST_CODE: "a recorded program has no Python in it; take the eager runner",
             Feature.CUDA: "this one is for tests; take the eager runner",

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -23,13 +24,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import outrider.kernels
+from heads import write_head
+from outrider.cache.layout import LayerCache
 from outrider.capability import Feature
-from outrider.draft.base import DraftContext, TargetFacts
+from outrider.draft.base import DraftContext, Drafter, TargetFacts, TargetParts
+from outrider.draft.head import HeadDrafter, HeadOptions
 from outrider.draft.host import HostDrafter
 from outrider.draft.registry import METHODS
 from outrider.kernels.commit import commit_reference
+from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.op import Op
 from outrider.kernels.step_inputs import assemble_reference, example_slots, load_draft
+from outrider.layers.embedding import Embedding, Head
+from outrider.layers.parameter import Allocator
 from outrider.tensors import Slots, StepBatch, TargetOutput
 from outrider.verify.processors import PROCESSORS
 from outrider.verify.registry import VERIFIERS, build_verifier
@@ -68,14 +75,19 @@ def rebuilt(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def record(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """Trace a call without values, replay it on real ones, and compare with the call itself."""
+def record(function: Callable[..., Any], arguments: dict[str, Any], own_tensors: bool = False) -> None:
+    """Trace a call without values, replay it on real ones, and compare with the call itself.
+
+    `own_tensors`: whether the function has some that are no arguments, weights say; they too are seen without values.
+    """
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         given = rebuilt(arguments, list(tensors))
         return leaves(function(**given)) + leaves(given)
 
-    mode = FakeTensorMode()  # not make_fx's own, which would record a host read as a symbol and go on
+    mode = FakeTensorMode(
+        allow_non_fake_inputs=own_tensors
+    )  # not make_fx's own, which would record a host read as a symbol and go on
     with mode:
         graph = make_fx(flat)(*(mode.from_tensor(tensor) for tensor in leaves(arguments)))
     replayed = graph(*leaves(copy.deepcopy(arguments)))
@@ -96,6 +108,7 @@ def all_ops() -> list[Op]:
 @pytest.fixture(autouse=True)
 def references_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Op, "on", lambda op, device: op.reference)
+    monkeypatch.delitem(DECODER_LAYER.kernels, "cpu")  # type: ignore[arg-type]
 
 
 def step() -> tuple[Slots, StepBatch, Tensor]:
@@ -146,16 +159,40 @@ def context() -> DraftContext:
     verdict = verifier(logits, batch, load_draft(slots, batch), slots)
     committed, next_token = commit_reference(slots, batch, verdict)
     hidden = torch.randn((11, 6), generator=torch.Generator().manual_seed(3))
-    return DraftContext(batch, TargetOutput(logits, hidden), committed, next_token, slots, verifier.draft_noise)
+    features = torch.randn((11, 18), generator=torch.Generator().manual_seed(4))
+    target = TargetOutput(logits, hidden, features)
+    return DraftContext(batch, target, committed, next_token, slots, verifier.draft_noise)
 
 
-FACTS = TargetFacts(VOCAB, 6, 32, 5, CPU, torch.float32)
+FACTS = TargetFacts(VOCAB, 6, 2, 32, 5, 64, 4, CPU, torch.float32)
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 6,
+    "intermediate_size": 10,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 32,
+}
+
+
+def drafter_of(method: type[Drafter], directory: Path) -> Drafter:
+    """A drafter ready to propose, with a tiny head if it reads one."""
+    if not issubclass(method, HeadDrafter):
+        return method(method.Options(), FACTS)
+    head = write_head(directory, method.parallel, draft_vocab_size=7, sizes=TINY)
+    drafter = method(HeadOptions(num_speculative_tokens=WIDTH, model=str(head)), FACTS)
+    allocator = Allocator.on(CPU, torch.float32)
+    embedding = Embedding(VOCAB, 6, allocator)
+    cache = [LayerCache(layer.key.zero_(), layer.value.zero_()) for layer in drafter.layers().allocate(50, CPU)]
+    drafter.prepare(TargetParts(embedding, Head(VOCAB, 6, allocator, embedding)), cache, None, None)
+    return drafter
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if Feature.HOST_CODE not in method.needs])
-def test_drafter(name: str) -> None:
-    method = METHODS[name]
-    record(method(method.Options(), FACTS).propose, {"context": context()})
+def test_drafter(name: str, tmp_path: Path) -> None:
+    drafter = drafter_of(METHODS[name], tmp_path)
+    record(drafter.propose, {"context": context()}, own_tensors=True)
 
 
 class Parrot(HostDrafter):

@@ -38,7 +38,7 @@ VOCAB, ROWS, NUM_TOKENS, K = 8, 30_000, 3, 3
 FIVE, WRONG = 5.0, 10.0
 PROMPT = (5, 2)
 CPU = torch.device("cpu")
-FACTS = TargetFacts(VOCAB, 1, 64, ROWS, CPU, torch.float32)
+FACTS = TargetFacts(VOCAB, 1, 1, 64, ROWS, 64, 16, CPU, torch.float32)
 CHAIN = torch.randn((VOCAB, VOCAB), generator=torch.Generator().manual_seed(1)) * 1.3
 """The target: logits of the next token, by the last."""
 
@@ -138,7 +138,7 @@ def generate(
         num_query, num_logits = int(num_tokens_in.sum()), int((num_drafts + 1).sum())
         batch = ASSEMBLE.on(CPU)(slots, slot, num_tokens_in, num_drafts, ends_prompt, num_query, num_logits, 4)
         logits = CHAIN[batch.input_ids[batch.logits_index]]
-        target = TargetOutput(logits, logits[:0])
+        target = TargetOutput(logits, logits[:0], None)
         for processor in PROCESSORS:
             if processor.wanted(sampling):
                 logits = processor(logits, batch, slots)

@@ -16,6 +16,8 @@ class Feature(Enum):
 
     HOST_CODE = auto()  # plain Python between stages, with tensors readable on the host
     TOKEN_HISTORY = auto()  # all committed tokens of a row, on the device
+    FEATURES = auto()  # the target's hidden states between layers, for each of a step's tokens
+    DRAFT_CACHE = auto()  # key and value layers of the drafter's own, in the target's blocks
     DRAFT_LOGITS = auto()  # the drafter's own logits, kept from one step to the next
     CPU = auto()  # a machine without an accelerator
     CUDA = auto()  # an NVIDIA GPU

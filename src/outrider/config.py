@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ import torch
 from outrider.capability import Feature, Part
 from outrider.core.option import option, wrong_types
 from outrider.core.sampling import MAX_STOP_IDS
+from outrider.draft.base import Drafter, TargetFacts
 from outrider.draft.registry import parse_speculative_config
 from outrider.errors import CheckpointError, OptionError, nearest
 from outrider.load.checkpoint import read_json
-from outrider.load.hub import locate
+from outrider.load.hub import BUNDLED_HEADS, locate
 from outrider.models.config import DTYPES, ModelConfig, token_ids
+from outrider.models.decoder import Decoder
 from outrider.models.registry import find_model
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
 from outrider.runner.memory import Demand, plan_memory
 from outrider.schedule.options import SchedulerOptions
+from outrider.verify.base import Verifier
 from outrider.verify.processors import PROCESSORS
 from outrider.verify.registry import DEFAULT_VERIFIER, VERIFIERS, build_verifier
 
@@ -109,7 +112,9 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     model_config = ModelConfig.from_dict(read_json(directory / "config.json"))
     model = find_model(model_config.architecture)
     device = _device(options.device)
-    drafter, draft_options = parse_speculative_config(options.speculative_config)
+    drafter, draft_options = parse_speculative_config(
+        options.speculative_config, BUNDLED_HEADS if options.model is None else None
+    )
     num_drafts = draft_options.num_speculative_tokens
     verifier = build_verifier(options.verifier, synthetic_rates=options.synthetic_rates)
     limit = model_config.max_position_embeddings
@@ -120,6 +125,18 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         )
     dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
     mesh = Mesh(options.tensor_parallel_size, options.pipeline_parallel_size)
+    max_model_len = _max_model_len(options.max_model_len, limit)
+    facts = TargetFacts(
+        vocab_size=model_config.vocab_size,
+        hidden_size=model_config.hidden_size,
+        num_layers=model_config.num_layers,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget,
+        block_size=BLOCK_SIZE,
+        device=device,
+        dtype=dtype,
+    )
     memory = plan_memory(
         Demand(
             model=model,
@@ -127,12 +144,13 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
             dtype=dtype,
             device=device,
             block_size=BLOCK_SIZE,
-            max_model_len=_max_model_len(options.max_model_len, limit),
+            max_model_len=max_model_len,
             may_shorten=options.max_model_len is None,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=budget,
             num_drafts=num_drafts,
             keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
+            drafter=drafter.footprint(draft_options, facts),
             cache_bytes=options.kv_cache_memory,
             utilization=options.gpu_memory_utilization,
         )
@@ -142,6 +160,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     runner = RunnerConfig(
         model=model,
         model_config=model_config,
+        target=replace(facts, max_model_len=memory.max_model_len),
         directory=None if options.load_format == "dummy" else directory,
         dtype=dtype,
         device=device,
@@ -157,27 +176,38 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         seed=options.seed,
         progress=progress,
     )
-    scheduler = SchedulerOptions(
-        max_model_len=memory.max_model_len,
-        num_blocks=memory.num_blocks,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=budget,
-        enable_prefix_caching=options.enable_prefix_caching,
+    parts = _parts(device, model, drafter, verifier, mesh)
+    scheduler = _scheduler_options(runner, options.enable_prefix_caching)
+    return Resolved(options, directory, runner, scheduler, mesh, parts, _eos_token_ids(directory, model_config))
+
+
+def _scheduler_options(runner: RunnerConfig, enable_prefix_caching: bool) -> SchedulerOptions:
+    num_drafts, drafter = runner.draft_options.num_speculative_tokens, runner.drafter
+    return SchedulerOptions(
+        max_model_len=runner.max_model_len,
+        num_blocks=runner.memory.num_blocks,
+        block_size=runner.block_size,
+        max_num_seqs=runner.max_num_seqs,
+        max_num_batched_tokens=runner.max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
         num_drafts=num_drafts,
         lookahead=num_drafts if drafter.writes_ahead else 0,
         rerun=drafter.rerun,
     )
-    host = Part(f"device {device}", frozenset({Feature.CPU if device.type == "cpu" else Feature.CUDA}))
-    parts = (
-        host,
+
+
+def _parts(
+    device: torch.device, model: type[Decoder], drafter: type[Drafter], verifier: Verifier, mesh: Mesh
+) -> tuple[Part, ...]:
+    """Everything the oracle has to place."""
+    return (
+        Part(f"device {device}", frozenset({Feature.CPU if device.type == "cpu" else Feature.CUDA})),
         model.part(),
         drafter.part(),
         Part(f"verifier {verifier.name}", verifier.needs),
         *(Part(f"processor {processor.name}", processor.needs) for processor in PROCESSORS),
         *mesh.parts(),
     )
-    return Resolved(options, directory, runner, scheduler, mesh, parts, _eos_token_ids(directory, model_config))
 
 
 def _check_values(options: EngineOptions) -> None:

@@ -6,14 +6,20 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from outrider.core.option import wrong_types
 from outrider.draft.base import Drafter, DraftOptions
+from outrider.draft.eagle3 import Eagle3
 from outrider.draft.ngram import Ngram
 from outrider.draft.none import NoDrafter
+from outrider.draft.peagle import PEagle
 from outrider.errors import OptionError, nearest
+from outrider.load.heads import read_head
+from outrider.load.hub import HEAD_FILES, locate
 
-METHODS: dict[str, type[Drafter]] = {method.name: method for method in (NoDrafter, Ngram)}
+METHODS: dict[str, type[Drafter]] = {method.name: method for method in (NoDrafter, Ngram, Eagle3, PEagle)}
 
 WITHOUT_WEIGHTS = Ngram.name
 """The method that serves any model, since it needs no checkpoint of its own."""
@@ -49,19 +55,72 @@ def find_drafter(method: str) -> type[Drafter]:
     return found
 
 
-def parse_speculative_config(config: Mapping[str, Any] | None) -> tuple[type[Drafter], DraftOptions]:
-    """The method a `speculative_config` names and its options. OptionError for a key the method lacks."""
+def parse_speculative_config(
+    config: Mapping[str, Any] | None,
+    heads: Path | None = None,  # directory of the target's own draft heads, by method
+) -> tuple[type[Drafter], DraftOptions]:
+    """The method a `speculative_config` names and its options. OptionError for a key the method lacks.
+
+    A draft head's method is what its checkpoint says; a `method` or flag that contradicts it is refused.
+    """
     if config is None:
         return NoDrafter, NoDrafter.Options()
     if not isinstance(config, Mapping):
         raise OptionError(f'speculative_config must map options to values, as {{"method": "ngram"}}: {config!r}')
     given = dict(config)
     method = given.pop("method", None)
-    if not isinstance(method, str):
-        raise OptionError(f"speculative_config needs a method: {method!r} ({nearest('', METHODS)}, or module:Class)")
-    drafter = find_drafter(method)
+    if method is None and isinstance(given.get("model"), str):
+        drafter = _of_head(given)
+    elif isinstance(method, str):
+        drafter = find_drafter(method)
+        if "model" in {option.name for option in fields(drafter.Options)}:
+            own = heads / drafter.name if heads is not None else None
+            if given.get("model") is None and own is not None and own.is_dir():
+                given["model"] = str(own)
+            drafter = _fitting(drafter, given)
+    else:
+        raise OptionError(
+            f"speculative_config needs a method: {method!r} ({nearest('', METHODS)}, or module:Class), "
+            "or the model of a draft head"
+        )
     known = {option.name for option in fields(drafter.Options)}
     for key in given:
         if key not in known:
-            raise OptionError(f"speculative_config: {method} has no option {key} ({nearest(key, known)})")
-    return drafter, drafter.Options(**given)
+            raise OptionError(f"speculative_config: {drafter.name} has no option {key} ({nearest(key, known)})")
+    options = drafter.Options(**given)
+    for name, value, wanted in wrong_types(options):
+        raise OptionError(f"speculative_config: {name} must be {wanted}: {value!r}")
+    return drafter, options
+
+
+def _of_head(given: dict[str, Any]) -> type[Drafter]:
+    """The method that a draft head was made for. Puts its directory and what it says of K into `given`."""
+    directory = locate(given["model"], HEAD_FILES)
+    head = read_head(directory)
+    given["model"] = str(directory)
+    if given.get("num_speculative_tokens") is None:
+        given.pop("num_speculative_tokens", None)
+        if head.num_drafts is not None:
+            given["num_speculative_tokens"] = head.num_drafts
+    return next(method for method in METHODS.values() if method.serves(head))
+
+
+def _fitting(drafter: type[Drafter], given: dict[str, Any]) -> type[Drafter]:
+    """The drafter that was named, if it is one for the head that was named; or the head's own in vLLM's spelling.
+
+    vLLM calls a P-EAGLE head method "eagle3" with parallel_drafting true.
+    """
+    if not isinstance(given.get("model"), str):
+        raise OptionError(
+            f'method {drafter.name} needs its draft head: give "model", a local directory or a Hugging Face id'
+        )
+    right = _of_head(given)
+    head = read_head(Path(given["model"]))
+    if drafter.serves(head):
+        return drafter
+    if given.get("parallel_drafting") is head.parallel:
+        return right
+    raise OptionError(
+        f"method {drafter.name} is not what {given['model']} was made for: it is a {head.layout} head, "
+        f"method {right.name}; drop method, or name that one"
+    )

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 P = ParamSpec("P")
 R = TypeVar("R")
 Floats: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float32]]"
+Tokens: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))

@@ -54,8 +54,12 @@ def row_key(seed: Tensor, position: Tensor, purpose: int) -> tuple[Tensor, Tenso
 
 def bits_reference(seed: Tensor, position: Tensor, purpose: int, num_indices: int) -> Tensor:
     """The raw integers: seed [L] int64, position [L] int64 -> [L, num_indices] int64, each below 2**32."""
+    return bits_at(seed, position, purpose, torch.arange(num_indices, device=seed.device))
+
+
+def bits_at(seed: Tensor, position: Tensor, purpose: int, index: Tensor) -> Tensor:
+    """`bits_reference` at some indices only: index [N] int64 -> [L, N] int64."""
     a, b = row_key(seed, position, purpose)
-    index = torch.arange(num_indices, device=seed.device)
     return mix((mix(index[None, :] ^ a[:, None]) + b[:, None]) & MASK)
 
 

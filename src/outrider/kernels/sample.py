@@ -3,6 +3,10 @@
     token[l] = argmax over v of   logits[l, v] + gumbel(seed[l], position[l], purpose, v)
                                   logits[l, v]                       where temperature[l] == 0
 
+A drafter with a smaller vocabulary gives ids [V] int64, ascending: column v stands for token ids[v] of the target's
+vocabulary. The noise is then that token's, and it is the token that is returned, so that drafter and target share
+their noise token by token.
+
 The logits are ready to be sampled from: the temperature processor has divided them (and a drafter
 divides its own). `temperature` says only which rows are greedy. Sums are rounded to float32; the
 first index wins a tie. A token whose logit is -inf is never drawn while the row has another. Rows
@@ -13,14 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.native import Floats, compiled, largest, pointer
-from outrider.kernels.noise import GUMBEL_MAX, bits_reference, gumbel, native_bits, native_key
+from outrider.kernels.native import Floats, Tokens, compiled, largest, pointer
+from outrider.kernels.noise import GUMBEL_MAX, bits_at, gumbel, native_bits, native_key
 from outrider.kernels.op import Example, Op
 from outrider.tensors import Purpose
 
@@ -31,11 +36,14 @@ def gumbel_argmax_reference(
     seed: Tensor,  # [L] int64
     position: Tensor,  # [L] int64
     purpose: int,
+    ids: Tensor | None = None,  # [V] int64
 ) -> Tensor:
     """[L] int64, the token drawn from each row."""
-    noise = gumbel(bits_reference(seed, position, purpose, logits.shape[1]))
+    index = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids
+    noise = gumbel(bits_at(seed, position, purpose, index))
     greedy = (temperature == 0)[:, None]
-    return torch.where(greedy, logits, logits + noise).argmax(dim=-1)
+    column = torch.where(greedy, logits, logits + noise).argmax(dim=-1)
+    return column if ids is None else ids[column]
 
 
 _BLOCK = 1024
@@ -47,14 +55,14 @@ _S8 = np.uint32(8)
 
 
 @compiled()
-def _bound(logits: Floats, start: int, a: np.uint32, b: np.uint32, bound: Floats) -> None:
-    """bound[i] is at least the score of token start + i.
+def _bound(logits: Floats, tokens: Tokens, a: np.uint32, b: np.uint32, bound: Floats) -> None:
+    """bound[i] is at least the score of tokens[i].
 
     gumbel <= -log(u), and a float's own bits are a straight line below its log2: no logarithm is
     taken, so the loops are vectorised, and the few tokens that can win are settled afterwards.
     """
     for i in range(len(logits)):
-        bound[i] = np.float32(np.int32(native_bits(a, b, start + i) >> _S8))
+        bound[i] = np.float32(np.int32(native_bits(a, b, tokens[i]) >> _S8))
     bits = bound.view(np.int32)
     for i in range(len(logits)):
         bound[i] = np.float32(logits[i] + np.float32(_LN2_BASE - np.float32(np.float32(bits[i]) * _LN2_STEP)))
@@ -75,23 +83,29 @@ def _greedy_row(logits: Floats, scratch: Floats) -> int:
 
 
 @compiled()
-def _noisy_row(logits: Floats, a: np.uint32, b: np.uint32, scratch: Floats) -> int:
+def _noisy_row(logits: Floats, ids: Tokens, a: np.uint32, b: np.uint32, scratch: Floats) -> int:
     best, token = _LEAST, 0
     for start in range(0, len(logits), _BLOCK):
         block = logits[start : start + _BLOCK]
         if largest(block, scratch) + _GUMBEL_MAX <= best:
             continue
         bound = scratch[1 : 1 + len(block)]
-        _bound(block, start, a, b, bound)
+        tokens = ids[start : start + _BLOCK]
+        _bound(block, tokens, a, b, bound)
         if largest(bound, scratch) <= best:
             continue
         for i in range(len(block)):
             if bound[i] > best:
-                u = (np.float64(native_bits(a, b, start + i)) + 0.5) * 2.0**-32
+                u = (np.float64(native_bits(a, b, tokens[i])) + 0.5) * 2.0**-32
                 score = np.float32(block[i] + np.float32(-math.log(-math.log1p(-u))))
                 if score > best:
                     best, token = score, start + i
     return token
+
+
+@cache
+def _every_token(size: int) -> Tensor:
+    return torch.arange(size)
 
 
 @compiled()
@@ -102,6 +116,8 @@ def _gumbel_argmax_kernel(
     seed_at: int,
     position_at: int,
     purpose: int,
+    ids_at: int,
+    mapped: bool,
     out_at: int,
     num_rows: int,
     size: int,
@@ -109,6 +125,7 @@ def _gumbel_argmax_kernel(
     temperature = carray(pointer(temperature_at), (num_rows,), np.float32)
     seed = carray(pointer(seed_at), (num_rows,), np.int64)
     position = carray(pointer(position_at), (num_rows,), np.int64)
+    ids = carray(pointer(ids_at), (size,), np.int64)
     out = carray(pointer(out_at), (num_rows,), np.int64)
     scratch = np.empty(1 + _BLOCK, np.float32)
     for row in range(num_rows):
@@ -117,10 +134,14 @@ def _gumbel_argmax_kernel(
             out[row] = _greedy_row(logits, scratch)
         else:
             a, b = native_key(seed[row], position[row], purpose)
-            out[row] = _noisy_row(logits, a, b, scratch)
+            out[row] = _noisy_row(logits, ids, a, b, scratch)
+        if mapped:
+            out[row] = ids[out[row]]
 
 
-def gumbel_argmax_cpu(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, purpose: int) -> Tensor:
+def gumbel_argmax_cpu(
+    logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, purpose: int, ids: Tensor | None = None
+) -> Tensor:
     """One pass over the logits, and no noise at all for greedy rows."""
     assert logits.dtype == temperature.dtype == torch.float32 and seed.dtype == position.dtype == torch.int64
     if logits.stride(1) != 1:
@@ -128,6 +149,8 @@ def gumbel_argmax_cpu(logits: Tensor, temperature: Tensor, seed: Tensor, positio
     temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.contiguous()
     rows, size = logits.shape
     assert temperature.shape == seed.shape == position.shape == (rows,)
+    index = _every_token(size) if ids is None else ids
+    assert index.shape == (size,) and index.dtype == torch.int64 and index.is_contiguous()
     out = torch.empty(rows, dtype=torch.int64)
     _gumbel_argmax_kernel(
         logits.data_ptr(),
@@ -136,6 +159,8 @@ def gumbel_argmax_cpu(logits: Tensor, temperature: Tensor, seed: Tensor, positio
         seed.data_ptr(),
         position.data_ptr(),
         int(purpose),
+        index.data_ptr(),
+        ids is not None,
         out.data_ptr(),
         rows,
         size,
@@ -148,13 +173,15 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Exam
         logits = torch.randn((rows, size), generator=generator) * scale
         if size > 100:
             logits[0, ::3] = -torch.inf
-        yield {
+        example = {
             "logits": logits.to(device),
             "temperature": (torch.arange(rows) % 3).float().to(device),
             "seed": torch.randint(0, 2**62, (rows,), generator=generator).to(device),
             "position": torch.randint(0, 4096, (rows,), generator=generator).to(device),
             "purpose": int(Purpose.TARGET),
         }
+        yield example
+        yield {**example, "ids": torch.randperm(3 * size, generator=generator)[:size].sort().values.to(device)}
 
 
 GUMBEL_ARGMAX = Op(

@@ -26,10 +26,11 @@ class Attention:
         bias: bool,
         qk_norm_eps: float | None,  # None: q and k are not normalised
         allocator: Allocator,
+        input_size: int | None = None,  # width of what q, k and v are made from, where it is not hidden_size
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         q, kv = num_heads * head_dim, num_kv_heads * head_dim
-        self.qkv = Linear(hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias, allocator)
+        self.qkv = Linear(input_size or hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias, allocator)
         self.out = Linear(q, {"o_proj": hidden_size}, bias, allocator)
         self.eps = qk_norm_eps or 0.0
         normed = qk_norm_eps is not None
@@ -39,7 +40,7 @@ class Attention:
         self._attention = PAGED_ATTENTION.on(allocator.device)
 
     def __call__(self, x: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
-        """[T, H] -> [T, H]; writes the step's keys and values into the cache first."""
+        """[T, input size] -> [T, H]; writes the step's keys and values into the cache first."""
         query = self._rope_store(
             self.qkv(x),
             self.q_norm.weight if self.q_norm else None,

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from outrider.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLED = "pytorch_model.bin"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,8 +33,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, from its index if it is sharded."""
+def weight_files(directory: Path, *, pickled: bool = False) -> list[Path]:
+    """The safetensors files of a checkpoint, from its index if it is sharded.
+
+    `pickled`: a single `pytorch_model.bin` will do where there are none, as for draft heads published that way.
+    """
+    if pickled and (directory / PICKLED).exists() and not (directory / SINGLE).exists():
+        return [directory / PICKLED]
     if (directory / INDEX).exists():
         shards = read_json(directory / INDEX).get("weight_map", {})
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -42,16 +49,44 @@ def weight_files(directory: Path) -> list[Path]:
         files = [directory / SINGLE]
     absent = [str(file) for file in files if not file.exists()]
     if absent or not files:
-        pickled = next(directory.glob("*.bin"), None)
-        remedy = f"; convert {pickled.name} to safetensors" if pickled else ""
+        other = next(directory.glob("*.bin"), None)
+        remedy = f"; convert {other.name} to safetensors" if other else ""
         raise CheckpointError(f"missing weight file: {', '.join(absent) or directory / SINGLE}{remedy}")
     return files
+
+
+class TensorFile:
+    """The tensors of one weight file by name. Only those asked for are read. Raises CheckpointError if it cannot be."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            if file.suffix == ".bin":
+                loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                self._tensors: dict[str, Tensor] | None = dict(loaded)
+            else:
+                self._tensors = None
+                self._opened: Any = safe_open(file, framework="pt")
+        except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError, ValueError, TypeError) as error:
+            raise CheckpointError(f"cannot read {file}: {error}; is it complete?") from error
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._opened.keys() if self._tensors is None else self._tensors)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        try:
+            tensor: Tensor = self._opened.get_tensor(name) if self._tensors is None else self._tensors[name]
+            return tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {self.file}: {error}; is it complete?") from error
 
 
 def fingerprint(directory: Path) -> str:
     """Tells one checkpoint from another by its config and the size and first MiB of each weight file."""
     told = hashlib.sha256((directory / "config.json").read_bytes())
-    for file in weight_files(directory):
+    for file in weight_files(directory, pickled=True):
         told.update(f"{file.name} {file.stat().st_size}".encode())
         with open(file, "rb") as opened:
             told.update(opened.read(1 << 20))
@@ -63,6 +98,8 @@ def load_weights(
     weights: Mapping[str, Tensor],  # checkpoint name -> what it fills
     ignores: Callable[[str], bool] = lambda name: False,  # names the checkpoint may hold that nothing reads
     progress: Callable[[int], None] | None = None,  # called with the bytes of each tensor as it is filled
+    rename: Callable[[str], str] = lambda name: name,  # from the file's name to the one in `weights`
+    pickled: bool = False,  # as `weight_files` takes it
 ) -> None:
     """Fills every parameter from the checkpoint, one tensor in memory at a time, casting as needed.
 
@@ -72,19 +109,19 @@ def load_weights(
     filled: set[str] = set()
     unexpected: list[str] = []
     with torch.no_grad():
-        for file in weight_files(directory):
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118 - a safe_open is not a mapping
-                        if name in weights:
-                            _fill(weights[name], shard.get_tensor(name), name, file)
-                            filled.add(name)
-                            if progress:
-                                progress(weights[name].nbytes)
-                        elif not ignores(name):
-                            unexpected.append(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"cannot read {file}: {error}; is it complete?") from error
+        for file in weight_files(directory, pickled=pickled):
+            shard = TensorFile(file)
+            for given in shard.names():
+                name = rename(given)
+                if name in filled:
+                    raise CheckpointError(f"{file} holds {name} twice, once as {given}")
+                if name in weights:
+                    _fill(weights[name], shard.read(given), given, file)
+                    filled.add(name)
+                    if progress:
+                        progress(weights[name].nbytes)
+                elif not ignores(name):
+                    unexpected.append(given)
     missing = sorted(set(weights) - filled)
     if missing or unexpected:
         complaints = [f"lacks {_some(missing)}"] if missing else []

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from outrider.errors import CheckpointError
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
-"""Package data: the model served when none is named, and the prompts it was never trained on."""
+"""Package data: the model served when none is named, its draft heads, and the prompts it was never trained on."""
+
+BUNDLED_HEADS = BUNDLED / "heads"
+"""A directory for each method whose head comes with the bundled model, of the method's name."""
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-"""What is fetched from the hub: configuration, weights and tokenizer; no other weight format."""
+"""What is fetched of a model: configuration, weights and tokenizer; no other weight format."""
+
+HEAD_FILES = ("*.json", "*.safetensors", "pytorch_model.bin")
+"""What is fetched of a draft head; some are published in torch's pickled format, which is read without running it."""
 
 
-def locate(model: str | None) -> Path:
-    """The local directory of a checkpoint; a hub id is downloaded (or found in the hub's cache).
+def locate(model: str | None, files: Sequence[str] = FILES) -> Path:
+    """The local directory of a checkpoint; a hub id's `files` are downloaded (or found in the hub's cache).
 
     None is the bundled model. Raises CheckpointError naming what was tried.
     """
@@ -29,7 +36,7 @@ def locate(model: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"cannot fetch {model} from the Hugging Face hub: {first}") from error

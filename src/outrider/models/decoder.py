@@ -89,6 +89,27 @@ class DecoderLayer:
         )
 
 
+class _Taps:
+    """Copies the residual stream where a drafter asked for it."""
+
+    def __init__(self, taps: Sequence[int], residual: Tensor) -> None:
+        tokens, self._width = residual.shape
+        self._taps = taps
+        self.features = residual.new_empty(tokens, len(taps) * self._width) if taps else None
+
+    def take(self, index: int, x: Tensor | None, residual: Tensor) -> None:
+        """The stream that enters layer `index`: the residual, and what the layer before has yet to add to it."""
+        if self.features is None or index not in self._taps:
+            return
+        for place, tap in enumerate(self._taps):
+            if tap == index:
+                out = self.features[:, place * self._width : (place + 1) * self._width]
+                if x is None:
+                    out.copy_(residual)
+                else:
+                    torch.add(residual, x, out=out)
+
+
 class Decoder:
     """A pre-norm transformer decoder with grouped-query attention and a gated MLP.
 
@@ -121,13 +142,23 @@ class Decoder:
         config = self.config
         return CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, self.activation_dtype)
 
-    def forward(self, batch: StepBatch, cache: Sequence[LayerCache]) -> Tensor:
-        """[T, H] after the final norm; the step's keys and values are written into the cache."""
+    def forward(
+        self, batch: StepBatch, cache: Sequence[LayerCache], taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, H] after the final norm; the step's keys and values are written into the cache.
+
+        Also [T, len(taps) * H], or None without taps: the residual stream as it enters each tapped layer, side by
+        side in the order given. Tap i is what layer i reads, so 0 is the embedding, and the number of layers what the
+        final norm reads.
+        """
         residual, x = self.embedding(batch.input_ids), None
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
+        tapped = _Taps(taps, residual)
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+            tapped.take(index, x, residual)
             x = layer(x, residual, batch, self.rope, layer_cache)
         assert x is not None, "a config has one layer at least"
-        return self.norm.add(x, residual)
+        tapped.take(len(self.layers), x, residual)
+        return self.norm.add(x, residual), tapped.features
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, H] -> [L, V] float32."""

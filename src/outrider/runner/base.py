@@ -11,7 +11,7 @@ import torch
 
 from outrider.capability import Offer
 from outrider.core.plan import StepPlan, StepResult
-from outrider.draft.base import Drafter, DraftOptions
+from outrider.draft.base import Drafter, DraftOptions, TargetFacts
 from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
@@ -25,6 +25,7 @@ class RunnerConfig:
 
     model: type[Decoder]
     model_config: ModelConfig
+    target: TargetFacts  # as the drafter is told of the model
     directory: Path | None  # None: dummy weights
     dtype: torch.dtype  # of the weights
     device: torch.device
@@ -39,6 +40,18 @@ class RunnerConfig:
     memory: MemoryPlan
     seed: int
     progress: Callable[[int, int], None] | None  # bytes loaded, bytes in all
+
+    def count_loaded(self) -> Callable[[int], None]:
+        """A function that adds up the bytes of weights loaded and reports them."""
+        loaded = 0
+
+        def count(size: int) -> None:
+            nonlocal loaded
+            loaded += size
+            if self.progress is not None:
+                self.progress(loaded, self.memory.weights)
+
+        return count
 
 
 class Pending(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -9,13 +10,11 @@ import torch
 
 from outrider.capability import Feature, Offer
 from outrider.core.plan import StepPlan, StepResult
-from outrider.draft.base import TargetFacts
 from outrider.kernels.step_inputs import ASSEMBLE, load_draft
-from outrider.layers.parameter import Allocator
-from outrider.load.checkpoint import load_weights
 from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
+from outrider.runner.build import build_drafter, build_model
 from outrider.runner.slots import SlotTable
 from outrider.runner.step import StepProgram
 from outrider.tensors import StepBatch
@@ -39,23 +38,25 @@ class EagerRunner:
     name: ClassVar[str] = "eager"
     depth: ClassVar[int] = 1
     offer: ClassVar[Offer] = Offer(
-        has=frozenset({Feature.HOST_CODE, Feature.TOKEN_HISTORY, Feature.DRAFT_LOGITS, Feature.CPU, Feature.CUDA}),
+        has=frozenset(
+            {
+                Feature.HOST_CODE,
+                Feature.TOKEN_HISTORY,
+                Feature.FEATURES,
+                Feature.DRAFT_CACHE,
+                Feature.DRAFT_LOGITS,
+                Feature.CPU,
+                Feature.CUDA,
+            }
+        ),
         lacks={Feature.TENSOR: _ONE_PROCESS, Feature.PIPELINE: _ONE_PROCESS},
     )
 
-    def __init__(self, config: RunnerConfig, model: Decoder) -> None:
-        """Binds a loaded model to a cache, a drafter and slots; use `build`."""
+    def __init__(self, config: RunnerConfig, model: Decoder, progress: Callable[[int], None] | None = None) -> None:
+        """Binds a loaded model to a cache, a drafter and slots; use `build`. `progress` as `load_weights` takes it."""
         self._config = config
-        facts = TargetFacts(
-            vocab_size=config.model_config.vocab_size,
-            hidden_size=config.model_config.hidden_size,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            device=config.device,
-            dtype=config.dtype,
-        )
-        drafter = config.drafter(config.draft_options, facts)
         cache = model.cache_layout(config.block_size).allocate(config.memory.num_blocks, config.device)
+        drafter = build_drafter(config, model, progress)
         self._table = SlotTable(
             num_slots=config.max_num_seqs,
             max_len=config.max_model_len,
@@ -72,20 +73,8 @@ class EagerRunner:
     def build(cls, config: RunnerConfig, mesh: Mesh) -> Self:
         """Loads the target's weights and makes everything that lives beside them."""
         assert mesh == Mesh(), "the oracle refuses a split model for this runner"
-        model = config.model(config.model_config, config.max_model_len, Allocator.on(config.device, config.dtype))
-        if config.directory is None:
-            model.fill_dummy(config.seed)
-        else:
-            loaded = 0
-
-            def count(size: int) -> None:
-                nonlocal loaded
-                loaded += size
-                if config.progress is not None:
-                    config.progress(loaded, config.memory.weights)
-
-            load_weights(config.directory, model.weights(), model.ignores, count)
-        return cls(config, model)
+        count = config.count_loaded()
+        return cls(config, build_model(config, count), count)
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Finished:

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from outrider.draft.base import Footprint
 from outrider.errors import CapacityError
 from outrider.layers.parameter import Allocator, activation_dtype
 from outrider.models.config import ModelConfig
@@ -39,6 +40,7 @@ class Demand:
     max_num_batched_tokens: int
     num_drafts: int
     keeps_draft_logits: bool
+    drafter: Footprint
     cache_bytes: int | None  # None: what the device has left, no more than all sequences could fill
     utilization: float  # share of a GPU's free memory to use
 
@@ -47,7 +49,7 @@ class Demand:
 class MemoryPlan:
     """Bytes, by purpose. `num_blocks` is what the scheduler may hand out."""
 
-    weights: int
+    weights: int  # the target's and the drafter's, as are all that follow
     workspace: int  # most that a step's activations and logits take, and the tables of all slots
     cache: int
     bytes_per_block: int
@@ -70,9 +72,9 @@ def plan_memory(demand: Demand) -> MemoryPlan:
     activation = activation_dtype(demand.device, demand.dtype)
     meta = Allocator(torch.device("meta"), demand.dtype, activation)
     shape = demand.model(demand.config, demand.max_model_len, meta)
-    weights = sum(weight.nbytes for weight in shape.weights().values())
-    workspace = _workspace(demand, activation)
-    per_block = shape.cache_layout(demand.block_size).bytes_per_block
+    weights = sum(weight.nbytes for weight in shape.weights().values()) + demand.drafter.weights
+    workspace = _workspace(demand, activation) + demand.drafter.workspace
+    per_block = shape.cache_layout(demand.block_size).bytes_per_block + demand.drafter.per_block
     blocks_per_seq = -(-demand.max_model_len // demand.block_size)
     free = free_memory(demand.device)
     left = max(int(_usable(demand, free - weights - workspace)), 0)

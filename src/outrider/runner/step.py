@@ -31,6 +31,7 @@ class StepProgram:
     ) -> None:
         self._model, self._cache = model, cache
         self._drafter, self._verifier = drafter, verifier
+        self._taps = drafter.feature_layers()
         self._commit, self._store_draft = COMMIT.on(device), STORE_DRAFT.on(device)
 
     def __call__(
@@ -41,11 +42,11 @@ class StepProgram:
         processors: Sequence[LogitsProcessor],
     ) -> tuple[Verdict, Draft]:
         """The verdict on `draft`, and the drafts for the rows' next step."""
-        hidden = self._model.forward(batch, self._cache)
+        hidden, features = self._model.forward(batch, self._cache, self._taps)
         num_logits = batch.logits_index.shape[0]
         spoken = hidden if num_logits == hidden.shape[0] else hidden.index_select(0, batch.logits_index)
         logits = self._model.logits(spoken)
-        target = TargetOutput(logits, hidden)
+        target = TargetOutput(logits, hidden, features)
         for processor in processors:
             logits = processor(logits, batch, slots)
         verdict = self._verifier(logits, batch, draft, slots)

@@ -106,15 +106,29 @@ class Trainer:
         self.num_rows = options.batch_tokens // options.max_length  # over all processes
         self.progress = Progress()
         self._parameters = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in self._parameters if parameter.dim() > 1]
-        vectors = [parameter for parameter in self._parameters if parameter.dim() == 1]
-        groups = [
-            {"params": matrices, "weight_decay": options.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=world.device.type == "cuda")
+        self.optimizers = self._make_optimizers()
         if options.resume:
             self._load()
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW for everything, or Muon for the matrices between embedding and lm_head, whose updates it equalises."""
+        options, fused = self.options, self.world.device.type == "cuda"
+        trained = {name: parameter for name, parameter in self.head.named_parameters() if parameter.requires_grad}
+        inner = [parameter for name, parameter in trained.items() if name.startswith(("layers.", "fc."))]
+        by_muon = [parameter for parameter in inner if parameter.dim() == 2 and options.optimizer == "muon"]
+        others = [parameter for parameter in trained.values() if not any(parameter is one for one in by_muon)]
+        groups = [
+            {"params": [each for each in others if each.dim() > 1], "weight_decay": options.weight_decay},
+            {"params": [each for each in others if each.dim() == 1], "weight_decay": 0.0},
+        ]
+        made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=fused)]
+        if by_muon:
+            decay = options.weight_decay
+            made.append(torch.optim.Muon(by_muon, lr=options.muon_lr, weight_decay=decay, adjust_lr_fn="original"))
+        for optimizer in made:
+            for group in optimizer.param_groups:
+                group["highest_lr"] = group["lr"]
+        return made
 
     def train(self, documents: Documents, held_out: Documents | None) -> dict[str, Any]:
         """Trains to the end; returns the final figures. Raises DivergedError if the loss is lost."""
@@ -169,10 +183,11 @@ class Trainer:
         sums = self._run(batch, uniform, backward=True)
         self.world.add_gradients(self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, self.options.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["highest_lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return sums
 
     def _run(self, batch: Batch, uniform: Tensor, backward: bool) -> Tensor:
@@ -221,11 +236,11 @@ class Trainer:
         return max(shares)
 
     def _rate(self, share: float) -> float:
-        """The learning rate: a linear rise, then the decay asked for."""
+        """Share of the highest learning rate: a linear rise, then the decay asked for."""
         left = max(0.0, 1 - share)
         decay = left if self.options.lr_decay == "linear" else 0.5 * (1 - math.cos(math.pi * left))
         rise = min(1.0, (self.progress.step + 1) / max(1, self.options.warmup_steps))
-        return self.options.lr * rise * decay
+        return rise * decay
 
     def _due(self, every: int | None, share: float) -> bool:
         """Whether the step just done is one of every so many; the last is taken care of at the end."""
@@ -243,7 +258,12 @@ class Trainer:
             raise DataError(
                 f"no token was trained up to step {progress.step}: documents are too short, or all of them is prompt"
             )
-        record = {"step": progress.step, "epoch": progress.epoch, "tokens": progress.tokens, "lr": rate}
+        record = {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "tokens": progress.tokens,
+            "lr": rate * self.options.lr,
+        }
         record |= figures.to_dict()
         record["tokens_per_second"] = round((progress.tokens - last[1]) / (now - last[0]))
         record["peak_memory"] = self._peak_memory()
@@ -270,7 +290,7 @@ class Trainer:
         if self.world.is_first:
             state = {
                 "head": self.head.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "progress": asdict(self.progress),
                 "options": asdict(self.options),
             }
@@ -291,7 +311,8 @@ class Trainer:
             if name not in MAY_CHANGE and _plain(value) != _plain(then):
                 raise OptionError(f"{path} was made with {name} {then}, not {value}: resume with what it was made with")
         self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
         if self.world.is_first and (self.out / LOG).exists():
             lines = (self.out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)

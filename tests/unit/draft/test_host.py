@@ -14,7 +14,7 @@ from outrider.draft.host import HostDrafter
 from outrider.errors import OptionError
 from outrider.tensors import Draft
 
-FACTS = TargetFacts(10, 1, 64, 4, torch.device("cpu"), torch.float32)
+FACTS = TargetFacts(10, 1, 1, 64, 4, 64, 16, torch.device("cpu"), torch.float32)
 
 
 class Saying(HostDrafter):

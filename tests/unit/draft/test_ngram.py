@@ -16,7 +16,7 @@ from outrider.errors import OptionError
 from outrider.kernels.ngram import ngram_lookup_cpu, ngram_lookup_reference
 
 IMPLEMENTATIONS = pytest.mark.parametrize("lookup", [ngram_lookup_reference, ngram_lookup_cpu])
-FACTS = TargetFacts(10, 1, 64, 4, torch.device("cpu"), torch.float32)
+FACTS = TargetFacts(10, 1, 1, 64, 4, 64, 16, torch.device("cpu"), torch.float32)
 
 
 def search(text: list[int], num_drafts: int, shortest: int, longest: int) -> list[int]:

@@ -19,6 +19,7 @@ from outrider.verify.processors import PROCESSORS
 from outrider.verify.rejection import Rejection
 
 CPU = torch.device("cpu")
+FACTS = TargetFacts(9, 8, 1, 32, 4, 64, 16, CPU, torch.float32)
 
 
 class Witness(Drafter):
@@ -28,7 +29,7 @@ class Witness(Drafter):
     needs = frozenset()
 
     def __init__(self) -> None:
-        super().__init__(DraftOptions(num_speculative_tokens=3), TargetFacts(9, 8, 32, 4, CPU, torch.float32))
+        super().__init__(DraftOptions(num_speculative_tokens=3), FACTS)
         self.told: list[tuple[Any, ...]] = []
 
     def propose(self, context: DraftContext) -> Draft:

@@ -1,0 +1,229 @@
+"""What EAGLE-3 and P-EAGLE share: the checkpoint, the cache layers, the rows of a step, and drawing a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from outrider.cache.layout import CacheLayout, LayerCache
+from outrider.capability import Feature
+from outrider.core.option import option
+from outrider.draft.base import (
+    DraftContext,
+    Drafter,
+    DraftOptions,
+    Footprint,
+    TargetFacts,
+    TargetParts,
+)
+from outrider.draft.network import HeadNetwork
+from outrider.errors import CheckpointError, OptionError, nearest
+from outrider.kernels.draft_rows import DRAFT_ROWS
+from outrider.kernels.sample import GUMBEL_ARGMAX
+from outrider.layers.parameter import Allocator
+from outrider.load.checkpoint import load_weights
+from outrider.load.heads import HeadConfig, canonical, read_head, vocabulary_map
+from outrider.tensors import StepBatch
+
+COUPLED, ARGMAX = "coupled", "argmax"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOptions(DraftOptions):
+    """Where the head is and how it draws. Names as in vLLM where it has them."""
+
+    model: str | None = option(None, "the draft head: a local directory or a Hugging Face id")
+    parallel_drafting: bool | None = option(None, "left out: as the checkpoint says; what contradicts it is refused")
+    draft_sample: str = option(
+        COUPLED, f"{COUPLED}: guesses drawn with the noise that the verifier uses; {ARGMAX}: the likeliest"
+    )
+
+    def __post_init__(self) -> None:
+        DraftOptions.__post_init__(self)
+        if self.draft_sample not in (COUPLED, ARGMAX):
+            raise OptionError(f"unknown draft_sample: {self.draft_sample} ({nearest('', (COUPLED, ARGMAX))})")
+
+
+@dataclass(slots=True)
+class Rows:
+    """The head's query rows that follow a step of the target; see `kernels.draft_rows`."""
+
+    batch: StepBatch  # the step's, with the rows' own positions, lengths and cache slots
+    source: Tensor  # [rows] int64, the target's query token whose feature a row takes
+    guesses: Tensor  # [B * K] int64, the rows that give the guesses
+    length: Tensor  # [B] int32, how many guesses the head has positions for; 0 inside a prompt
+
+
+class HeadDrafter(Drafter):
+    """A draft head with the target's tapped hidden states for input and a cache of its own."""
+
+    needs: ClassVar[frozenset[Feature]] = frozenset({Feature.TOKEN_HISTORY, Feature.FEATURES, Feature.DRAFT_CACHE})
+    Options: ClassVar[type[DraftOptions]] = HeadOptions
+    rerun: ClassVar[int] = 1  # a row holds the token after its position
+    writes_ahead: ClassVar[bool] = True
+    gives_logits: ClassVar[bool] = True
+    parallel: ClassVar[bool]
+
+    def __init__(self, options: DraftOptions, target: TargetFacts) -> None:
+        """Raises CheckpointError if the head is not one for this target, OptionError if the options contradict it."""
+        super().__init__(options, target)
+        assert isinstance(options, HeadOptions)
+        if options.model is None:
+            raise OptionError(f'method {self.name} needs its draft head: give "model", a directory or Hugging Face id')
+        self.directory = Path(options.model)
+        self.config = read_head(self.directory)
+        self._check(options)
+        self.limit = min(target.max_model_len, self.config.layer.max_position_embeddings)
+        if self.num_drafts > self.limit:
+            raise OptionError(
+                f"num_speculative_tokens {self.num_drafts} is more than the {self.limit} positions of the draft head "
+                "and the engine: lower it"
+            )
+        self._argmax = options.draft_sample == ARGMAX
+        self.network = HeadNetwork(self.config, self.limit, Allocator.on(target.device, target.dtype))
+        self._draft_rows, self._sample = DRAFT_ROWS.on(target.device), GUMBEL_ARGMAX.on(target.device)
+        self._cache: Sequence[LayerCache] = ()
+        self._ids: Tensor | None = None  # [draft vocabulary] int64, the target's tokens; None: the same vocabulary
+
+    @classmethod
+    def serves(cls, head: HeadConfig) -> bool:
+        return head.parallel == cls.parallel
+
+    def _check(self, options: HeadOptions) -> None:
+        head, target = self.config, self.target
+        where = f"{head.layout} head {self.directory}"
+        if options.parallel_drafting is not None and options.parallel_drafting != head.parallel:
+            kind = "drafts in parallel" if head.parallel else "drafts one token after another"
+            raise OptionError(
+                f"parallel_drafting is {options.parallel_drafting}, but the {where} {kind}: drop the flag"
+            )
+        for what, own, theirs in (
+            ("hidden size", head.target_hidden_size, target.hidden_size),
+            ("vocabulary", head.layer.vocab_size, target.vocab_size),
+        ):
+            if own != theirs:
+                raise CheckpointError(f"the {where} is for a target with a {what} of {own}, not {theirs}")
+        if not head.own_embedding and head.layer.hidden_size != target.hidden_size:
+            raise CheckpointError(
+                f"the {where} has no embedding, and the target's is {target.hidden_size} wide, not "
+                f"{head.layer.hidden_size}: the checkpoint is incomplete"
+            )
+        if not head.own_head and (head.layer.hidden_size, head.draft_vocab_size) != (
+            target.hidden_size,
+            target.vocab_size,
+        ):
+            raise CheckpointError(f"the {where} has no lm_head, and the target's does not fit: it is incomplete")
+
+    @classmethod
+    def footprint(cls, options: DraftOptions, target: TargetFacts) -> Footprint:
+        told = cls(options, replace(target, device=torch.device("meta")))
+        layer, vocab = told.config.layer, told.config.draft_vocab_size
+        seqs, drafts = target.max_num_seqs, options.num_speculative_tokens
+        activation = Allocator.on(target.device, target.dtype).activation_dtype.itemsize
+        # the taps, the first layer's input, then what any layer holds
+        width = (
+            6 * target.hidden_size
+            + 8 * layer.hidden_size
+            + 3 * layer.intermediate_size
+            + 3 * layer.num_heads * layer.head_dim
+        )
+        rows = target.max_num_batched_tokens + seqs * drafts
+        layout = told.layers()
+        return Footprint(
+            weights=sum(weight.nbytes for weight in told.network.weights().values()),
+            per_block=layout.bytes_per_block,
+            workspace=rows * width * activation + 3 * seqs * drafts * vocab * 4,
+        )
+
+    def feature_layers(self) -> tuple[int, ...]:
+        return self.config.tapped(self.target.num_layers)
+
+    def layers(self) -> CacheLayout:
+        return self.network.cache_layout(self.target.block_size)
+
+    def prepare(
+        self,
+        target: TargetParts,
+        cache: Sequence[LayerCache],
+        dummy_seed: int | None,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        network = self.network
+        if dummy_seed is not None:
+            network.fill_dummy(dummy_seed)
+        else:
+            load_weights(
+                self.directory,
+                network.weights(),
+                ignores=lambda name: name in ("d2t", "t2d") or name.endswith(".rotary_emb.inv_freq"),
+                progress=progress,
+                rename=canonical,
+                pickled=True,
+            )
+        ids = vocabulary_map(self.directory, self.config)
+        self._ids = None if ids is None else ids.to(self.target.device)
+        network.borrow(target)
+        self._cache = cache
+
+    def rows(self, context: DraftContext, num_masks: int) -> Rows:
+        """The rows of every request: those that now stand, and behind them `num_masks` of the mask token."""
+        batch = context.batch
+        query_start, seq_lens, length, input_ids, source, positions, cache_slot, guesses = self._draft_rows(
+            context.slots,
+            batch,
+            context.committed,
+            self.num_drafts,
+            num_masks,
+            self.limit,
+            self.config.mask_token_id or 0,
+            self.target.block_size,
+        )
+        own = replace(
+            batch,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            input_ids=input_ids,
+            positions=positions,
+            cache_slot=cache_slot,
+        )
+        return Rows(own, source, guesses, length)
+
+    def features(self, context: DraftContext) -> Tensor:
+        """[T, H], the target's features of the step's query tokens, projected."""
+        features = context.target.features
+        assert features is not None, "the runner was told of the taps"
+        return self.network.project(features)
+
+    def guess(
+        self,
+        normed: Tensor,  # [N, H]
+        context: DraftContext,
+        slot: Tensor,  # [N] int64
+        position: Tensor,  # [N] int64, of the token guessed
+    ) -> tuple[Tensor, Tensor | None]:
+        """[N] int64, a token of the target's for each row; and [N, V], what it was drawn from, if that is kept.
+
+        With the noise the context names, which under the default verifier is the target's own at that position: the
+        more alike both distributions, the likelier both draw the same token (Daliri, Musco and Suresh, 2024).
+        """
+        slots = context.slots
+        temperature = slots.temperature.index_select(0, slot)
+        if self._argmax:
+            temperature = torch.zeros_like(temperature)
+        scale = torch.where(temperature == 0, 1.0, temperature)
+        logits = self.network.logits(normed / scale[:, None].to(normed.dtype))
+        seed = slots.seed.index_select(0, slot)
+        tokens: Tensor = self._sample(logits, temperature, seed, position, context.noise, self._ids)
+        return tokens, self._law(logits, tokens) if slots.draft_logits is not None else None
+
+    def _law(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[N, V] over the target's vocabulary: -inf where this head has no token; of a sure guess, all but it."""
+        law = logits.new_full((logits.shape[0], self.target.vocab_size), -torch.inf)
+        if self._argmax:
+            return law.scatter_(1, tokens[:, None], 0.0)
+        return logits if self._ids is None else law.index_copy_(1, self._ids, logits)

@@ -1,0 +1,161 @@
+"""The network of EAGLE-3 and P-EAGLE heads: a few decoder layers that read the target's tapped hidden states.
+
+A row stands at position i and holds the token after it and a hidden state: the target's features of position i,
+projected to the head's width, or, where a row follows a guess, what this network gave at the row before. The first
+layer's attention reads both side by side, normed apart; further layers are ordinary ones. EAGLE-3: Li et al., 2025,
+arXiv 2503.01840 (3.1: `fc_norm`, `norm_output`); P-EAGLE: arXiv 2602.01469.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from outrider.cache.layout import CacheLayout, LayerCache
+from outrider.draft.base import TargetParts
+from outrider.layers.attention import Attention
+from outrider.layers.embedding import Embedding, Head
+from outrider.layers.linear import Linear
+from outrider.layers.mlp import GatedMLP
+from outrider.layers.norm import RMSNorm
+from outrider.layers.parameter import Allocator, Weights
+from outrider.load.heads import NUM_TAPS, HeadConfig
+from outrider.models.decoder import DecoderLayer
+from outrider.tensors import StepBatch
+
+
+class FirstLayer:
+    """The decoder layer that joins token and hidden state."""
+
+    def __init__(self, config: HeadConfig, allocator: Allocator) -> None:
+        layer = config.layer
+        eps, width = layer.rms_norm_eps, layer.hidden_size
+        self.norm_before_residual = config.norm_before_residual
+        self.token_norm = RMSNorm(width, eps, allocator)
+        self.hidden_norm = RMSNorm(width, eps, allocator)
+        self.attention = Attention(
+            hidden_size=width,
+            input_size=2 * width,
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            bias=layer.attention_bias,
+            qk_norm_eps=eps if config.qk_norm else None,
+            allocator=allocator,
+        )
+        self.mlp_norm = RMSNorm(width, eps, allocator)
+        self.mlp = GatedMLP(width, layer.intermediate_size, layer.mlp_bias, allocator)
+
+    def __call__(
+        self, token: Tensor, hidden: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """token and hidden [T, H] -> what is to be added to the residual stream, and that stream, [T, H] each.
+
+        `hidden` becomes the stream unless its norm does.
+        """
+        normed = self.hidden_norm(hidden)
+        residual = normed.clone() if self.norm_before_residual else hidden
+        joined = torch.cat((self.token_norm(token), normed), dim=-1)
+        mixed = self.attention(joined, batch, rope, cache)
+        return self.mlp(self.mlp_norm.add(mixed, residual)), residual
+
+    def weights(self, prefix: str) -> Weights:
+        return (
+            self.token_norm.weights(f"{prefix}input_layernorm.")
+            | self.hidden_norm.weights(f"{prefix}hidden_norm.")
+            | self.attention.weights(f"{prefix}self_attn.")
+            | self.mlp_norm.weights(f"{prefix}post_attention_layernorm.")
+            | self.mlp.weights(f"{prefix}mlp.")
+        )
+
+
+class HeadNetwork:
+    """Parameters are NaN until `weights()` is filled; what the checkpoint lacks is borrowed of the target."""
+
+    def __init__(self, config: HeadConfig, max_len: int, allocator: Allocator) -> None:
+        layer, wide = config.layer, NUM_TAPS * config.target_hidden_size
+        self.config = config
+        self.fc = Linear(wide, {"fc": layer.hidden_size}, config.fc_bias, allocator)
+        self.input_norm = RMSNorm(wide, layer.rms_norm_eps, allocator) if config.norm_before_fc else None
+        self.tap_norms = [
+            RMSNorm(config.target_hidden_size, layer.rms_norm_eps, allocator)
+            for _ in range(NUM_TAPS if config.fc_norm else 0)
+        ]
+        self.first = FirstLayer(config, allocator)
+        self.rest = [DecoderLayer(layer, config.qk_norm, allocator) for _ in range(layer.num_layers - 1)]
+        self.norm = RMSNorm(layer.hidden_size, layer.rms_norm_eps, allocator)
+        self.rope = layer.rope.table(max_len, layer.head_dim, allocator.device)
+        self.mask_hidden = allocator.parameter(1, 1, wide) if config.parallel else None
+        self.embedding = Embedding(layer.vocab_size, layer.hidden_size, allocator) if config.own_embedding else None
+        self.head = Head(config.draft_vocab_size, layer.hidden_size, allocator, None) if config.own_head else None
+        self._activation_dtype = allocator.activation_dtype
+
+    def cache_layout(self, block_size: int) -> CacheLayout:
+        """The key and value layers it reads and writes."""
+        layer = self.config.layer
+        return CacheLayout(layer.num_layers, layer.num_kv_heads, layer.head_dim, block_size, self._activation_dtype)
+
+    def weights(self) -> Weights:
+        """The speculators layout's name for every parameter."""
+        found = self.fc.weights("") | self.first.weights("layers.0.") | self.norm.weights("norm.")
+        for index, layer in enumerate(self.rest, start=1):
+            found |= layer.weights(f"layers.{index}.")
+        for index, norm in enumerate(self.tap_norms):
+            found |= norm.weights(f"fc_norm.{index}.")
+        if self.input_norm is not None:
+            found |= self.input_norm.weights("input_norm.")
+        if self.mask_hidden is not None:
+            found["mask_hidden"] = self.mask_hidden
+        if self.embedding is not None:
+            found |= self.embedding.weights("embed_tokens.")
+        return found | (self.head.weights("lm_head.") if self.head is not None else {})
+
+    def borrow(self, target: TargetParts) -> None:
+        """Takes the target's embedding and head where the checkpoint has none."""
+        self.embedding = self.embedding or target.embedding
+        self.head = self.head or target.head
+
+    def project(self, features: Tensor) -> Tensor:
+        """[T, taps * target H], side by side -> [T, H]."""
+        if self.tap_norms:
+            parts = features.chunk(NUM_TAPS, dim=-1)
+            normed = (norm(part) for norm, part in zip(self.tap_norms, parts, strict=True))
+            features = torch.cat(list(normed), dim=-1)
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        return self.fc(features)
+
+    def mask_row(self) -> Tensor:
+        """[1, H], the hidden state of every mask row: its learned features, projected as any others are."""
+        assert self.mask_hidden is not None, "only a parallel head has mask rows"
+        return self.project(self.mask_hidden.view(1, -1).to(self._activation_dtype))
+
+    def __call__(
+        self, ids: Tensor, hidden: Tensor, batch: StepBatch, cache: Sequence[LayerCache]
+    ) -> tuple[Tensor, Tensor]:
+        """ids [T], hidden [T, H] -> [T, H] for `logits`, and [T, H] for the row after a guess.
+
+        Keys and values of the rows are written. `hidden` is overwritten.
+        """
+        assert self.embedding is not None, "the head was not given its weights"
+        x, residual = self.first(self.embedding(ids), hidden, batch, self.rope, cache[0])
+        for layer, layer_cache in zip(self.rest, cache[1:], strict=True):
+            x = layer(x, residual, batch, self.rope, layer_cache)
+        normed = self.norm.add(x, residual)
+        return normed, normed if self.config.norm_output else residual
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[L, H] -> [L, draft vocabulary] float32."""
+        assert self.head is not None, "the head was not given its weights"
+        return self.head(normed)
+
+    def fill_dummy(self, seed: int) -> None:
+        """Random weights of a plausible size, for benchmarks without a checkpoint."""
+        generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
+        for name, weight in self.weights().items():
+            if "norm" in name:
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, 0.02, generator=generator)

@@ -1,0 +1,58 @@
+"""P-EAGLE: the network of EAGLE-3, trained to give all K drafts in one pass (arXiv 2602.01469).
+
+    position        p     p+1 ... p+a   p+a+1    p+a+2
+    token           t     t   ... b     mask     mask      one further on than the position, where it is known
+    hidden state    f_p   f   ... f_p+a m        m         the target's features; m is learned, and projected like them
+    guess                         d1    d2       d3
+
+Attention is plain causal: a mask row sees the context, the bonus row and the mask rows before it, keys of earlier
+rounds included. What mask rows leave in the cache lies past the committed length, where the next round overwrites it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from outrider.cache.layout import LayerCache
+from outrider.draft.base import DraftContext, DraftOptions, TargetFacts, TargetParts
+from outrider.draft.head import HeadDrafter
+from outrider.tensors import Draft
+
+
+class PEagle(HeadDrafter):
+    """K drafts in one pass."""
+
+    name: ClassVar[str] = "peagle"
+    parallel: ClassVar[bool] = True
+
+    def __init__(self, options: DraftOptions, target: TargetFacts) -> None:
+        super().__init__(options, target)
+        self._mask_row: Tensor | None = None  # [1, H]
+        self._guess_place = torch.arange(self.num_drafts, device=target.device)
+
+    def prepare(
+        self,
+        target: TargetParts,
+        cache: Sequence[LayerCache],
+        dummy_seed: int | None,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        super().prepare(target, cache, dummy_seed, progress)
+        self._mask_row = self.network.mask_row()
+
+    def propose(self, context: DraftContext) -> Draft:
+        slot, count = context.batch.slot, self.num_drafts
+        assert self._mask_row is not None, "the head was not given its weights"
+        rows = self.rows(context, num_masks=count - 1)
+        hidden = torch.cat((self.features(context), self._mask_row)).index_select(0, rows.source)
+        normed, _ = self.network(rows.batch.input_ids, hidden, rows.batch, self._cache)
+        position = context.slots.length.index_select(0, slot)[:, None] + self._guess_place  # [B, K], of the guesses
+        tokens, law = self.guess(
+            normed.index_select(0, rows.guesses), context, slot.repeat_interleave(count), position.flatten()
+        )
+        shape = (slot.shape[0], count)
+        return Draft(tokens.view(shape), rows.length, None if law is None else law.view(*shape, -1))

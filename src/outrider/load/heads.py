@@ -1,0 +1,254 @@
+"""Draft heads of the EAGLE-3 family as they are published, normalised to one record.
+
+Three layouts are read, and told apart by what they hold:
+
+- speculators (`speculators_model_type` eagle3 or peagle): the draft layers' config nested under
+  `transformer_layer_config`, tensors `layers.{i}.*`, `d2t` and `t2d`; P-EAGLE adds `mask_hidden` and `mask_token_id`;
+- EAGLE-3 (SafeAILab, yuhuili): a flat llama config with `draft_vocab_size`, the one layer named `midlayer`, often
+  `pytorch_model.bin`, mostly without an embedding;
+- P-EAGLE as AWS publishes it: the same with `mask_hidden`, `ptd_token_id` and further `layers.1` to `layers.3`.
+
+Whatever differs between them is settled here and nowhere else. Tap ids name the stream ENTERING a layer in all three.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outrider.errors import CheckpointError, nearest
+from outrider.load.checkpoint import TensorFile, read_json, weight_files
+from outrider.models.config import ModelConfig
+
+logger = logging.getLogger("outrider")
+
+SPECULATORS = {"eagle3": False, "peagle": True}
+"""The types of speculators heads that are read, and whether they draft in parallel."""
+
+MASK_TOKEN_KEYS = ("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
+"""Where configs name the token that stands for one not yet known, in the order they are looked up."""
+
+NUM_TAPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """What a draft head is, whichever layout says it."""
+
+    layout: str  # where it comes from, as a message names it
+    parallel: bool  # P-EAGLE: all drafts in one pass; else EAGLE-3: one after another
+    layer: ModelConfig  # sizes of the draft layers; vocab_size is the target's
+    qk_norm: bool
+    target_hidden_size: int
+    draft_vocab_size: int
+    taps: tuple[int, ...] | None  # target layers whose input it reads; None: EAGLE-3's choice
+    norm_before_residual: bool  # whether the first layer's residual is its normed input
+    norm_before_fc: bool  # one norm over all taps before the projection
+    fc_norm: bool  # one norm a tap (EAGLE-3.1)
+    norm_output: bool  # whether the next step of a sequence is fed the normed output (EAGLE-3.1)
+    fc_bias: bool
+    mask_token_id: int | None  # what stands at the mask rows; None: not a parallel head
+    own_embedding: bool  # False: the target's
+    own_head: bool
+    num_drafts: int | None  # how many the checkpoint proposes to draft
+
+    def tapped(self, num_target_layers: int) -> tuple[int, ...]:
+        """The taps on a target of so many layers. CheckpointError if it has not that many."""
+        default = (2, num_target_layers // 2, num_target_layers - 3)
+        taps = self.taps or default
+        wrong = [tap for tap in taps if not 0 <= tap <= num_target_layers]
+        if wrong:
+            raise CheckpointError(
+                f"the draft head reads layer {wrong[0]} of a target that has {num_target_layers}: "
+                "it was made for another target"
+            )
+        return taps
+
+
+def is_head(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a draft head's and not a language model's."""
+    eagle = any("eagle" in str(name).lower() for name in config.get("architectures") or ())
+    return "speculators_model_type" in config or "draft_vocab_size" in config or eagle
+
+
+def read_head(directory: Path) -> HeadConfig:
+    """The head in a directory; reads the config and the names of the tensors.
+
+    Raises CheckpointError if it is none, of a kind not read here, or if config and tensors contradict each other.
+    """
+    config = read_json(directory / "config.json")
+    if not is_head(config):
+        raise CheckpointError(f"{directory} is not a draft head: its config.json is a language model's")
+    names = {canonical(name) for file in weight_files(directory, pickled=True) for name in TensorFile(file).names()}
+    kind = config.get("speculators_model_type")
+    if kind is not None and kind not in SPECULATORS:
+        raise CheckpointError(f"draft heads of type {kind} are not supported: {nearest(str(kind), SPECULATORS)}")
+    if kind is None and "layers.0.hidden_norm.weight" not in names:
+        raise CheckpointError(
+            f"{directory} holds no layers.0.hidden_norm.weight (or midlayer.*): it is no EAGLE-3 or P-EAGLE head "
+            "(EAGLE-1 heads are not supported), or it is truncated"
+        )
+    nested = config.get("transformer_layer_config") if kind is not None else config
+    if not isinstance(nested, Mapping):
+        raise CheckpointError(f"{directory}/config.json lacks transformer_layer_config")
+    parallel = _is_parallel(config, names, directory)
+    layer = ModelConfig.from_dict({**nested, "architectures": [_architecture(nested)]} | _dtype(config, nested))
+    return HeadConfig(
+        layout=f"speculators {kind}" if kind is not None else ("AWS P-EAGLE" if parallel else "EAGLE-3"),
+        parallel=parallel,
+        layer=layer,
+        qk_norm="layers.0.self_attn.q_norm.weight" in names,
+        target_hidden_size=_count(config, "target_hidden_size", layer.hidden_size),
+        draft_vocab_size=_count(config, "draft_vocab_size", layer.vocab_size),
+        taps=_taps(config),
+        norm_before_residual=_norm_before_residual(config, kind),
+        norm_before_fc=_said_and_held(config, "norm_before_fc", "input_norm.weight", names),
+        fc_norm=_said_and_held(config, "fc_norm", "fc_norm.0.weight", names),
+        norm_output=bool(config.get("norm_output", False)),
+        fc_bias="fc.bias" in names,
+        mask_token_id=_mask_token_id(config, layer.vocab_size) if parallel else None,
+        own_embedding="embed_tokens.weight" in names,
+        own_head="lm_head.weight" in names,
+        num_drafts=_num_drafts(config),
+    )
+
+
+def canonical(name: str) -> str:
+    """A tensor's name as the speculators layout has it."""
+    name = name.removeprefix("model.")
+    return f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name
+
+
+def vocabulary_map(directory: Path, config: HeadConfig) -> Tensor | None:
+    """[draft vocabulary] int64, the target's token for each of the head's own; None if they are the same.
+
+    `d2t` holds offsets (target = draft + d2t[draft]); `t2d`, where there is one, must mark exactly these tokens.
+    """
+    found: dict[str, Tensor] = {}
+    for file in weight_files(directory, pickled=True):
+        opened = TensorFile(file)
+        found |= {canonical(name): opened.read(name) for name in opened.names() if canonical(name) in ("d2t", "t2d")}
+    size, vocab_size = config.draft_vocab_size, config.layer.vocab_size
+    if "d2t" not in found:
+        if size != vocab_size:
+            raise CheckpointError(
+                f"{directory} has a vocabulary of {size} for a target's of {vocab_size} and holds no d2t: "
+                "which tokens it means cannot be known"
+            )
+        return None
+    offset = found["d2t"]
+    if offset.shape != (size,) or offset.is_floating_point():
+        raise CheckpointError(f"d2t in {directory} must hold {size} whole numbers: {list(offset.shape)} {offset.dtype}")
+    targets = torch.arange(size) + offset.long()
+    if targets.min() < 0 or targets.max() >= vocab_size:
+        raise CheckpointError(f"d2t in {directory} names tokens outside the target's vocabulary of {vocab_size}")
+    if len(torch.unique(targets)) != size:
+        raise CheckpointError(f"d2t in {directory} names a token twice: it must hold offsets from the draft's own ids")
+    marked = found.get("t2d")
+    if marked is not None:
+        named = torch.zeros(vocab_size, dtype=torch.bool)
+        named[targets] = True
+        if marked.shape != named.shape or not torch.equal(marked.bool(), named):
+            raise CheckpointError(f"t2d in {directory} does not mark the tokens that d2t names: one of them is wrong")
+    return None if torch.equal(targets, torch.arange(vocab_size)) else targets
+
+
+def _architecture(layer: Mapping[str, Any]) -> str:
+    kind = layer.get("model_type", "llama")
+    if kind not in ("llama", "qwen3"):
+        raise CheckpointError(f"draft layers of type {kind} are not supported (known: llama, qwen3)")
+    return str(kind)
+
+
+def _dtype(config: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    dtypes = (each.get(key) for each in (layer, config) for key in ("dtype", "torch_dtype"))
+    return {"dtype": next((dtype for dtype in dtypes if dtype), None)}
+
+
+def _is_parallel(config: Mapping[str, Any], names: set[str], directory: Path) -> bool:
+    """Config and tensors must agree: run the wrong way, a head's acceptance collapses and nothing fails."""
+    kind, held = config.get("speculators_model_type"), "mask_hidden" in names
+    said = SPECULATORS[kind] if kind is not None else config.get("parallel_drafting")
+    if said is None:
+        said = held or any(config.get(key) is not None for key in MASK_TOKEN_KEYS)
+    if said and not held:
+        raise CheckpointError(
+            f"{directory} is a P-EAGLE head by its config.json but holds no mask_hidden: it cannot draft in parallel; "
+            "the checkpoint is incomplete"
+        )
+    if held and not said:
+        raise CheckpointError(
+            f"{directory} holds mask_hidden, which only a P-EAGLE head has, but its config.json says EAGLE-3: "
+            "correct speculators_model_type (or parallel_drafting)"
+        )
+    return bool(said)
+
+
+def _count(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {key} must be a whole number of 1 or more: {value!r}")
+    return value
+
+
+def _taps(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    nested = config.get("eagle_config")
+    given = config.get("eagle_aux_hidden_state_layer_ids")
+    if given is None and isinstance(nested, Mapping):
+        given = nested.get("eagle_aux_hidden_state_layer_ids")
+    if not given:
+        return None
+    if not isinstance(given, list) or not all(isinstance(tap, int) for tap in given) or len(given) != NUM_TAPS:
+        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be {NUM_TAPS} layers: {given!r}")
+    return tuple(given)
+
+
+def _norm_before_residual(config: Mapping[str, Any], kind: str | None) -> bool:
+    """Absent means false: so speculators defaults, and so the network published with EAGLE-3 computes.
+
+    Another engine reads a speculators head without the key as true, so that case is not passed over in silence.
+    """
+    said = config.get("norm_before_residual")
+    if said is None and kind is not None:
+        logger.warning("the draft head's config.json lacks norm_before_residual: taken as false; acceptance will show")
+    return bool(said)
+
+
+def _said_and_held(config: Mapping[str, Any], key: str, tensor: str, names: set[str]) -> bool:
+    said, held = config.get(key), tensor in names
+    if said is not None and bool(said) != held:
+        raise CheckpointError(f"config.json says {key}: {said}, but {tensor} is {'there' if held else 'missing'}")
+    return held
+
+
+def _mask_token_id(config: Mapping[str, Any], vocab_size: int) -> int:
+    nested = config.get("dflash_config")
+    places = [nested, *([config] * len(MASK_TOKEN_KEYS))] if isinstance(nested, Mapping) else [config] * 4
+    keys = ("mask_token_id", *MASK_TOKEN_KEYS) if isinstance(nested, Mapping) else MASK_TOKEN_KEYS
+    for place, key in zip(places, keys, strict=True):
+        value = place.get(key)
+        if value is not None:
+            token = int(value) if str(value).isdigit() else -1
+            if not 0 <= token < vocab_size:
+                raise CheckpointError(f"config.json: {key} is not a token of the vocabulary of {vocab_size}: {value!r}")
+            return token
+    raise CheckpointError(
+        f"a P-EAGLE head must name the token that stands for unknown ones: config.json has none of "
+        f"{', '.join(MASK_TOKEN_KEYS)}"
+    )
+
+
+def _num_drafts(config: Mapping[str, Any]) -> int | None:
+    said = config.get("speculators_config")
+    methods = said.get("proposal_methods") if isinstance(said, Mapping) else None
+    first = methods[0] if isinstance(methods, list) and methods else None
+    value = first.get("speculative_tokens") if isinstance(first, Mapping) else None
+    return value if isinstance(value, int) and value > 0 else None
