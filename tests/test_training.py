@@ -20,10 +20,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints import reference, write, write_tokenizer
+from checkpoints import Case, program, prompt, reference, write, write_tokenizer
+from checkpoints import run as run_cases
+from outrider import LLM, SamplingParams
 from outrider.cli import main as cli
+from outrider.draft.base import DraftContext
 from outrider.errors import CheckpointError, OptionError
+from outrider.tensors import Draft
 from outrider.train import run
+from outrider.train.export import export_head
 from outrider.train.network import Head
 from outrider.train.objective import Objective
 from outrider.train.options import TrainOptions
@@ -253,11 +258,91 @@ def small(method: str, target: Path, data: Path, out: Path, **options: Any) -> T
     )
 
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "two layers": {"num_layers": 2},
+    "norm_before_residual": {"norm_before_residual": True, "norm_before_fc": True},
+    "3.1": {"fc_norm": True, "norm_output": True, "num_layers": 2},
+    "llama": {"layer_type": "llama", "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_engine_drafts_what_training_computes(target: Path, tmp_path: Path, method: str, switches: str) -> None:
+    """A head of random weights, exported: its drafts behind a prompt are the likeliest tokens of training's pass over
+    the prompt, the target's next token and those drafts."""
+    drafts, length = 4, 17
+    vocabulary = DraftVocabulary(torch.arange(1, 260, 2), 260)
+    options = {"max_length": 24, "ttt_steps": drafts, "k_train": drafts, **SWITCHES[switches]}
+    objective, teacher = objective_of(method, target, vocabulary, **options)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in objective.head.named_parameters():
+            parameter.copy_(float("norm" in name) + 0.3 * torch.randn(parameter.shape, generator=generator))
+    export_head(
+        tmp_path,
+        objective,
+        target,
+        target_name=str(target),
+        taps=teacher.taps,
+        num_speculative_tokens=drafts,
+        mask_token_id=259,
+        with_embedding=True,
+        dtype="float32",
+    )
+    speculation = {"model": str(tmp_path), "num_speculative_tokens": drafts}
+    with LLM(str(target), device="cpu", speculative_config=speculation) as llm:
+        drafter, proposed = program(llm)._drafter, []
+        propose = drafter.propose
+
+        def record(context: DraftContext) -> Draft:
+            proposed.append(propose(context))
+            return proposed[-1]
+
+        drafter.propose = record  # type: ignore[method-assign]
+        (out,) = run_cases(llm, [Case.of(length, salt=3, temperature=0.0, max_tokens=2)])
+    guessed = proposed[0].tokens[0].tolist()
+    text = [*prompt(length, 3), out[0][0][0], *guessed]
+    batch = one_document(torch.tensor([text + [0] * (24 - len(text))]), len(text))
+    computed: dict[int, int] = {}
+
+    def look(hidden: Tensor, truth: Truth, elements: Any, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        best = vocabulary.tokens[objective.head.lm_head(objective.head.norm(hidden))[0].argmax(-1)]
+        for token, place in zip(best.tolist(), index.tolist(), strict=True):
+            if elements.anchor[0, place] == length - 1:
+                computed[int(elements.depth[0, place])] = token
+        return hidden.sum(), torch.zeros(3, objective.num_depths)
+
+    objective.loss = look  # type: ignore[method-assign]
+    uniform = torch.ones(1, 24)
+    uniform[0, length - 1] = 0  # kept at every depth
+    with torch.no_grad():
+        truth = teacher.truth(batch, vocabulary.tokens)
+        elements = objective.elements(batch, truth, uniform)
+        objective.run(batch, truth, elements, torch.ones(drafts), backward=False)
+    assert [computed[depth] for depth in range(drafts)] == guessed
+    assert len(set(guessed)) > 1, "nothing is told apart"
+
+
+def one_document(tokens: Tensor, length: int) -> Batch:
+    """A row [1, L] whose first `length` tokens are one document."""
+    place = torch.arange(tokens.shape[1]).unsqueeze(0)
+    inside = place < length
+    remaining = torch.where(inside, length - 1 - place, 0)
+    return Batch(tokens, torch.where(inside, 0, EMPTY), torch.where(inside, place, 0), remaining, 0 * place)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_head_learns_what_is_certain_at_every_depth(counting_target: Path, tmp_path: Path, method: str) -> None:
     data = periodic(tmp_path / "data.jsonl")
     figures = train(small(method, counting_target, data, tmp_path / "head", steps=60, batch_tokens=256, lr=1e-2))
     assert min(figures["held_out"]["accuracy_by_depth"]) > 0.9, figures["held_out"]
+    speculation = {"model": str(tmp_path / "head"), "num_speculative_tokens": 4}
+    with LLM(str(counting_target), device="cpu", speculative_config=speculation) as llm:
+        counted = [{"prompt_token_ids": [10 + (start + place) % 11 for place in range(14)]} for start in range(6)]
+        llm.generate(counted, SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False))
+        assert min(llm.acceptance().rates) > 0.8, llm.acceptance()
 
 
 def test_depths_that_were_not_trained_are_not_learnt(counting_target: Path, tmp_path: Path) -> None:
