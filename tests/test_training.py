@@ -409,12 +409,20 @@ def test_resuming_something_else_is_refused(target: Path, tmp_path: Path) -> Non
 
 
 ONE_OF_TWO = """
-import json, sys
+import json, os, sys
 from outrider.train.options import TrainOptions
 from outrider.train.run import train
-for options in json.loads(sys.argv[1]):
+for port, options in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = port
     train(TrainOptions(**options))
 """
+
+
+def free_port() -> str:
+    """Each meeting has its own: the last one's may still be closing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def test_two_processes_do_what_one_does_with_the_same_batch(target: Path, tmp_path: Path) -> None:
@@ -422,12 +430,10 @@ def test_two_processes_do_what_one_does_with_the_same_batch(target: Path, tmp_pa
     data = periodic(tmp_path / "data.jsonl", documents=9)
     runs = {name: small(name, target, data, tmp_path / name, steps=3, batch_tokens=256) for name in METHODS}
     alone = {name: tmp_path / f"{name}-alone" for name in METHODS}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    meetings = [(free_port(), asdict(options)) for options in runs.values()]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = str(Path(run.__file__).parents[2])
-    command = [sys.executable, "-c", ONE_OF_TWO, json.dumps([asdict(options) for options in runs.values()])]
+    command = [sys.executable, "-c", ONE_OF_TWO, json.dumps(meetings)]
     processes = [
         subprocess.Popen(
             command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE

@@ -132,40 +132,45 @@ class Trainer:
 
     def train(self, documents: Documents, held_out: Documents | None) -> dict[str, Any]:
         """Trains to the end; returns the final figures. Raises DivergedError if the loss is lost."""
-        stream = Stream(documents, self.options.max_length, self.options.seed, self.progress.epoch, self.progress.row)
-        before, began = self.progress.seconds, time.perf_counter()
-        share, sums, last = self._share(stream.epochs), self._no_sums(), (began, self.progress.tokens)
+        options, progress = self.options, self.progress
+        stream = Stream(documents, options.max_length, options.seed, progress.epoch, progress.row)
+        before, began, epochs = progress.seconds, time.perf_counter(), stream.epochs
+        share, sums, last = self._share(epochs), self._no_sums(), (began, progress.tokens)
+        settled = None  # time and tokens when the first line was logged: all is compiled by then
         with ThreadPoolExecutor(1) as pool:
             coming = self._fetch(pool, stream)
             while share < 1:
-                (rows, epochs, epoch, row), used = coming.result(), self.progress.step
+                rows, epochs, epoch, row = coming.result()
                 coming = self._fetch(pool, stream)
                 rate = self._rate(share)
                 sums += self._step(rows, rate)
-                progress = self.progress
-                progress.step, progress.epoch, progress.row = used + 1, epoch, row
-                progress.tokens += self.options.batch_tokens
-                at_log = progress.step % self.options.log_every == 0
-                if at_log:
-                    last = self._log(sums, rate, last)
-                    sums = self._no_sums()
+                progress.step, progress.epoch, progress.row = progress.step + 1, epoch, row
+                progress.tokens += options.batch_tokens
+                figures = None
+                if progress.step % options.log_every == 0:
+                    figures, last = self._log(sums, rate, last)
+                    sums, settled = self._no_sums(), settled or last
                 progress.seconds = before + time.perf_counter() - began
-                if self.options.minutes is None or at_log:  # others would have to be asked at every step
+                if options.minutes is None or figures is not None:  # the clock is read where the device is waited for
                     share = self._share(epochs)
-                if self._due(self.options.eval_every, share):
+                if figures is not None and self._report is not None and self.world.is_first:
+                    accuracy = " ".join(f"{value:.2f}" for value in figures.accuracy)
+                    self._report(share, f"loss {figures.mean_loss:.3f}, accuracy {accuracy}")
+                if self._due(options.eval_every, share):
                     self._write({"step": progress.step, "held_out": self._evaluated(held_out)})
-                if self._due(self.options.save_every, share):
+                if self._due(options.save_every, share):
                     self.save()
-            coming.cancel()
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
+        since, tokens = settled or (began, progress.tokens)
+        now, tokens = time.perf_counter(), progress.tokens - tokens
         self.save()
         return {
-            "steps": self.progress.step,
-            "tokens": self.progress.tokens,
-            "epochs": epochs if self.progress.step else 0.0,
-            "seconds": round(self.progress.seconds, 2),
-            "tokens_per_second": round(self.progress.tokens / max(self.progress.seconds, 1e-9)),
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "epochs": epochs,
+            "seconds": round(progress.seconds, 2),
+            "tokens_per_second": round(tokens / (now - since)) if tokens else None,
             "peak_memory": self._peak_memory(),
             "held_out": self._evaluated(held_out),
         }
@@ -191,11 +196,11 @@ class Trainer:
         return sums
 
     def _run(self, batch: Batch, uniform: Tensor, backward: bool) -> Tensor:
+        """Evaluation is the same pass without its backward half, so that nothing is compiled for it anew."""
         truth = self.teacher.truth(batch, self._vocabulary)
-        with torch.set_grad_enabled(backward):
-            elements = self.objective.elements(batch, truth, uniform)
-            weights = self.objective.weights(self.world.add(elements.counts()))
-            return self.objective.run(batch, truth, elements, weights, backward)
+        elements = self.objective.elements(batch, truth, uniform)
+        weights = self.objective.weights(self.world.add(elements.counts()))
+        return self.objective.run(batch, truth, elements, weights, backward)
 
     def _shard(self, rows: NDArray[np.int32], step: int) -> tuple[Batch, Tensor]:
         """This process's rows, and random numbers that depend on (seed, step, row) and not on who has the row."""
@@ -246,7 +251,7 @@ class Trainer:
         """Whether the step just done is one of every so many; the last is taken care of at the end."""
         return every is not None and share < 1 and self.progress.step % every == 0
 
-    def _log(self, sums: Tensor, rate: float, last: tuple[float, int]) -> tuple[float, int]:
+    def _log(self, sums: Tensor, rate: float, last: tuple[float, int]) -> tuple[Figures, tuple[float, int]]:
         """Writes a line on the steps since the last; the only place in the loop that waits for the device."""
         figures, now = Figures.of(self.world.add(sums)), time.perf_counter()
         progress = self.progress
@@ -268,11 +273,7 @@ class Trainer:
         record["tokens_per_second"] = round((progress.tokens - last[1]) / (now - last[0]))
         record["peak_memory"] = self._peak_memory()
         self._write(record)
-        if self._report is not None and self.world.is_first:
-            accuracy = " ".join(f"{value:.2f}" for value in figures.accuracy)
-            share = self._share(progress.epoch)
-            self._report(share, f"loss {figures.mean_loss:.3f}, accuracy {accuracy}")
-        return now, progress.tokens
+        return figures, (now, progress.tokens)
 
     def _peak_memory(self) -> int:
         """Bytes: the most the GPU's allocator held, or what this process holds."""
