@@ -289,6 +289,7 @@ def test_the_engine_drafts_what_training_computes(target: Path, tmp_path: Path, 
         num_speculative_tokens=drafts,
         mask_token_id=259,
         with_embedding=True,
+        with_lm_head=True,
         dtype="float32",
     )
     speculation = {"model": str(tmp_path), "num_speculative_tokens": drafts}

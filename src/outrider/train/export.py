@@ -15,6 +15,7 @@ from outrider.train.network import HeadConfig
 from outrider.train.objective import Objective
 
 EMBEDDING = "embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """Kinds of draft layers, and the class of transformers whose config describes them."""
 
@@ -29,6 +30,7 @@ def export_head(
     num_speculative_tokens: int,
     mask_token_id: int | None,
     with_embedding: bool,
+    with_lm_head: bool,
     dtype: str,
 ) -> None:
     """Writes config.json and model.safetensors into `out`."""
@@ -56,10 +58,11 @@ def export_head(
     }
     if objective.parallel:
         config["mask_token_id"] = mask_token_id
+    targets_own = {EMBEDDING: not with_embedding, LM_HEAD: not with_lm_head}
     weights = {
         name: tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in head.state_dict().items()
-        if with_embedding or name != EMBEDDING
+        if not targets_own.get(name, False)
     }
     save_file(weights, out / "model.safetensors.tmp", metadata={"format": "pt"})
     (out / "model.safetensors.tmp").replace(out / "model.safetensors")

@@ -53,6 +53,7 @@ class TrainOptions:
     fc_norm: bool = option(False, "one norm for each of the three features, before they are projected")
     norm_output: bool = option(False, "the next sequential step is fed the normed output")
     freeze_embedding: bool | None = option(None, "keep the target's embedding; left out: as the method's paper does")
+    freeze_lm_head: bool = option(False, "keep the target's lm_head, of all tokens, and leave it out of the export")
     export_embedding: bool = option(False, "write the embedding even if it is the target's")
     draft_vocab_size: int | None = option(None, "most frequent tokens that are drafted; left out: all")
     num_speculative_tokens: int = option(5, "K that the head is meant to be served with")
@@ -97,6 +98,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise OptionError(f"{name} is not known: {value} (known: {', '.join(known)})")
+        if self.freeze_lm_head and self.draft_vocab_size is not None:
+            raise OptionError("freeze_lm_head keeps the target's lm_head, whole: leave --draft-vocab-size out")
         if self.generate_only and self.on_policy is None:
             raise OptionError("generate_only writes what on_policy generates: give --on-policy a number of prompts")
 

@@ -97,9 +97,10 @@ def _train(
     head = Head(head_config(options, method, teacher, vocabulary), vocabulary, method.parallel, compiled)
     head.initialise(teacher, vocabulary, options.seed)
     if options.init is not None:
-        start_from(head, Path(options.init))
+        start_from(head, Path(options.init), with_lm_head=not options.freeze_lm_head)
     frozen = not method.trains_embedding if options.freeze_embedding is None else options.freeze_embedding
     head.embed_tokens.weight.requires_grad_(not frozen)
+    head.lm_head.weight.requires_grad_(not options.freeze_lm_head)
     head.to(world.device)
     objective = method(head, options, mask_token_id, world.device, compiled)
     if world.is_first and not options.resume:
@@ -116,6 +117,7 @@ def _train(
             num_speculative_tokens=options.num_speculative_tokens,
             mask_token_id=mask_token_id,
             with_embedding=not frozen or options.export_embedding,
+            with_lm_head=not options.freeze_lm_head,
             dtype=options.dtype,
         )
         figures |= {
@@ -139,8 +141,8 @@ def _train(
     return figures
 
 
-def start_from(head: Head, directory: Path) -> None:
-    """Fills a head from one in the speculators format; an embedding it lacks stays the target's.
+def start_from(head: Head, directory: Path, with_lm_head: bool) -> None:
+    """Fills a head from one in the speculators format; an embedding it lacks stays the target's, as does the lm_head.
 
     Raises CheckpointError for a head of another shape or method, or with another draft vocabulary.
     """
@@ -150,7 +152,9 @@ def start_from(head: Head, directory: Path) -> None:
         if name in given and not torch.equal(given.pop(name).to(own), own):
             raise CheckpointError(f"{directory} drafts another vocabulary: give the same --draft-vocab-size and data")
     state = {name: parameter.detach() for name, parameter in head.named_parameters()}
-    absent = sorted(set(state) - set(given) - {"embed_tokens.weight"})
+    if not with_lm_head:
+        given.pop("lm_head.weight", None)
+    absent = sorted(set(state) - set(given) - {"embed_tokens.weight", *(() if with_lm_head else ("lm_head.weight",))})
     if absent or set(given) - set(state):
         raise CheckpointError(
             f"{directory} is not a head of this shape: it lacks {absent or 'nothing'} and holds besides "
