@@ -8,7 +8,6 @@ run in the ways in which they are known to be run wrongly, and the same comparis
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,21 +16,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from broken_heads import BROKEN, SequentialTapsOffByOne, Stand
-from checkpoints import SIZES, Case, cache_bytes, program, prompt, reference, run
-from heads import TAPS, head_tensors, write_head
+from checkpoints import Case, cache_bytes, program, prompt, reference, run
+from heads import TAPS, write_head
 from outrider import LLM, SamplingParams
 from outrider.draft.base import DraftContext
+from outrider.draft.head import HeadDrafter
 from outrider.draft.registry import METHODS
+from outrider.kernels.sample import gumbel_argmax_reference
 from outrider.tensors import Draft, Purpose
-from outrider.verify.exact import Exact
 from reference import eagle3, peagle
 
 DRAFT = {"eagle3": eagle3.draft, "peagle": peagle.draft}
-NUM_LAYERS, MAX_LEN = 4, 96
+NUM_LAYERS, MAX_LEN, BLOCK_SIZE = 4, 96, 16
 TOLERANCE = 2e-4
 """Of logits and hidden states that are some units wide, in float32 after a few layers."""
 
@@ -45,12 +45,19 @@ class Watched:
 
     tokens: list[int]  # committed, the newest last
     speaks: bool  # False: inside its prompt
+    start: int  # the first position the target ran
+    num_query: int  # how many it ran
     positions: list[int]
     ids: list[int]
     hidden: Tensor
     logits: Tensor  # [K, V]
     drafts: list[int]
     length: int  # of the drafts, how many are meant
+    stray: bool  # whether a row's keys and values went anywhere but into a block that is the request's alone
+    temperature: float
+    seed: int
+    noise: int
+    argmax: bool  # drafts are the likeliest whatever the temperature
 
 
 class Watch:
@@ -58,7 +65,7 @@ class Watch:
 
     def __init__(self, llm: LLM) -> None:
         self.rounds: list[Watched] = []
-        self._drafter = program(llm)._drafter
+        self._drafter, self._scheduler = program(llm)._drafter, llm.engine._scheduler
         self._passes: list[tuple[Tensor, Tensor, Any]] = []
         self._scores: list[Tensor] = []
         network = self._drafter.network
@@ -85,20 +92,35 @@ class Watch:
         for row, slot in enumerate(batch.slot.tolist()):
             mine = slice(*rows.query_start[row : row + 2].tolist())
             further = [each for each in later if each[2].cache_slot[row] >= 0]
-            length = int(context.slots.length[slot])
+            length, positions = int(context.slots.length[slot]), rows.positions[mine].tolist()
+            positions += [int(each[2].positions[row]) for each in further]
+            cells = rows.cache_slot[mine].tolist() + [int(each[2].cache_slot[row]) for each in further]
             self.rounds.append(
                 Watched(
                     tokens=context.slots.tokens[slot, :length].tolist(),
                     speaks=bool(batch.logits_start[row + 1] > batch.logits_start[row]),
-                    positions=rows.positions[mine].tolist() + [int(each[2].positions[row]) for each in further],
+                    start=int(batch.positions[batch.query_start[row]]),
+                    num_query=int(batch.query_start[row + 1] - batch.query_start[row]),
+                    positions=positions,
                     ids=ids[mine].tolist() + [int(each[0][row]) for each in further],
                     hidden=torch.cat([hidden[mine], *(each[1][row : row + 1] for each in further)]),
                     logits=logits[row],
                     drafts=draft.tokens[row].tolist(),
                     length=int(draft.length[row]),
+                    stray=cells != [self._cell(slot, position) for position in positions],
+                    temperature=float(context.slots.temperature[slot]),
+                    seed=int(context.slots.seed[slot]),
+                    noise=int(context.noise),
+                    argmax=self._drafter._argmax,
                 )
             )
         return draft
+
+    def _cell(self, slot: int, position: int) -> int | None:
+        """Where a position of the slot's request belongs; None if it has no block of its own there."""
+        table = next(seat.table for seat in self._scheduler._roster.running if seat.slot == slot)
+        own = table.num_filed <= position // BLOCK_SIZE < len(table.blocks)
+        return table.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE if own else None
 
 
 # What it ought to do.
@@ -133,7 +155,7 @@ class Streams:
 def departures(
     rounds: Sequence[Watched], draft: Callable[..., Any], head: eagle3.Head, streams: Streams, limit: int = MAX_LEN
 ) -> set[str]:
-    """What is not as the reference has it: of positions, ids, hidden, logits, drafts, length; empty if all is."""
+    """What is not as the reference has it (positions, ids, hidden, logits, drafts, length, cells); empty if all is."""
     wrong: set[str] = set()
 
     def equal(what: str, ours: Any, theirs: Any) -> None:
@@ -144,22 +166,38 @@ def departures(
         if ours.shape != theirs.shape or not torch.allclose(ours.double(), theirs, rtol=TOLERANCE, atol=TOLERANCE):
             wrong.add(what)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so many small products are only kept waiting by a team
     for one in sorted(rounds, key=lambda each: -len(each.tokens)):
-        features, count, first = streams(one.tokens)[:-1], len(one.logits), one.positions[0]
+        features, count, first = streams(one.tokens)[:-1], len(one.logits), one.start
+        equal("cells", one.stray, False)
         if one.speaks:
-            right = draft(head, one.tokens, features, count)
-            end = min(len(features) + count - 1, limit)
-            equal("length", one.length, count - (len(features) + count - 1 - end))
-            close("logits", one.logits[: one.length], right.logits[: one.length])
-            equal("drafts", one.drafts[: one.length], right.drafts[: one.length])
+            right = draft(head, one.tokens, features, count, one.drafts)
+            end = len(features) + count - 1
+            equal("length", one.length, max(0, min(count, limit - len(features) + 1)))
+            scaled = right.logits / (1.0 if one.argmax else one.temperature or 1.0)
+            close("logits", one.logits[: one.length], scaled[: one.length])
+            drafts = right.drafts if one.argmax or not one.temperature else drawn(one, scaled, head)
+            equal("drafts", one.drafts[: one.length], drafts[: one.length])
             ids, hidden = right.ids, right.hidden
         else:
             equal("length", one.length, 0)
-            end, ids, hidden = first + len(one.ids), one.tokens[1:], head.project(features)
+            end, ids, hidden = first + one.num_query, one.tokens[1:], head.project(features)
+        end = min(end, limit)
         equal("positions", one.positions, list(range(first, end)))
         equal("ids", one.ids, ids[first:end])
         close("hidden", one.hidden, hidden[first:end])
+    torch.set_num_threads(threads)
     return wrong
+
+
+def drawn(one: Watched, scaled: Tensor, head: eagle3.Head) -> list[int]:
+    """The drafts by the noise of their own positions: draft k is the sequence's token len(tokens) + k."""
+    count = len(scaled)
+    ids = torch.tensor([head.token(column) for column in range(scaled.shape[1])])
+    position = len(one.tokens) + torch.arange(count)
+    temperature, seed = torch.full((count,), one.temperature), torch.full((count,), one.seed)
+    return gumbel_argmax_reference(scaled.float(), temperature, seed, position, one.noise, ids).tolist()
 
 
 TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -186,7 +224,13 @@ def blocks(number: int, head_layers: int) -> int:
 
 RATES = [0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
 BY_DECREE = {"verifier": "synthetic", "synthetic_rates": RATES}
-CASES = [Case.of(length, salt, temperature=0.0, max_tokens=18) for salt, length in enumerate((3, 17, 40, 26))]
+CASES = [Case.of(length, salt, temperature=0.0, max_tokens=15) for salt, length in enumerate((3, 40, 26))]
+
+SAMPLED = [
+    Case.of(9, 1, temperature=1.0, max_tokens=15),
+    Case.of(33, 2, temperature=0.6, max_tokens=15, seed=2**63 - 1),
+    Case.of(20, 3, temperature=0.0, max_tokens=15),
+]
 
 VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {  # target, K, the head
     "plain": ("qwen3", 4, {}),
@@ -202,7 +246,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {  # target, K, the head
 }
 WAYS: dict[str, dict[str, Any]] = {
     "batched": BY_DECREE,
-    "chunked": {**BY_DECREE, "max_num_batched_tokens": 13, "max_num_seqs": 3},
+    "chunked": {**BY_DECREE, "max_num_batched_tokens": 13},
 }
 
 
@@ -235,3 +279,154 @@ def test_every_row_is_the_reference_s(
         assert 0 < report.accepted < report.drafted, "rounds with and without rejected drafts"
         assert any(not one.speaks for one in watch.rounds) == (way == "chunked")
         assert departures(watch.rounds, DRAFT[method], head, streams) == set()
+
+
+@pytest.mark.parametrize("drafting", [{}, {"draft_sample": "argmax"}], ids=["coupled", "argmax"])
+@pytest.mark.parametrize(
+    "verifier", [BY_DECREE, {"verifier": "exact"}, {"verifier": "rejection"}], ids=lambda v: v["verifier"]
+)
+@pytest.mark.parametrize("method", DRAFT)
+def test_sampled_drafts_are_drawn_with_the_noise_of_their_positions(
+    method: str, verifier: dict[str, Any], drafting: dict[str, Any], target: Any, tmp_path: Path
+) -> None:
+    path, streams = target("qwen3")
+    directory, head = head_of(tmp_path / "head", path, method, draft_vocab_size=90)
+    with serve(path, directory, 3, drafting=drafting, **verifier) as llm:
+        watch = Watch(llm)
+        run(llm, SAMPLED)
+        assert departures(watch.rounds, DRAFT[method], head, streams) == set()
+        assert {one.noise for one in watch.rounds} == {llm.engine.resolved.runner.verifier.draft_noise}
+        for one in watch.rounds:
+            one.noise = Purpose.TARGET + Purpose.DRAFT - one.noise  # the other of the two
+        noticed = departures(watch.rounds, DRAFT[method], head, streams)
+        assert noticed == (set() if drafting else {"drafts"}), "drawn with other noise, other drafts"
+
+
+@pytest.mark.parametrize("method", DRAFT)
+def test_rows_of_preempted_requests(method: str, target: Any, tmp_path: Path) -> None:
+    path, streams = target("qwen3")
+    directory, head = head_of(tmp_path / "head", path, method)
+    cases = [Case.of(length, length, temperature=0.0, max_tokens=40) for length in (33, 30, 14)]
+    with serve(path, directory, 4, kv_cache_memory=blocks(8, 2), **BY_DECREE) as llm:
+        watch = Watch(llm)
+        run(llm, cases)
+        assert llm.engine._scheduler.num_preemptions > 0
+        assert departures(watch.rounds, DRAFT[method], head, streams) == set()
+
+
+def branching() -> list[Case]:
+    """Prompts that are alike up to where a block ends, and then are not; and one that is just the same."""
+    stem, plain = prompt(32), {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, "detokenize": False}
+    ends = ([1, *prompt(9, 1)], [2, *prompt(9, 2)], [1, *prompt(9, 1)], [3])
+    return [Case([*stem, *end], SamplingParams(**plain)) for end in ends]
+
+
+def after_hits(llm: LLM) -> list[Watched]:
+    """All rounds of requests that come one after another and share their prefixes."""
+    watch = Watch(llm)
+    for case in branching():
+        run(llm, [case])
+    assert llm.engine._scheduler.cache.num_hit >= 32
+    return watch.rounds
+
+
+@pytest.mark.parametrize("method", DRAFT)
+def test_rows_after_a_prefix_hit(method: str, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, streams = target("qwen3")
+    directory, head = head_of(tmp_path / "head", path, method)
+    with serve(path, directory, 3, **BY_DECREE) as llm:
+        rounds = after_hits(llm)
+        assert departures(rounds, DRAFT[method], head, streams) == set()
+    # a block's last row holds the next block's first token: a hit that does not heed it finds another's
+    monkeypatch.setattr(HeadDrafter, "rerun", 0)
+    with serve(path, directory, 3, **BY_DECREE) as llm:
+        assert "logits" in departures(after_hits(llm), DRAFT[method], head, streams)
+
+
+NOTICED = {
+    "Sequential": {"ids", "hidden", "logits", "drafts"},
+    "TapsOffByOne": {"hidden", "logits", "drafts"},
+    "Stale": {"hidden", "logits", "drafts"},
+    "OneBehind": {"positions", "logits", "drafts"},
+    "Unshifted": {"ids", "logits", "drafts"},
+    "Blind": {"logits", "drafts"},
+}
+"""What the comparison must say of each head that is run wrongly; of OneBehind its cells too, which it moves not."""
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_head_run_wrongly_is_noticed(name: str, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, streams = target("qwen3")
+    directory, head = head_of(tmp_path / "head", path, "peagle")
+    monkeypatch.setitem(METHODS, "peagle", BROKEN[name])
+    with serve(path, directory, 4, **BY_DECREE) as llm:
+        watch = Watch(llm)
+        run(llm, CASES)
+        assert departures(watch.rounds, peagle.draft, head, streams) - {"cells"} == NOTICED[name]
+        # the first guess is the bonus row's, which these leave alone: a check of position 0 would see nothing
+        for one in watch.rounds:
+            one.logits, one.drafts, one.positions = one.logits[:1], one.drafts[:1], one.positions[:1]
+        if name in ("Stale", "OneBehind", "Blind", "Sequential"):
+            firsts = [replace(one, length=min(one.length, 1)) for one in watch.rounds]
+            assert not {"logits", "drafts"} & departures(firsts, peagle.draft, head, streams)
+
+
+def test_taps_off_by_one_are_noticed_of_eagle3_too(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, streams = target("qwen3")
+    directory, head = head_of(tmp_path / "head", path, "eagle3")
+    monkeypatch.setitem(METHODS, "eagle3", SequentialTapsOffByOne)
+    with serve(path, directory, 2, **BY_DECREE) as llm:
+        watch = Watch(llm)
+        run(llm, CASES[:1])
+        assert departures(watch.rounds, eagle3.draft, head, streams) == {"hidden", "logits", "drafts"}
+
+
+@pytest.mark.parametrize("method", DRAFT)
+def test_blocks_that_nobody_was_given_are_noticed(
+    method: str, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, streams = target("qwen3")
+    directory, head = head_of(tmp_path / "head", path, method)
+    monkeypatch.setattr(HeadDrafter, "writes_ahead", False)
+    with serve(path, directory, 7, **BY_DECREE) as llm:
+        watch = Watch(llm)
+        run(llm, CASES)
+        assert "cells" in departures(watch.rounds, DRAFT[method], head, streams)
+
+
+@pytest.mark.parametrize("max_model_len", [41, 48, 50])
+@pytest.mark.parametrize("method", DRAFT)
+def test_near_the_longest_sequence_nothing_is_written_past_it(
+    method: str, max_model_len: int, target: Any, tmp_path: Path
+) -> None:
+    path, streams = target("llama")
+    directory, head = head_of(tmp_path / "head", path, method)
+    cases = [Case.of(length, length, temperature=0.0, max_tokens=None) for length in (max_model_len - 1, 25, 33)]
+    with serve(path, directory, 6, max_model_len=max_model_len, **BY_DECREE) as llm:
+        watch = Watch(llm)
+        run(llm, cases)
+        assert departures(watch.rounds, DRAFT[method], head, streams, max_model_len) == set()
+        written = [position for one in watch.rounds for position in one.positions]
+        assert max(written) == max_model_len - 1 and any(0 < one.length < 6 for one in watch.rounds)
+
+
+@pytest.mark.parametrize("verifier", [BY_DECREE, {}], ids=["synthetic", "exact"])
+@pytest.mark.parametrize("method", DRAFT)
+def test_past_the_head_s_positions_generation_goes_on_without_drafts(
+    method: str, verifier: dict[str, Any], target: Any, tmp_path: Path
+) -> None:
+    path, streams = target("qwen3")
+    directory, head = head_of(tmp_path / "head", path, method, layer={"max_position_embeddings": 40})
+    cases = [Case.of(length, length, temperature=0.0, max_tokens=None) for length in (20, 38, 60)]
+    with serve(path, directory, 5, max_num_batched_tokens=33, **verifier) as llm:
+        watch = Watch(llm)
+        found = run(llm, cases)
+        assert departures(watch.rounds, DRAFT[method], head, streams, 40) == set()
+        assert {one.length for one in watch.rounds if len(one.tokens) > 41} == {0}
+        assert {len(case.prompt) + len(ones[0][0]) for case, ones in zip(cases, found, strict=True)} == {MAX_LEN}
+        llm.engine._scheduler.check_idle()
+    if not verifier:
+        with LLM(str(path), max_model_len=MAX_LEN) as llm:
+            assert run(llm, cases) == found

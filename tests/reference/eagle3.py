@@ -57,8 +57,9 @@ class Head:
         width = x.shape[-1]
         frequency = rope.get("rope_theta", 10_000.0) ** -(torch.arange(0, width, 2).double() / width)
         angle = torch.arange(len(x)).double()[:, None, None] * frequency
+        cos, sin = angle.cos(), angle.sin()
         left, right = x.chunk(2, dim=-1)
-        return torch.cat((left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()), dim=-1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
     def attention(self, x: Tensor, name: str) -> Tensor:
         width, n = self.layer["head_dim"], len(x)
@@ -112,8 +113,11 @@ def read(directory: Path, target: dict[str, Tensor]) -> Head:
     return Head(config, config.get("transformer_layer_config", config), tensors)
 
 
-def draft(head: Head, tokens: list[int], features: Tensor, num_drafts: int) -> Round:
-    """tokens: the n + 1 committed, the target's newest last; features [n, 3 H] of all but that one."""
+def draft(head: Head, tokens: list[int], features: Tensor, num_drafts: int, drawn: list[int] | None = None) -> Round:
+    """tokens: the n + 1 committed, the target's newest last; features [n, 3 H] of all but that one.
+
+    drawn: the drafts to go on from, where they are not the likeliest.
+    """
     ids, hidden = tokens[1:], head.project(features)
     drafts, logits = [], []
     while True:
@@ -122,4 +126,4 @@ def draft(head: Head, tokens: list[int], features: Tensor, num_drafts: int) -> R
         drafts.append(head.token(int(scores[-1].argmax())))
         if len(drafts) == num_drafts:
             return Round(ids, hidden, torch.stack(logits), drafts)
-        ids, hidden = [*ids, drafts[-1]], torch.cat((hidden, fed[-1:]))
+        ids, hidden = [*ids, (drawn or drafts)[len(drafts) - 1]], torch.cat((hidden, fed[-1:]))

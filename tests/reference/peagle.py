@@ -19,8 +19,11 @@ def mask_token(head: Head) -> int:
     return next(token for token in said if token is not None)
 
 
-def draft(head: Head, tokens: list[int], features: Tensor, num_drafts: int) -> Round:
-    """tokens: the n + 1 committed, the target's newest last; features [n, 3 H] of all but that one."""
+def draft(head: Head, tokens: list[int], features: Tensor, num_drafts: int, drawn: list[int] | None = None) -> Round:
+    """tokens: the n + 1 committed, the target's newest last; features [n, 3 H] of all but that one.
+
+    drawn: as EAGLE-3 has it; no row here depends on a draft.
+    """
     num_masks = num_drafts - 1
     masks = head["mask_hidden"].view(1, -1).expand(num_masks, -1)
     ids = tokens[1:] + [mask_token(head)] * num_masks
