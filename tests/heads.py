@@ -89,9 +89,9 @@ def head_tensors(
     return tensors
 
 
-def layer_config(num_layers: int, qk_norm: bool, **more: Any) -> dict[str, Any]:
+def layer_config(num_layers: int, qk_norm: bool, **sizes: Any) -> dict[str, Any]:
     """The draft layers' own config, as transformers would write it."""
-    size = {**SIZES, **more}
+    size = {**SIZES, **sizes}
     kept = {name: value for name, value in size.items() if not name.endswith("token_id")}
     return {
         **kept,
@@ -192,7 +192,7 @@ def write_head(
         bias=bias,
         **(sizes or {}),
     )
-    described = layer_config(num_layers, qk_norm, **(sizes or {}), attention_bias=bias, **(layer or {}))
+    described = layer_config(num_layers, qk_norm, **(sizes or {})) | {"attention_bias": bias} | (layer or {})
     said = publisher.config(parallel, described, draft_vocab_size or size["vocab_size"]) | (config or {})
     held = {name: tensor for name, tensor in {**drawn, **(tensors or {})}.items() if tensor is not None}
     named = {publisher.name(name): tensor for name, tensor in held.items()}
