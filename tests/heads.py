@@ -16,18 +16,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints import SIZES
-from outrider.draft.head import HeadDrafter
+from outrider.draft.base import TargetFacts, TargetParts
+from outrider.draft.head import HeadDrafter, HeadOptions
 from outrider.draft.none import NoDrafter
 from outrider.draft.registry import METHODS
+from outrider.layers.embedding import Embedding, Head
+from outrider.layers.parameter import Allocator
 
 MASK_TOKEN = 7
 TAPS = [0, 1, 2]
+NUM_LAYERS = 2
 
 
 def head_tensors(
     parallel: bool,
     *,
-    num_layers: int = 2,
+    num_layers: int = NUM_LAYERS,
     draft_vocab_size: int | None = None,
     qk_norm: bool = False,
     norms: Sequence[str] = (),  # of "input_norm" and "fc_norm"
@@ -171,7 +175,7 @@ def write_head(
     parallel: bool,
     *,
     layout: str = "speculators",
-    num_layers: int = 2,
+    num_layers: int = NUM_LAYERS,
     draft_vocab_size: int | None = None,
     qk_norm: bool = False,
     norms: Sequence[str] = (),
@@ -217,6 +221,18 @@ def _folder() -> Path:
 def tiny_head(parallel: bool) -> str:
     """The directory of a head for the tiny Qwen3 and Llama, written once a process."""
     return str(write_head(_folder() / f"parallel-{parallel}", parallel))
+
+
+def standalone(
+    method: type[HeadDrafter], directory: Path, facts: TargetFacts, num_blocks: int, **options: Any
+) -> HeadDrafter:
+    """The drafter of a head written to `directory`, ready to propose without an engine: it borrows nothing."""
+    drafter = method(HeadOptions(model=str(directory), **options), facts)
+    allocator = Allocator.on(facts.device, facts.dtype)
+    embedding = Embedding(facts.vocab_size, facts.hidden_size, allocator)
+    parts = TargetParts(embedding, Head(facts.vocab_size, facts.hidden_size, allocator, embedding))
+    drafter.prepare(parts, drafter.layers().allocate(num_blocks, facts.device), None, None)
+    return drafter
 
 
 def drafting(method: str, num_drafts: int = 3) -> dict[str, Any]:
