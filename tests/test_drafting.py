@@ -16,18 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from broken_heads import BROKEN, SequentialTapsOffByOne, Stand
-from checkpoints import Case, cache_bytes, program, prompt, reference, run
-from heads import TAPS, write_head
+from checkpoints import SIZES, Case, cache_bytes, program, prompt, reference, run, write
+from heads import TAPS, head_tensors, write_head
 from outrider import LLM, SamplingParams
 from outrider.draft.base import DraftContext
 from outrider.draft.head import HeadDrafter
 from outrider.draft.registry import METHODS
 from outrider.kernels.sample import gumbel_argmax_reference
 from outrider.tensors import Draft, Purpose
+from outrider.verify.exact import Exact
 from reference import eagle3, peagle
 
 DRAFT = {"eagle3": eagle3.draft, "peagle": peagle.draft}
@@ -430,3 +431,65 @@ def test_past_the_head_s_positions_generation_goes_on_without_drafts(
     if not verifier:
         with LLM(str(path), max_model_len=MAX_LEN) as llm:
             assert run(llm, cases) == found
+
+
+# How often guesses stand, on a target whose next token is always of the same law, by a head that knows that law.
+
+
+def knowing(path: Path, method: str, **head: Any) -> tuple[Path, Path]:
+    """Both residual streams carry one vector from end to end, and both lm_heads are the same."""
+    vector = torch.randn(SIZES["hidden_size"], generator=torch.Generator().manual_seed(5))
+    target = write(path / "target")
+    weights = load_file(target / "model.safetensors")
+    dead = {name: torch.zeros_like(weights[name]) for name in weights if "o_proj" in name or "down_proj" in name}
+    embedding = vector.expand_as(weights["model.embed_tokens.weight"]).clone()
+    weights |= dead | {"model.embed_tokens.weight": embedding}
+    save_file(weights, target / "model.safetensors")
+    nothing = torch.zeros(SIZES["hidden_size"], 2 * SIZES["hidden_size"])
+    tensors = head_tensors(method == "peagle", **head)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if "o_proj" in name or "down" in name}
+    tensors["fc.weight"] = torch.cat((torch.eye(SIZES["hidden_size"]), nothing), dim=1)
+    tensors |= {"norm.weight": weights["model.norm.weight"], "lm_head.weight": weights["lm_head.weight"]}
+    if "draft_vocab_size" in head:
+        marked = head_tensors(False, **head)["t2d"]
+        tensors["lm_head.weight"] = weights["lm_head.weight"][marked].clone()
+    if method == "peagle":
+        tensors["mask_hidden"] = torch.nn.functional.pad(vector, (0, 2 * len(vector))).view(1, 1, -1)
+    return target, write_head(path / "head", method == "peagle", tensors=tensors, **head)
+
+
+class Uncoupled(Exact):
+    """Lets drafters draw with noise of their own."""
+
+    draft_noise = Purpose.DRAFT
+
+
+def rates(target: Path, head: Path, uncoupled: bool = False, **options: Any) -> list[float]:
+    """Acceptance by position, and the tokens must be those without drafts."""
+    cases = [Case.of(9, salt, temperature=0.5 + 0.25 * salt, max_tokens=60) for salt in range(6)]
+    with serve(target, head, 4, **options) as llm:
+        if uncoupled:
+            program(llm)._verifier = Uncoupled()
+        found = run(llm, cases)
+        report = llm.acceptance()
+    with LLM(str(target), max_model_len=MAX_LEN) as llm:
+        assert "verifier" in options or run(llm, cases) == found
+    return [accepted / report.drafts for accepted in report.per_position]
+
+
+@pytest.mark.parametrize("method", DRAFT)
+def test_shared_noise_makes_a_head_that_knows_the_law_always_right(method: str, tmp_path: Path) -> None:
+    target, head = knowing(tmp_path, method)
+    coupled = rates(target, head)
+    assert coupled[0] == 1.0 and min(coupled) > 0.9, "nothing falls but what lies past the end of a request"
+    assert max(rates(target, head, uncoupled=True)) < 0.3, "it takes luck to draw the same token"
+    assert max(rates(target, head, drafting={"draft_sample": "argmax"})) < 0.5
+    assert rates(target, head, verifier="rejection") == coupled, "where p is q every draft stands"
+
+
+@pytest.mark.parametrize("method", DRAFT)
+def test_shared_noise_over_a_reduced_vocabulary(method: str, tmp_path: Path) -> None:
+    target, head = knowing(tmp_path, method, draft_vocab_size=130)
+    coupled, apart = rates(target, head), rates(target, head, uncoupled=True)
+    assert 0.25 < coupled[0] < 0.85, "right wherever the target draws a token that the head has"
+    assert coupled[0] > apart[0] + 0.2
