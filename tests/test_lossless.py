@@ -17,7 +17,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checkpoints import Case, Knowing, Result, Right, Sometimes, Wrong, cache_bytes, plugin, program, prompt, run
+from checkpoints import (
+    SIZES,
+    Case,
+    Knowing,
+    Result,
+    Right,
+    Sometimes,
+    Wrong,
+    cache_bytes,
+    plugin,
+    program,
+    prompt,
+    run,
+)
+from heads import NUM_LAYERS as HEAD_LAYERS
+from heads import drafting as head_drafting
 from outrider import LLM, SamplingParams
 from outrider.kernels.verdict import JUDGE
 from outrider.tensors import Draft, Slots, StepBatch, Verdict
@@ -44,6 +59,7 @@ CASES = [
 NGRAM = {"method": "ngram", "prompt_lookup_min": 1}
 SMALL = {"max_num_batched_tokens": 9, "max_num_seqs": 5}
 TIGHT = {"kv_cache_memory": cache_bytes(6)}
+TIGHT_WITH_HEAD = {"kv_cache_memory": cache_bytes(6, num_hidden_layers=SIZES["num_hidden_layers"] + HEAD_LAYERS)}
 WAYS: dict[str, dict[str, Any]] = {
     "alone": {"max_num_seqs": 1},
     "batched": {},
@@ -63,6 +79,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "right-everything": {"speculative_config": plugin(Right, 6), **SMALL, **TIGHT},
     "wrong": {"speculative_config": plugin(Wrong, 6)},
     "wrong-preempted": {"speculative_config": plugin(Wrong, 2), **TIGHT},
+    "eagle3-3": {"speculative_config": head_drafting("eagle3", 3)},
+    "eagle3-chunked": {"speculative_config": head_drafting("eagle3", 5), **SMALL},
+    "eagle3-preempted": {"speculative_config": head_drafting("eagle3", 2), **TIGHT_WITH_HEAD},
+    "peagle-1": {"speculative_config": head_drafting("peagle", 1)},
+    "peagle-7-alone": {"speculative_config": head_drafting("peagle", 7), "max_num_seqs": 1},
+    "peagle-chunked": {"speculative_config": head_drafting("peagle", 7), **SMALL},
+    "peagle-preempted": {"speculative_config": head_drafting("peagle", 4), **TIGHT_WITH_HEAD},
 }
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -195,14 +218,25 @@ def test_random_engines_and_batches(
     chosen = data.draw(st.lists(st.integers(0, len(CASES) - 1), min_size=1, max_size=9))
     num_drafts = data.draw(st.integers(1, 12))
     drafting = data.draw(
-        st.sampled_from([None, {**NGRAM, "num_speculative_tokens": num_drafts}, Right, Sometimes, Wrong])
+        st.sampled_from(
+            [
+                None,
+                {**NGRAM, "num_speculative_tokens": num_drafts},
+                Right,
+                Sometimes,
+                Wrong,
+                head_drafting("eagle3", num_drafts),
+                head_drafting("peagle", num_drafts),
+            ]
+        )
     )
+    layers = SIZES["num_hidden_layers"] + (HEAD_LAYERS if isinstance(drafting, dict) and "model" in drafting else 0)
     max_num_seqs = data.draw(st.integers(1, 9))
     options = {
         "speculative_config": plugin(drafting, num_drafts) if isinstance(drafting, type) else drafting,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": data.draw(st.integers(max(max_num_seqs, num_drafts + 1), 60)),
-        "kv_cache_memory": cache_bytes(data.draw(st.integers(6, 20))),
+        "kv_cache_memory": cache_bytes(data.draw(st.integers(6, 20)), num_hidden_layers=layers),
         "enable_prefix_caching": data.draw(st.booleans()),
     }
     Knowing.known = sequences(CASES, results)

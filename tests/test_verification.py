@@ -10,20 +10,28 @@ function of fixed seeds: nothing here is flaky.
 
 from __future__ import annotations
 
+import atexit
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from heads import head_tensors, standalone, write_head
 from outrider.capability import Feature
 from outrider.core.sampling import SamplingParams
 from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
+from outrider.draft.eagle3 import Eagle3
+from outrider.draft.head import HeadDrafter
 from outrider.draft.ngram import Ngram, NgramOptions
 from outrider.draft.none import NoDrafter
+from outrider.draft.peagle import PEagle
 from outrider.kernels.commit import COMMIT, STORE_DRAFT
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.step_inputs import ASSEMBLE, example_slots, load_draft
@@ -76,6 +84,7 @@ class Autoregressive(Drafter):
 
     name: ClassVar[str] = "autoregressive"
     needs: ClassVar[frozenset[Feature]] = frozenset()
+    gives_logits: ClassVar[bool] = True
     table = CHAIN + 1.2 * torch.randn((VOCAB, VOCAB), generator=torch.Generator().manual_seed(2))
 
     def propose(self, context: DraftContext) -> Draft:
@@ -101,6 +110,38 @@ class OneShot(Autoregressive):
         )
 
 
+WIDTH, BLOCK = 6, 16
+FEATURES = torch.randn((VOCAB, 3 * WIDTH), generator=torch.Generator().manual_seed(4))
+"""What the target's tapped layers are made to say of each token."""
+
+HEAD_FACTS = TargetFacts(VOCAB, WIDTH, 2, 64, ROWS, 64, BLOCK, CPU, torch.float32)
+HEAD_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 10,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+}
+
+
+@cache
+def head(parallel: bool, draft_vocab_size: int | None) -> Path:
+    """A head of one layer, as sure of its guesses as the target is of its tokens."""
+    shape = {"num_layers": 1, "draft_vocab_size": draft_vocab_size}
+    louder = 8 * head_tensors(parallel, **shape, **HEAD_SIZES)["lm_head.weight"]
+    path = Path(tempfile.mkdtemp(prefix="outrider-law-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return write_head(path, parallel, **shape, sizes=HEAD_SIZES, tensors={"lm_head.weight": louder})
+
+
+def headed(method: type[HeadDrafter], k: int, rows: int = ROWS, **options: Any) -> Drafter:
+    """A drafter with a head of random weights; a row has blocks for 64 positions."""
+    written = head(method.parallel, options.pop("draft_vocab_size", None))
+    return standalone(method, written, HEAD_FACTS, rows * 64 // BLOCK, num_speculative_tokens=k, **options)
+
+
 DRAFTERS: dict[str, Callable[[int], Drafter]] = {
     "none": lambda k: NoDrafter(NoDrafter.Options(), FACTS),
     "varying": lambda k: Varying(DraftOptions(k), FACTS),
@@ -108,12 +149,19 @@ DRAFTERS: dict[str, Callable[[int], Drafter]] = {
     "autoregressive": lambda k: Autoregressive(DraftOptions(k), FACTS),
     "one-shot": lambda k: OneShot(DraftOptions(k), FACTS),
 }
+HEADS: dict[str, Callable[[int], Drafter]] = {
+    "eagle3": lambda k: headed(Eagle3, k),
+    "eagle3-argmax": lambda k: headed(Eagle3, k, draft_sample="argmax"),
+    "peagle": lambda k: headed(PEagle, k),
+    "peagle-reduced": lambda k: headed(PEagle, k, draft_vocab_size=5),
+}
 
 
 def admit(rows: int, sampling: SamplingParams, drafter: Drafter, keep_logits: bool) -> Slots:
     k, max_len = drafter.num_drafts, 64
     slots = example_slots(torch.Generator().manual_seed(3), CPU, rows, max_len, k)
     slots.tokens[:, : len(PROMPT)] = torch.tensor(PROMPT)
+    slots.block_table = torch.arange(rows * max_len // BLOCK, dtype=torch.int32).view(rows, -1)
     slots.length.fill_(len(PROMPT))
     slots.computed.zero_()
     slots.temperature.fill_(sampling.temperature)
@@ -121,7 +169,7 @@ def admit(rows: int, sampling: SamplingParams, drafter: Drafter, keep_logits: bo
     slots.top_p.fill_(sampling.top_p)
     slots.min_p.fill_(sampling.min_p)
     slots.seed = torch.arange(rows) + 77 * 2**31
-    slots.draft_logits = torch.zeros((rows, k, VOCAB)) if keep_logits and isinstance(drafter, Autoregressive) else None
+    slots.draft_logits = torch.zeros((rows, k, VOCAB)) if keep_logits and drafter.gives_logits else None
     return slots
 
 
@@ -136,9 +184,9 @@ def generate(
         num_drafts = slots.draft_length.clone()
         num_tokens_in = slots.length - slots.computed + num_drafts
         num_query, num_logits = int(num_tokens_in.sum()), int((num_drafts + 1).sum())
-        batch = ASSEMBLE.on(CPU)(slots, slot, num_tokens_in, num_drafts, ends_prompt, num_query, num_logits, 4)
+        batch = ASSEMBLE.on(CPU)(slots, slot, num_tokens_in, num_drafts, ends_prompt, num_query, num_logits, BLOCK)
         logits = CHAIN[batch.input_ids[batch.logits_index]]
-        target = TargetOutput(logits, logits[:0], None)
+        target = TargetOutput(logits, logits[:0], FEATURES[batch.input_ids])
         for processor in PROCESSORS:
             if processor.wanted(sampling):
                 logits = processor(logits, batch, slots)
@@ -191,6 +239,14 @@ def test_output_has_the_targets_law(verifier: type[Verifier], drafter: str, samp
     assert abs(departure(tokens, sampling)) < FIVE
 
 
+@pytest.mark.parametrize("sampling", [COLD, NARROW], ids=["cold", "narrow"])
+@pytest.mark.parametrize("drafter", HEADS)
+def test_output_has_the_targets_law_with_draft_heads(drafter: str, sampling: SamplingParams) -> None:
+    tokens, gained = generate(HEADS[drafter](K), Rejection(), sampling, ROWS // 3)
+    assert abs(departure(tokens, sampling)) < FIVE
+    assert 1.05 < gained < K, "drafts stand, and drafts fall"
+
+
 class Scaled:
     """Wrong: the target's logits are five percent too sharp."""
 
@@ -223,6 +279,28 @@ def test_wrong_verifiers_are_caught(verifier: Verifier) -> None:
     assert departure(tokens, PLAIN) > WRONG
 
 
+class Unmapped(PEagle):
+    """Wrong: says that tokens which its vocabulary lacks might have been drawn."""
+
+    def _law(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        law = super()._law(logits, tokens)
+        return law.where(law > -torch.inf, 0.0)
+
+
+class Unscaled(Eagle3):
+    """Wrong: says what its guesses would have been drawn from at temperature 1."""
+
+    def _law(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return super()._law(logits, tokens) * COLD.temperature
+
+
+@pytest.mark.parametrize("method", [Unmapped, Unscaled])
+def test_heads_that_misstate_what_they_drew_from_are_caught(method: type[HeadDrafter]) -> None:
+    reduced = {"draft_vocab_size": 5} if method is Unmapped else {}
+    tokens, _ = generate(headed(method, K, **reduced), Rejection(), COLD)
+    assert departure(tokens, COLD) > WRONG
+
+
 def test_dropping_the_drafters_logits_costs_acceptance_and_nothing_else() -> None:
     class PointMass(Rejection):
         needs: ClassVar[frozenset[Feature]] = frozenset()
@@ -237,16 +315,16 @@ def test_dropping_the_drafters_logits_costs_acceptance_and_nothing_else() -> Non
 def test_exact_gives_the_same_tokens_whatever_drafts(sampling: SamplingParams) -> None:
     rows, num_tokens = 300, 16
     alone, _ = generate(DRAFTERS["none"](0), Exact(), sampling, rows, num_tokens)
-    for name, make in DRAFTERS.items():
-        for k in (1, 2, 5) if name != "none" else ():
+    for name, make in {**DRAFTERS, **HEADS}.items():
+        for k in () if name == "none" else (4,) if name in HEADS else (1, 2, 5):
             tokens, _ = generate(make(k), Exact(), sampling, rows, num_tokens)
             assert torch.equal(tokens, alone), (name, k)
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("drafter", [*DRAFTERS, *HEADS])
 def test_greedy_rows_are_the_same_under_rejection(drafter: str) -> None:
     alone, _ = generate(DRAFTERS["none"](0), Exact(), GREEDY, 500, 12)
-    tokens, _ = generate(DRAFTERS[drafter](K), Rejection(), GREEDY, 500, 12)
+    tokens, _ = generate({**DRAFTERS, **HEADS}[drafter](K), Rejection(), GREEDY, 500, 12)
     assert torch.equal(tokens, alone)
 
 

@@ -108,6 +108,7 @@ class HeadDrafter(Drafter):
         ):
             if own != theirs:
                 raise CheckpointError(f"the {where} is for a target with a {what} of {own}, not {theirs}")
+        head.tapped(target.num_layers)
         if not head.own_embedding and head.layer.hidden_size != target.hidden_size:
             raise CheckpointError(
                 f"the {where} has no embedding, and the target's is {target.hidden_size} wide, not "
@@ -124,7 +125,7 @@ class HeadDrafter(Drafter):
         told = cls(options, replace(target, device=torch.device("meta")))
         layer, vocab = told.config.layer, told.config.draft_vocab_size
         seqs, drafts = target.max_num_seqs, options.num_speculative_tokens
-        activation = Allocator.on(target.device, target.dtype).activation_dtype.itemsize
+        activation = Allocator.on(target.device, target.dtype).activation_dtype  # the meta device's may be another
         # the taps, the first layer's input, then what any layer holds
         width = (
             6 * target.hidden_size
@@ -133,11 +134,11 @@ class HeadDrafter(Drafter):
             + 3 * layer.num_heads * layer.head_dim
         )
         rows = target.max_num_batched_tokens + seqs * drafts
-        layout = told.layers()
+        layout = replace(told.layers(), dtype=activation)
         return Footprint(
             weights=sum(weight.nbytes for weight in told.network.weights().values()),
             per_block=layout.bytes_per_block,
-            workspace=rows * width * activation + 3 * seqs * drafts * vocab * 4,
+            workspace=rows * width * activation.itemsize + 3 * seqs * drafts * vocab * 4,
         )
 
     def feature_layers(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -68,6 +69,8 @@ def parse_speculative_config(
     if not isinstance(config, Mapping):
         raise OptionError(f'speculative_config must map options to values, as {{"method": "ngram"}}: {config!r}')
     given = dict(config)
+    if isinstance(given.get("model"), os.PathLike):
+        given["model"] = os.fspath(given["model"])
     method = given.pop("method", None)
     if method is None and isinstance(given.get("model"), str):
         drafter = _of_head(given)
@@ -118,7 +121,7 @@ def _fitting(drafter: type[Drafter], given: dict[str, Any]) -> type[Drafter]:
     head = read_head(Path(given["model"]))
     if drafter.serves(head):
         return drafter
-    if given.get("parallel_drafting") is head.parallel:
+    if head.parallel and given.get("parallel_drafting") is True:
         return right
     raise OptionError(
         f"method {drafter.name} is not what {given['model']} was made for: it is a {head.layout} head, "

@@ -69,6 +69,9 @@ class TensorFile:
                 self._opened: Any = safe_open(file, framework="pt")
         except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError, ValueError, TypeError) as error:
             raise CheckpointError(f"cannot read {file}: {error}; is it complete?") from error
+        for name, held in (self._tensors or {}).items():
+            if not isinstance(held, Tensor):
+                raise CheckpointError(f"cannot read {file}: {name} is a {type(held).__name__}, not a tensor")
 
     def names(self) -> list[str]:
         """Every tensor's name."""

@@ -83,12 +83,12 @@ def read_head(directory: Path) -> HeadConfig:
     Raises CheckpointError if it is none, of a kind not read here, or if config and tensors contradict each other.
     """
     config = read_json(directory / "config.json")
-    if not is_head(config):
-        raise CheckpointError(f"{directory} is not a draft head: its config.json is a language model's")
-    names = {canonical(name) for file in weight_files(directory, pickled=True) for name in TensorFile(file).names()}
     kind = config.get("speculators_model_type")
     if kind is not None and kind not in SPECULATORS:
         raise CheckpointError(f"draft heads of type {kind} are not supported: {nearest(str(kind), SPECULATORS)}")
+    names = {canonical(name) for file in weight_files(directory, pickled=True) for name in TensorFile(file).names()}
+    if "fc.weight" not in names and not is_head(config):
+        raise CheckpointError(f"{directory} is not a draft head: its config.json is a language model's")
     if kind is None and "layers.0.hidden_norm.weight" not in names:
         raise CheckpointError(
             f"{directory} holds no layers.0.hidden_norm.weight (or midlayer.*): it is no EAGLE-3 or P-EAGLE head "
@@ -98,7 +98,10 @@ def read_head(directory: Path) -> HeadConfig:
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"{directory}/config.json lacks transformer_layer_config")
     parallel = _is_parallel(config, names, directory)
-    layer = ModelConfig.from_dict({**nested, "architectures": [_architecture(nested)]} | _dtype(config, nested))
+    quantised = nested.get("quantization_config") or config.get("quantization_config")
+    layer = ModelConfig.from_dict(
+        {**nested, "architectures": [_architecture(nested)], "quantization_config": quantised} | _dtype(config, nested)
+    )
     return HeadConfig(
         layout=f"speculators {kind}" if kind is not None else ("AWS P-EAGLE" if parallel else "EAGLE-3"),
         parallel=parallel,
@@ -174,7 +177,13 @@ def _dtype(config: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
 def _is_parallel(config: Mapping[str, Any], names: set[str], directory: Path) -> bool:
     """Config and tensors must agree: run the wrong way, a head's acceptance collapses and nothing fails."""
     kind, held = config.get("speculators_model_type"), "mask_hidden" in names
-    said = SPECULATORS[kind] if kind is not None else config.get("parallel_drafting")
+    flag = config.get("parallel_drafting")
+    said = SPECULATORS[kind] if kind is not None else flag
+    if kind is not None and flag is not None and bool(flag) != said:
+        raise CheckpointError(
+            f"{directory}/config.json says parallel_drafting: {flag}, but speculators_model_type: {kind}: "
+            "one of them is wrong"
+        )
     if said is None:
         said = held or any(config.get(key) is not None for key in MASK_TOKEN_KEYS)
     if said and not held:
