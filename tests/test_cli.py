@@ -111,7 +111,8 @@ def test_accept_json_and_record_and_departure(outrider: Any, tmp_path: Path) -> 
     code, out, _ = outrider("accept", "--expect", str(expectation), *few)
     assert code == 0 and json.loads(out)["passed"] is True
     recorded = json.loads(expectation.read_text())
-    recorded["rates"], recorded["drafts"] = [min(1.0, rate + 0.5) for rate in recorded["rates"]], 100_000
+    (only,) = recorded["records"]
+    only["rates"], only["drafts"] = [min(1.0, rate + 0.5) for rate in only["rates"]], 100_000
     expectation.write_text(json.dumps(recorded))
     code, out, _ = outrider("accept", "--expect", str(expectation), *few)
     assert code == 1 and json.loads(out)["departures"]
