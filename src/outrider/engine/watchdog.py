@@ -88,7 +88,7 @@ class WatchState:
     idle: str | None  # why nothing is watched; None: it is
     watched: tuple[WatchedState, ...]  # a temperature on record each
     num_unwatched: int  # requests sampled in a way that is not on record
-    window: int = WINDOW
+    window: int  # rounds
     tolerance: float = TOLERANCE
 
     @property
@@ -198,14 +198,15 @@ class Watch:
 class Watchdog:
     """A watch for each temperature on record."""
 
-    def __init__(self, watches: Iterable[Watch] = (), idle: str | None = None) -> None:
-        """`idle`: why there is nothing to watch."""
+    def __init__(self, watches: Iterable[Watch] = (), idle: str | None = None, window: int = WINDOW) -> None:
+        """`idle`: why there is nothing to watch; `window`: the watches' own."""
+        self._window = window
         self._watches = {watch.expected.setting.temperature: watch for watch in watches}
         self._idle = idle
         self._num_unwatched = 0
 
     @classmethod
-    def of(cls, resolved: Resolved) -> Watchdog:
+    def of(cls, resolved: Resolved, window: int = WINDOW) -> Watchdog:
         """For an engine: with the records of its model, head and options, whatever prompts they were made with."""
         runner, path = resolved.runner, record_file(resolved)
         if resolved.method == NO_DRAFTS:
@@ -229,7 +230,7 @@ class Watchdog:
         lowest: dict[float, Expectation] = {}  # several prompt sets are on record: what is under all of them is a fall
         for record in sorted(fitting, key=lambda record: record.acceptance_length):
             lowest.setdefault(record.setting.temperature, record)
-        return cls(Watch(record, parallel) for record in lowest.values())
+        return cls((Watch(record, parallel, window) for record in lowest.values()), window=window)
 
     def watch(self, sampling: SamplingParams) -> Watch | None:
         """What the rounds of a request are to be told to; None if nothing is on record for such a one."""
@@ -247,7 +248,7 @@ class Watchdog:
     def state(self) -> WatchState:
         """Where everything stands."""
         watched = tuple(self._watches[temperature].state() for temperature in sorted(self._watches))
-        return WatchState(self._idle, watched, self._num_unwatched)
+        return WatchState(self._idle, watched, self._num_unwatched, self._window)
 
 
 def _differs(recorded: Setting, here: Setting) -> list[str]:
