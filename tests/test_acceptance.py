@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 
 from checkpoints import Case, Knowing, Right, Sometimes, Wrong, plugin, run, write_tokenizer
 from checkpoints import write as write_model
+from heads import tiny_head
 from outrider import LLM, AcceptanceReport, SamplingParams
 from outrider.bench.acceptance import measure
 from outrider.bench.prompts import PromptSet
@@ -90,9 +92,9 @@ def accept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("abcabcabcabc", "xyxyxyxy", "!!!!!!")))
 
-    def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
-        drafts = ["--draft", "ngram", "-k", "3", "--prompts", str(prompts), "--max-tokens", "24", "--json"]
-        monkeypatch.setattr(sys, "argv", ["outrider", "accept", str(model), *drafts, *arguments])
+    def call(*arguments: str, draft: str = "ngram") -> tuple[int, dict[str, Any], str]:
+        asked = ["--draft", draft, "-k", "3", "--prompts", str(prompts), "--max-tokens", "24", "--json"]
+        monkeypatch.setattr(sys, "argv", ["outrider", "accept", str(model), *asked, *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
         shown = capsys.readouterr()
@@ -122,3 +124,75 @@ def test_the_command(accept: Callable[..., Any], tmp_path: Path) -> None:
     path.write_text("{")
     code, _, err = accept("--expect", str(path))
     assert code == 2 and "acceptance.json" in err
+
+
+def test_with_a_head_its_own_records_are_held(accept: Callable[..., Any], tmp_path: Path) -> None:
+    head = Path(shutil.copytree(tiny_head(True), tmp_path / "head"))
+    path = head / "acceptance.json"
+    code, told, _ = accept(draft=str(head))
+    assert code == 0 and told["passed"] is None and told["expected"] is None and told["not_compared"] == []
+    temperatures = ("--temperature", "0", "--temperature", "0.7")
+    code, told, _ = accept(*temperatures, "--record", str(path), draft=str(head))
+    assert code == 0 and told["passed"] is None and len(read_records(path)) == 2
+    assert str(tmp_path) not in path.read_text(), "a record must hold wherever the head is"
+    moved = shutil.copytree(head, tmp_path / "elsewhere")
+    code, told, _ = accept(*temperatures, draft=str(moved))
+    assert code == 0 and told["passed"] is True and told["method"] == "peagle"
+    assert [run["temperature"] for run in told["runs"]] == [0.0, 0.7] and told["runs"][0]["rates"] == told["rates"]
+    config = json.dumps({"model": str(head), "parallel_drafting": True})
+    code, told, _ = accept("--speculative-config", config, draft="eagle3")
+    assert code == 0 and told["passed"] is True, "another way to say the same"
+    code, told, _ = accept("--temperature", "0.7", "-k", "2", draft=str(head))
+    assert code == 0 and told["passed"] is None and "'num_speculative_tokens': 2" in told["not_compared"][0]
+
+
+def test_each_temperature_is_held_to_its_own_record(accept: Callable[..., Any], tmp_path: Path) -> None:
+    path, often = tmp_path / "acceptance.json", ("--speculative-config", '{"prompt_lookup_min": 1}')
+    accept("--temperature", "0", "--temperature", "1.5", "--record", str(path), *often)
+    greedy, warm = read_records(path)
+    assert greedy.rates != warm.rates
+    write_record(path, replace(warm, rates=(1.0, 1.0, 1.0), drafts=10**6))
+    code, told, _ = accept("--temperature", "0", "--temperature", "1.5", "--expect", str(path), *often)
+    assert code == 1 and told["passed"] is False
+    assert [run["passed"] for run in told["runs"]] == [True, False]
+    assert {departure["temperature"] for departure in told["departures"]} == {1.5} and told["suspect"]
+    code, _, err = accept("--temperature", "0", "--temperature", "0.5", "--expect", str(path), *often)
+    assert code == 2 and "temperature is 0.5" in err
+    code, told, _ = accept("--temperature", "1.5", "--record", str(path), *often)
+    assert code == 0 and told["passed"] is None, "what is recorded anew is not held to what it replaces"
+    assert read_records(path) == [greedy, warm]
+
+
+def test_what_cannot_be_recorded(accept: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "acceptance.json"
+    made_up = ("--verifier", "synthetic", *(["--synthetic-rates", "0.5"] * 3))
+    code, told, err = accept("--record", str(path), *made_up)
+    assert code == 2 and "makes acceptance up" in err and not path.exists()
+    code, told, err = accept(
+        "--record", str(path), "--speculative-config", '{"prompt_lookup_min": 30, "prompt_lookup_max": 30}'
+    )
+    assert code == 2 and "nothing was drafted" in err and not path.exists()
+    path.write_text("[]")
+    code, told, err = accept("--record", str(path))
+    assert code == 2 and told["type"] == "CheckpointError" and path.read_text() == "[]"
+
+
+def test_a_run_does_not_depend_on_those_before_it(accept: Callable[..., Any]) -> None:
+    _, alone, _ = accept("--temperature", "0.8")
+    _, after, _ = accept("--temperature", "0", "--temperature", "0.8")
+    assert alone["per_position"] == after["runs"][1]["per_position"]
+
+
+def test_figures_are_printed(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "abcabcabc"}) + "\n")
+    asked = ["--draft", tiny_head(True), "--prompts", str(prompts), "--temperature", "0", "--temperature", "1"]
+    monkeypatch.setattr(sys, "argv", ["outrider", "accept", str(tiny("qwen3")), *asked])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out = capsys.readouterr().out
+    assert not ended.value.code
+    for part in ("peagle, 4 tokens a round, all in one pass", "95 % interval", "temperature 1:", "ratios", "2 to 3"):
+        assert part in out
