@@ -54,6 +54,6 @@ def _print(figures: dict[str, Any]) -> None:
             rows.add_row(str(depth), f"{accuracy:.3f}", f"{loss:.3f}")
         out.print(rows)
     out.print(
-        f"{figures['steps']} steps, {figures['tokens']} tokens, {figures['tokens_per_second']} a second; "
+        f"{figures['steps']} steps, {figures['tokens']} tokens, {figures['seconds']:.0f} s; "
         f"the head is in [bold]{figures['head']}[/]"
     )

@@ -10,6 +10,7 @@ from outrider.errors import OptionError
 
 DECAYS = ("linear", "cosine")
 LAYER_TYPES = ("llama", "qwen3")
+OPTIMIZERS = ("adamw", "muon")
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -29,7 +30,10 @@ class TrainOptions:
     steps: int | None = option(None, "stop after so many steps")
     epochs: float | None = option(None, "stop after so many passes over the data")
     minutes: float | None = option(None, "stop after so many minutes of training")
-    lr: float = option(1e-4, "highest learning rate")
+    lr: float = option(1e-4, "highest learning rate of AdamW")
+    optimizer: str = option("adamw", "adamw, or muon: Muon for the layers' matrices, AdamW for all else")
+    muon_lr: float = option(0.02, "highest learning rate of Muon")
+    init: str | None = option(None, "head in the speculators format to start from; left out: random weights")
     lr_decay: str = option("linear", "linear or cosine, to zero at the end")
     warmup_steps: int = option(50, "steps over which the learning rate rises")
     weight_decay: float = option(0.0, "AdamW's decay of matrices")
@@ -78,7 +82,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} must be 1 or more: {value}")
-        for name in ("lr", "epochs", "minutes", "grad_clip"):
+        for name in ("lr", "muon_lr", "epochs", "minutes", "grad_clip"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise OptionError(f"{name} must be more than 0: {value}")
@@ -88,7 +92,8 @@ class TrainOptions:
         for name in ("keep_rate", "step_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise OptionError(f"{name} must be in (0, 1]: {getattr(self, name)}")
-        for name, known in (("lr_decay", DECAYS), ("layer_type", LAYER_TYPES), ("dtype", EXPORT_DTYPES)):
+        choices = {"lr_decay": DECAYS, "layer_type": LAYER_TYPES, "dtype": EXPORT_DTYPES, "optimizer": OPTIMIZERS}
+        for name, known in choices.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise OptionError(f"{name} is not known: {value} (known: {', '.join(known)})")

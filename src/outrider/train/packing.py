@@ -30,9 +30,7 @@ class Batch:
     document: Tensor  # number of the document within its row, EMPTY where there is none
     position: Tensor  # within the document
     remaining: Tensor  # tokens of the document that follow
-    untrained: (
-        Tensor  # prompt tokens of the document that follow this one, at most: those whose prediction is not trained
-    )
+    untrained: Tensor  # of those, how many belong to a prompt, whose tokens are not trained
 
     @classmethod
     def of(cls, rows: NDArray[np.int32], device: torch.device) -> Batch:

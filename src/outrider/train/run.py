@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from outrider.errors import CheckpointError, OptionError
-from outrider.load.checkpoint import read_json
+from outrider.load.checkpoint import TensorFile, read_json, weight_files
 from outrider.load.hub import locate
 from outrider.load.tokenizer import Tokenizer
 from outrider.models.config import ModelConfig
@@ -96,6 +96,8 @@ def _train(
     teacher = Teacher(directory, options.max_length, options.feature_layers, world.device, compiled)
     head = Head(head_config(options, method, teacher, vocabulary), vocabulary, method.parallel, compiled)
     head.initialise(teacher, vocabulary, options.seed)
+    if options.init is not None:
+        start_from(head, Path(options.init))
     frozen = not method.trains_embedding if options.freeze_embedding is None else options.freeze_embedding
     head.embed_tokens.weight.requires_grad_(not frozen)
     head.to(world.device)
@@ -135,6 +137,29 @@ def _train(
             write_json(out / ACCEPTANCE, figures["acceptance"])
     world.wait()
     return figures
+
+
+def start_from(head: Head, directory: Path) -> None:
+    """Fills a head from one in the speculators format; an embedding it lacks stays the target's.
+
+    Raises CheckpointError for a head of another shape or method, or with another draft vocabulary.
+    """
+    vocabulary = {"d2t": head.d2t, "t2d": head.t2d}
+    given = {name: TensorFile(file).read(name) for file in weight_files(directory) for name in TensorFile(file).names()}
+    for name, own in vocabulary.items():
+        if name in given and not torch.equal(given.pop(name).to(own), own):
+            raise CheckpointError(f"{directory} drafts another vocabulary: give the same --draft-vocab-size and data")
+    state = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    absent = sorted(set(state) - set(given) - {"embed_tokens.weight"})
+    if absent or set(given) - set(state):
+        raise CheckpointError(
+            f"{directory} is not a head of this shape: it lacks {absent or 'nothing'} and holds besides "
+            f"{sorted(set(given) - set(state)) or 'nothing'}; give the same method, --num-layers and norms"
+        )
+    for name, tensor in given.items():
+        if state[name].shape != tensor.shape:
+            raise CheckpointError(f"{name} in {directory} is {list(tensor.shape)}, not {list(state[name].shape)}")
+        state[name].copy_(tensor)
 
 
 def head_config(

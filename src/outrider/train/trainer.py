@@ -106,52 +106,71 @@ class Trainer:
         self.num_rows = options.batch_tokens // options.max_length  # over all processes
         self.progress = Progress()
         self._parameters = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in self._parameters if parameter.dim() > 1]
-        vectors = [parameter for parameter in self._parameters if parameter.dim() == 1]
-        groups = [
-            {"params": matrices, "weight_decay": options.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=world.device.type == "cuda")
+        self.optimizers = self._make_optimizers()
         if options.resume:
             self._load()
 
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW for everything, or Muon for the matrices between embedding and lm_head, whose updates it equalises."""
+        options, fused = self.options, self.world.device.type == "cuda"
+        trained = {name: parameter for name, parameter in self.head.named_parameters() if parameter.requires_grad}
+        inner = [parameter for name, parameter in trained.items() if name.startswith(("layers.", "fc."))]
+        by_muon = [parameter for parameter in inner if parameter.dim() == 2 and options.optimizer == "muon"]
+        others = [parameter for parameter in trained.values() if not any(parameter is one for one in by_muon)]
+        groups = [
+            {"params": [each for each in others if each.dim() > 1], "weight_decay": options.weight_decay},
+            {"params": [each for each in others if each.dim() == 1], "weight_decay": 0.0},
+        ]
+        made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=fused)]
+        if by_muon:
+            decay = options.weight_decay
+            made.append(torch.optim.Muon(by_muon, lr=options.muon_lr, weight_decay=decay, adjust_lr_fn="original"))
+        for optimizer in made:
+            for group in optimizer.param_groups:
+                group["highest_lr"] = group["lr"]
+        return made
+
     def train(self, documents: Documents, held_out: Documents | None) -> dict[str, Any]:
         """Trains to the end; returns the final figures. Raises DivergedError if the loss is lost."""
-        stream = Stream(documents, self.options.max_length, self.options.seed, self.progress.epoch, self.progress.row)
-        before, began = self.progress.seconds, time.perf_counter()
-        share, sums, last = self._share(stream.epochs), self._no_sums(), (began, self.progress.tokens)
+        options, progress = self.options, self.progress
+        stream = Stream(documents, options.max_length, options.seed, progress.epoch, progress.row)
+        before, began, epochs = progress.seconds, time.perf_counter(), stream.epochs
+        share, sums, last = self._share(epochs), self._no_sums(), (began, progress.tokens)
+        settled = None  # time and tokens when the first line was logged: all is compiled by then
         with ThreadPoolExecutor(1) as pool:
             coming = self._fetch(pool, stream)
             while share < 1:
-                (rows, epochs, epoch, row), used = coming.result(), self.progress.step
+                rows, epochs, epoch, row = coming.result()
                 coming = self._fetch(pool, stream)
                 rate = self._rate(share)
                 sums += self._step(rows, rate)
-                progress = self.progress
-                progress.step, progress.epoch, progress.row = used + 1, epoch, row
-                progress.tokens += self.options.batch_tokens
-                at_log = progress.step % self.options.log_every == 0
-                if at_log:
-                    last = self._log(sums, rate, last)
-                    sums = self._no_sums()
+                progress.step, progress.epoch, progress.row = progress.step + 1, epoch, row
+                progress.tokens += options.batch_tokens
+                figures = None
+                if progress.step % options.log_every == 0:
+                    figures, last = self._log(sums, rate, last)
+                    sums, settled = self._no_sums(), settled or last
                 progress.seconds = before + time.perf_counter() - began
-                if self.options.minutes is None or at_log:  # others would have to be asked at every step
+                if options.minutes is None or figures is not None:  # the clock is read where the device is waited for
                     share = self._share(epochs)
-                if self._due(self.options.eval_every, share):
+                if figures is not None and self._report is not None and self.world.is_first:
+                    accuracy = " ".join(f"{value:.2f}" for value in figures.accuracy)
+                    self._report(share, f"loss {figures.mean_loss:.3f}, accuracy {accuracy}")
+                if self._due(options.eval_every, share):
                     self._write({"step": progress.step, "held_out": self._evaluated(held_out)})
-                if self._due(self.options.save_every, share):
+                if self._due(options.save_every, share):
                     self.save()
-            coming.cancel()
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
+        since, tokens = settled or (began, progress.tokens)
+        now, tokens = time.perf_counter(), progress.tokens - tokens
         self.save()
         return {
-            "steps": self.progress.step,
-            "tokens": self.progress.tokens,
-            "epochs": epochs if self.progress.step else 0.0,
-            "seconds": round(self.progress.seconds, 2),
-            "tokens_per_second": round(self.progress.tokens / max(self.progress.seconds, 1e-9)),
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "epochs": epochs,
+            "seconds": round(progress.seconds, 2),
+            "tokens_per_second": round(tokens / (now - since)) if tokens else None,
             "peak_memory": self._peak_memory(),
             "held_out": self._evaluated(held_out),
         }
@@ -169,18 +188,19 @@ class Trainer:
         sums = self._run(batch, uniform, backward=True)
         self.world.add_gradients(self._parameters)
         torch.nn.utils.clip_grad_norm_(self._parameters, self.options.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["highest_lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return sums
 
     def _run(self, batch: Batch, uniform: Tensor, backward: bool) -> Tensor:
+        """Evaluation is the same pass without its backward half, so that nothing is compiled for it anew."""
         truth = self.teacher.truth(batch, self._vocabulary)
-        with torch.set_grad_enabled(backward):
-            elements = self.objective.elements(batch, truth, uniform)
-            weights = self.objective.weights(self.world.add(elements.counts()))
-            return self.objective.run(batch, truth, elements, weights, backward)
+        elements = self.objective.elements(batch, truth, uniform)
+        weights = self.objective.weights(self.world.add(elements.counts()))
+        return self.objective.run(batch, truth, elements, weights, backward)
 
     def _shard(self, rows: NDArray[np.int32], step: int) -> tuple[Batch, Tensor]:
         """This process's rows, and random numbers that depend on (seed, step, row) and not on who has the row."""
@@ -221,17 +241,17 @@ class Trainer:
         return max(shares)
 
     def _rate(self, share: float) -> float:
-        """The learning rate: a linear rise, then the decay asked for."""
+        """Share of the highest learning rate: a linear rise, then the decay asked for."""
         left = max(0.0, 1 - share)
         decay = left if self.options.lr_decay == "linear" else 0.5 * (1 - math.cos(math.pi * left))
         rise = min(1.0, (self.progress.step + 1) / max(1, self.options.warmup_steps))
-        return self.options.lr * rise * decay
+        return rise * decay
 
     def _due(self, every: int | None, share: float) -> bool:
         """Whether the step just done is one of every so many; the last is taken care of at the end."""
         return every is not None and share < 1 and self.progress.step % every == 0
 
-    def _log(self, sums: Tensor, rate: float, last: tuple[float, int]) -> tuple[float, int]:
+    def _log(self, sums: Tensor, rate: float, last: tuple[float, int]) -> tuple[Figures, tuple[float, int]]:
         """Writes a line on the steps since the last; the only place in the loop that waits for the device."""
         figures, now = Figures.of(self.world.add(sums)), time.perf_counter()
         progress = self.progress
@@ -243,16 +263,17 @@ class Trainer:
             raise DataError(
                 f"no token was trained up to step {progress.step}: documents are too short, or all of them is prompt"
             )
-        record = {"step": progress.step, "epoch": progress.epoch, "tokens": progress.tokens, "lr": rate}
+        record = {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "tokens": progress.tokens,
+            "lr": rate * self.options.lr,
+        }
         record |= figures.to_dict()
         record["tokens_per_second"] = round((progress.tokens - last[1]) / (now - last[0]))
         record["peak_memory"] = self._peak_memory()
         self._write(record)
-        if self._report is not None and self.world.is_first:
-            accuracy = " ".join(f"{value:.2f}" for value in figures.accuracy)
-            share = self._share(progress.epoch)
-            self._report(share, f"loss {figures.mean_loss:.3f}, accuracy {accuracy}")
-        return now, progress.tokens
+        return figures, (now, progress.tokens)
 
     def _peak_memory(self) -> int:
         """Bytes: the most the GPU's allocator held, or what this process holds."""
@@ -270,7 +291,7 @@ class Trainer:
         if self.world.is_first:
             state = {
                 "head": self.head.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "progress": asdict(self.progress),
                 "options": asdict(self.options),
             }
@@ -291,7 +312,8 @@ class Trainer:
             if name not in MAY_CHANGE and _plain(value) != _plain(then):
                 raise OptionError(f"{path} was made with {name} {then}, not {value}: resume with what it was made with")
         self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
         if self.world.is_first and (self.out / LOG).exists():
             lines = (self.out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)

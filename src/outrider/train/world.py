@@ -48,7 +48,7 @@ class World:
         if chosen.type == "cuda":
             if (chosen.index or 0) >= torch.cuda.device_count():
                 raise OptionError(f"no such device: {device}; torch sees {torch.cuda.device_count()} CUDA devices")
-            torch.cuda.set_device(chosen)
+            torch.cuda.set_device(chosen.index or 0)
         if size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
         return cls(rank, size, chosen)
