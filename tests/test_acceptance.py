@@ -1,17 +1,12 @@
-"""Acceptance is counted exactly, and a collapse of it is noticed, wherever it begins.
-
-A report is a sample: the same drafter measured again must pass, and each way to be worse (or better)
-must not. Rounds are drawn with a fixed seed; a round's drafts stand up to the first that falls.
-"""
+"""Acceptance is counted exactly on a running engine, and `outrider accept` tells a head gone wrong from a right one."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import random
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,189 +14,12 @@ import pytest
 
 from checkpoints import Case, Knowing, Right, Sometimes, Wrong, plugin, run, write_tokenizer
 from checkpoints import write as write_model
-from outrider import LLM, AcceptanceReport, CheckpointError, SamplingParams
-from outrider.bench.acceptance import Expectation, Setting, departures, interval, measure, mismatches, summary, suspect
+from heads import tiny_head
+from outrider import LLM, AcceptanceReport, SamplingParams
+from outrider.bench.acceptance import measure
 from outrider.bench.prompts import PromptSet
 from outrider.cli.main import main
-from outrider.core.output import AcceptanceTally
-
-RATES = (0.675, 0.376, 0.196, 0.084)
-"""Of P-EAGLE on Qwen3-8B, as vLLM's own test expects them."""
-
-DRAFTS = 4000
-
-
-SETTING = Setting(
-    model="fedcba9876543210",
-    dtype="float32",
-    method="ngram",
-    draft_options={"num_speculative_tokens": 4},
-    verifier="exact",
-    prompts="0123456789abcdef",
-    max_tokens=128,
-    temperature=0.0,
-)
-
-
-def sample(rates: Sequence[float], seed: int, drafts: int = DRAFTS) -> AcceptanceReport:
-    """Rounds drawn with these rates."""
-    rng = random.Random(seed)
-    tally = AcceptanceTally(len(rates))
-    for _ in range(drafts):
-        luck = rng.random()
-        tally.record(len(rates), sum(luck < rate for rate in rates))
-    return tally.report()
-
-
-def record(report: AcceptanceReport, **changes: Any) -> Expectation:
-    """The report as an expectation."""
-    return replace(
-        Expectation.of(replace(SETTING, draft_options={"num_speculative_tokens": len(report.rates)}), report), **changes
-    )
-
-
-def positions(expected: Expectation, report: AcceptanceReport) -> set[tuple[str, int]]:
-    return {(departure.figure, departure.position) for departure in departures(expected, report)}
-
-
-def test_the_same_report_passes() -> None:
-    report = sample(RATES, 1)
-    assert departures(record(report), report) == []
-    told = summary(SETTING, record(report), report, [])
-    assert told["passed"] is True and told["departures"] == [] and told["suspect"] is None
-
-
-@pytest.mark.parametrize("drafts", [100, 300, 2000])
-def test_measuring_again_seldom_raises_an_alarm(drafts: int) -> None:
-    # each of 7 figures has a band of 3 standard deviations (0.3 % outside), and some tolerance besides
-    alarms = 0
-    for seed in range(300):
-        expected = record(sample(RATES, seed, drafts))
-        alarms += bool(departures(expected, sample(RATES, 10_000 + seed, drafts)))
-    assert alarms <= 300 * 0.03
-
-
-FAULTS: dict[str, tuple[tuple[float, ...], set[tuple[str, int]]]] = {
-    "every position": (tuple(0.7 * rate for rate in RATES), {("rate", 0), ("rate", 1), ("rate", 2)}),
-    "all but the first": ((0.675, 0.20, 0.06, 0.02), {("rate", 1), ("ratio", 1)}),
-    "after the first all but gone": ((0.675, 0.05, 0.002, 0.0), {("rate", 1), ("ratio", 1), ("rate", 3)}),
-    "the last only": ((0.675, 0.376, 0.196, 0.03), {("rate", 3), ("ratio", 3)}),
-    "nothing stands": ((0.0, 0.0, 0.0, 0.0), {("rate", 0), ("rate", 1), ("rate", 2), ("rate", 3)}),
-    "everything stands": ((1.0, 1.0, 1.0, 1.0), {("rate", 0), ("ratio", 3)}),
-    "a little too high": (tuple(1.15 * rate for rate in RATES), {("rate", 0)}),
-    "the first higher, the rest as before": ((0.85, 0.376, 0.196, 0.084), {("rate", 0), ("ratio", 1)}),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_departures_are_found(fault: str) -> None:
-    rates, least = FAULTS[fault]
-    expected = record(sample(RATES, 1))
-    for seed in range(20):
-        report = sample(rates, seed)
-        assert least <= positions(expected, report)
-        found = departures(expected, report)
-        assert all(not departure.low <= departure.measured <= departure.high for departure in found)
-        assert all(f"{departure.measured:.3f}" in str(departure) for departure in found)
-        assert summary(SETTING, expected, report, found)["passed"] is False
-
-
-def test_ratios_catch_what_rates_within_their_bands_hide() -> None:
-    # every rate at the edge of what is let pass, the first above and the second below
-    expected = record(AcceptanceReport(10**6, 2 * 10**6, 900_000, (500_000, 400_000)))
-    report = AcceptanceReport(10**6, 2 * 10**6, 905_000, (523_000, 382_000))
-    assert positions(expected, report) == {("ratio", 1)}
-
-
-def test_the_suspected_cause_follows_the_pattern() -> None:
-    expected = record(sample(RATES, 1))
-    told = {fault: suspect(departures(expected, sample(rates, 2))) for fault, (rates, _) in FAULTS.items()}
-    assert "every position fell" in told["every position"]
-    assert "positions before 1 are as recorded" in told["all but the first"]
-    assert "positions before 3 are as recorded" in told["the last only"]
-    assert "higher than recorded" in told["everything stands"]
-
-
-def test_a_drafter_that_stopped_drafting_is_noticed() -> None:
-    expected = record(sample(RATES, 1))
-    for report in (AcceptanceReport(0, 0, 0, (0, 0, 0, 0)), AcceptanceReport()):
-        assert departures(expected, report), "no drafts at all passed for as many as were recorded"
-
-
-def test_intervals() -> None:
-    for rate, trials in itertools.product((0.0, 0.1, 0.5, 0.97, 1.0), (1, 10, 1000)):
-        low, high = interval(rate, trials)
-        assert -1e-9 <= low <= rate + 1e-9 and rate - 1e-9 <= high <= 1 + 1e-9
-    assert interval(0.3, 0) == (0.0, 1.0)
-    covered = 0
-    for seed in range(300):
-        low, high = interval(sample((0.4,), seed, 150).rates[0], 150)
-        covered += low <= 0.4 <= high
-    assert 0.92 <= covered / 300 <= 0.98, "a 95 % interval"
-
-
-def test_what_cannot_be_compared() -> None:
-    assert mismatches(SETTING, SETTING) == []
-    changes: dict[str, Any] = {
-        "model": "0" * 16,
-        "dtype": "bfloat16",
-        "method": "other",
-        "draft_options": {"num_speculative_tokens": 4, "prompt_lookup_min": 1},
-        "verifier": "synthetic",
-        "prompts": "f" * 16,
-        "max_tokens": 7,
-        "temperature": 0.5,
-    }
-    assert changes.keys() == {entry.name for entry in fields(Setting)}
-    for name, value in changes.items():
-        (found,) = mismatches(SETTING, replace(SETTING, **{name: value}))
-        assert name in found and str(value) in found and str(getattr(SETTING, name)) in found
-
-
-def test_prompt_sets_are_told_apart() -> None:
-    sets = [("a", "b"), ("b", "a"), ("a",), ("a", "b "), ("ab",)]
-    assert len({PromptSet("x", texts).hash for texts in sets}) == len(sets)
-    assert PromptSet("x", ("a",)).hash == PromptSet("y", ("a",)).hash
-
-
-def test_recorded_and_read(tmp_path: Path) -> None:
-    expected = record(sample(RATES, 1), tolerance=0.07)
-    path = tmp_path / "deep" / "acceptance.json"
-    expected.write(path)
-    assert Expectation.read(path) == expected
-
-
-BROKEN = {
-    "missing": None,
-    "not-json": "{",
-    "no-object": "[1]",
-    "key-missing": {"rates": ...},
-    "key-unknown": {"colour": "red"},
-    "rates-of-nothing": {"rates": None},
-    "rates-of-text": {"rates": ["a", "b", "c", "d"]},
-    "another-k": {"rates": [0.5, 0.2]},
-    "setting-of-nothing": {"setting": None},
-    "setting-unknown": {"setting": {"colour": "red"}},
-    "drafts-of-text": {"drafts": "many"},
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_record(name: str, tmp_path: Path) -> None:
-    path, broken = tmp_path / "acceptance.json", BROKEN[name]
-    record(sample(RATES, 1)).write(path)
-    if broken is None:
-        path.unlink()
-    elif isinstance(broken, str):
-        path.write_text(broken)
-    else:
-        whole = {**json.loads(path.read_text()), **broken}
-        path.write_text(json.dumps({key: value for key, value in whole.items() if value is not ...}))
-    with pytest.raises(CheckpointError, match=str(path)):
-        Expectation.read(path)
-
-
-# On a running engine.
+from outrider.core.acceptance import read_records, write_record
 
 K = 4
 
@@ -251,6 +69,12 @@ def test_sometimes_right(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(total.per_position) == total.accepted and sorted(total.per_position)[::-1] == list(total.per_position)
 
 
+def test_prompt_sets_are_told_apart() -> None:
+    sets = [("a", "b"), ("b", "a"), ("a",), ("a", "b "), ("ab",)]
+    assert len({PromptSet("x", texts).hash for texts in sets}) == len(sets)
+    assert PromptSet("x", ("a",)).hash == PromptSet("y", ("a",)).hash
+
+
 def test_measuring_adds_up_all_prompts(served: Any) -> None:
     drafting = {"method": "ngram", "num_speculative_tokens": K, "prompt_lookup_min": 1}
     sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -268,9 +92,9 @@ def accept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("abcabcabcabc", "xyxyxyxy", "!!!!!!")))
 
-    def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
-        drafts = ["--draft", "ngram", "-k", "3", "--prompts", str(prompts), "--max-tokens", "24", "--json"]
-        monkeypatch.setattr(sys, "argv", ["outrider", "accept", str(model), *drafts, *arguments])
+    def call(*arguments: str, draft: str = "ngram") -> tuple[int, dict[str, Any], str]:
+        asked = ["--draft", draft, "-k", "3", "--prompts", str(prompts), "--max-tokens", "24", "--json"]
+        monkeypatch.setattr(sys, "argv", ["outrider", "accept", str(model), *asked, *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
         shown = capsys.readouterr()
@@ -286,11 +110,11 @@ def test_the_command(accept: Callable[..., Any], tmp_path: Path) -> None:
     assert {"ratios", "acceptance_length", "expected", "departures"} <= told.keys()
     code, told, _ = accept("--expect", str(path))
     assert code == 0 and told["passed"] is True and told["expected"]["rates"] == told["rates"]
-    lower = Expectation.read(path)
-    replace(lower, rates=(1.0, 1.0, 1.0), drafts=10**6).write(path)
+    (lower,) = read_records(path)
+    write_record(path, replace(lower, rates=(1.0, 1.0, 1.0), drafts=10**6))
     code, told, _ = accept("--expect", str(path))
     assert code == 1 and told["passed"] is False and told["departures"][0]["position"] == 0
-    lower.write(path)
+    write_record(path, lower)
     for flags, message in (
         (("-k", "2"), "'num_speculative_tokens': 2"),
         (("--num-prompts", "2"), "prompts is"),
@@ -300,3 +124,75 @@ def test_the_command(accept: Callable[..., Any], tmp_path: Path) -> None:
     path.write_text("{")
     code, _, err = accept("--expect", str(path))
     assert code == 2 and "acceptance.json" in err
+
+
+def test_with_a_head_its_own_records_are_held(accept: Callable[..., Any], tmp_path: Path) -> None:
+    head = Path(shutil.copytree(tiny_head(True), tmp_path / "head"))
+    path = head / "acceptance.json"
+    code, told, _ = accept(draft=str(head))
+    assert code == 0 and told["passed"] is None and told["expected"] is None and told["not_compared"] == []
+    temperatures = ("--temperature", "0", "--temperature", "0.7")
+    code, told, _ = accept(*temperatures, "--record", str(path), draft=str(head))
+    assert code == 0 and told["passed"] is None and len(read_records(path)) == 2
+    assert str(tmp_path) not in path.read_text(), "a record must hold wherever the head is"
+    moved = shutil.copytree(head, tmp_path / "elsewhere")
+    code, told, _ = accept(*temperatures, draft=str(moved))
+    assert code == 0 and told["passed"] is True and told["method"] == "peagle"
+    assert [run["temperature"] for run in told["runs"]] == [0.0, 0.7] and told["runs"][0]["rates"] == told["rates"]
+    config = json.dumps({"model": str(head), "parallel_drafting": True})
+    code, told, _ = accept("--speculative-config", config, draft="eagle3")
+    assert code == 0 and told["passed"] is True, "another way to say the same"
+    code, told, _ = accept("--temperature", "0.7", "-k", "2", draft=str(head))
+    assert code == 0 and told["passed"] is None and "'num_speculative_tokens': 2" in told["not_compared"][0]
+
+
+def test_each_temperature_is_held_to_its_own_record(accept: Callable[..., Any], tmp_path: Path) -> None:
+    path, often = tmp_path / "acceptance.json", ("--speculative-config", '{"prompt_lookup_min": 1}')
+    accept("--temperature", "0", "--temperature", "1.5", "--record", str(path), *often)
+    greedy, warm = read_records(path)
+    assert greedy.rates != warm.rates
+    write_record(path, replace(warm, rates=(1.0, 1.0, 1.0), drafts=10**6))
+    code, told, _ = accept("--temperature", "0", "--temperature", "1.5", "--expect", str(path), *often)
+    assert code == 1 and told["passed"] is False
+    assert [run["passed"] for run in told["runs"]] == [True, False]
+    assert {departure["temperature"] for departure in told["departures"]} == {1.5} and told["suspect"]
+    code, _, err = accept("--temperature", "0", "--temperature", "0.5", "--expect", str(path), *often)
+    assert code == 2 and "temperature is 0.5" in err
+    code, told, _ = accept("--temperature", "1.5", "--record", str(path), *often)
+    assert code == 0 and told["passed"] is None, "what is recorded anew is not held to what it replaces"
+    assert read_records(path) == [greedy, warm]
+
+
+def test_what_cannot_be_recorded(accept: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "acceptance.json"
+    made_up = ("--verifier", "synthetic", *(["--synthetic-rates", "0.5"] * 3))
+    code, told, err = accept("--record", str(path), *made_up)
+    assert code == 2 and "makes acceptance up" in err and not path.exists()
+    code, told, err = accept(
+        "--record", str(path), "--speculative-config", '{"prompt_lookup_min": 30, "prompt_lookup_max": 30}'
+    )
+    assert code == 2 and "nothing was drafted" in err and not path.exists()
+    path.write_text("[]")
+    code, told, err = accept("--record", str(path))
+    assert code == 2 and told["type"] == "CheckpointError" and path.read_text() == "[]"
+
+
+def test_a_run_does_not_depend_on_those_before_it(accept: Callable[..., Any]) -> None:
+    _, alone, _ = accept("--temperature", "0.8")
+    _, after, _ = accept("--temperature", "0", "--temperature", "0.8")
+    assert alone["per_position"] == after["runs"][1]["per_position"]
+
+
+def test_figures_are_printed(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "abcabcabc"}) + "\n")
+    asked = ["--draft", tiny_head(True), "--prompts", str(prompts), "--temperature", "0", "--temperature", "1"]
+    monkeypatch.setattr(sys, "argv", ["outrider", "accept", str(tiny("qwen3")), *asked])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out = capsys.readouterr().out
+    assert not ended.value.code
+    for part in ("peagle, 4 tokens a round, all in one pass", "95 % interval", "temperature 1:", "ratios", "2 to 3"):
+        assert part in out

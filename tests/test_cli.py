@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from heads import TAPS, head_tensors, tiny_head
 from outrider.cli import main as cli
+from outrider.cli.common import Drafting
+from outrider.draft.registry import FOR_BUNDLED, names_head
+from outrider.load.hub import BUNDLED, BUNDLED_HEADS
 
 SHORT = ["--max-tokens", "12"]
 
@@ -70,6 +75,69 @@ def test_explain_json(outrider: Any) -> None:
     assert result["passed_over"] == [] and result["memory"]["num_blocks"] > 0
 
 
+def test_explain_shows_the_head(outrider: Any, tiny: Callable[..., Path]) -> None:
+    model, head = str(tiny("qwen3")), tiny_head(True)
+    code, out, _ = outrider("explain", model, "--draft", head, "-k", "3", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["method"] == "peagle" and told["num_speculative_tokens"] == 3
+    assert told["head"].items() >= {"directory": head, "layout": "speculators peagle", "parallel": True}.items()
+    assert told["head"]["taps"] == TAPS and told["head"]["num_layers"] == 2
+    share, plan = told["memory"]["drafter"], told["memory"]
+    assert share["weights"] == sum(tensor.nbytes for tensor in head_tensors(True).values())
+    assert 0 < share["cache"] < plan["cache"] and 0 < share["workspace"] < plan["workspace"]
+    code, out, _ = outrider("explain", model, "--draft", head)
+    assert code == 0 and "all in one pass" in out and head in out and "enters layers 0, 1, 2" in out
+    _, out, _ = outrider("explain", model, "--draft", tiny_head(False))
+    assert "eagle3, 4 tokens a round, one after another" in out
+    _, out, _ = outrider("explain", model, "--draft", "ngram", "--json")
+    assert json.loads(out)["head"] is None and json.loads(out)["memory"]["drafter"] == dict.fromkeys(share, 0)
+
+
+def test_generate_says_how_it_drafts(outrider: Any, tiny: Callable[..., Path]) -> None:
+    asked = ["generate", str(tiny("qwen3")), "--prompt", "abc", *SHORT]
+    _, out, _ = outrider(*asked, "--draft", tiny_head(False), "-k", "2", "--json")
+    told = json.loads(out)
+    assert (told["method"], told["num_speculative_tokens"], told["parallel_drafting"]) == ("eagle3", 2, False)
+    _, out, _ = outrider(*asked, "--speculative-config", json.dumps({"model": tiny_head(True)}), "--json")
+    assert (json.loads(out)["method"], json.loads(out)["parallel_drafting"]) == ("peagle", True)
+    _, _, err = outrider(*asked, "--draft", tiny_head(True))
+    assert "peagle, 4 tokens a round, all in one pass" in err
+    _, out, _ = outrider(*asked, "--json")
+    assert (json.loads(out)["method"], json.loads(out)["parallel_drafting"]) == ("ngram", None), "a model of one's own"
+
+
+def test_the_bundled_model_drafts_with_its_own_head(outrider: Any) -> None:
+    has_head = (BUNDLED_HEADS / "peagle").is_dir()
+    assert (FOR_BUNDLED == "peagle") == has_head and FOR_BUNDLED in ("peagle", "ngram")
+    _, out, _ = outrider("generate", "--prompt", "import os\n", "--json", *SHORT)
+    assert json.loads(out)["method"] == FOR_BUNDLED
+    _, out, _ = outrider("explain", "-k", "3", "--json")
+    assert json.loads(out)["method"] == FOR_BUNDLED
+    _, out, _ = outrider("explain", "--json")
+    assert json.loads(out)["method"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("draft", "is_head"),
+    [
+        ("ngram", False),
+        ("none", False),
+        ("my_drafter:LastTime", False),
+        ("ngrams", False),
+        ("owner/name", True),
+        ("./head", True),
+        ("~/head", True),
+        ("/no/such/head", True),
+        ("tests", True),
+    ],
+)
+def test_what_a_draft_names(draft: str, is_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert names_head(draft) == is_head
+    key = "model" if is_head else "method"
+    assert Drafting(draft=draft).config(None, True) == (None if draft == "none" else {key: draft})
+
+
 def test_errors_are_json_too(outrider: Any) -> None:
     code, out, _ = outrider("explain", "/no/such/model", "--json")
     assert code == 2 and json.loads(out)["type"] == "CheckpointError"
@@ -111,7 +179,8 @@ def test_accept_json_and_record_and_departure(outrider: Any, tmp_path: Path) -> 
     code, out, _ = outrider("accept", "--expect", str(expectation), *few)
     assert code == 0 and json.loads(out)["passed"] is True
     recorded = json.loads(expectation.read_text())
-    recorded["rates"], recorded["drafts"] = [min(1.0, rate + 0.5) for rate in recorded["rates"]], 100_000
+    (only,) = recorded["records"]
+    only["rates"], only["drafts"] = [min(1.0, rate + 0.5) for rate in only["rates"]], 100_000
     expectation.write_text(json.dumps(recorded))
     code, out, _ = outrider("accept", "--expect", str(expectation), *few)
     assert code == 1 and json.loads(out)["departures"]
@@ -159,6 +228,12 @@ def test_bench_json(outrider: Any, kind: str) -> None:
         (["generate", "--prompt", "a", "--draft", "nowhere:Class"], "nowhere"),
         (["generate", "--prompt", "a", "--speculative-config", "{"], "not JSON"),
         (["explain", "--draft", "none", "--speculative-config", '{"method": "ngram"}'], "contradicts"),
+        (["explain", "--draft", "/no/such/head"], "no model directory: /no/such/head"),
+        (["explain", "--draft", "a/b", "--speculative-config", '{"model": "c/d"}'], "model a/b contradicts"),
+        (["explain", "--draft", str(BUNDLED / "model")], "is not a draft head"),
+        (["explain", "--draft", tiny_head(True)], "hidden size of 48, not 256"),
+        (["explain", "--draft", "eagle3", "--speculative-config", json.dumps({"model": tiny_head(True)})], "peagle"),
+        (["accept", "--temperature", "-1"], "--temperature"),
         (["explain", "-k", "3", "--speculative-config", '{"num_speculative_tokens": 4}'], "contradicts"),
         (["explain", "--speculative-config", '{"method": "none", "num_speculative_tokens": 3}'], "drafts nothing"),
         (["explain", "--max-num-batched-tokens", "64"], "max_num_seqs 128"),

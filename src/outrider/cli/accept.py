@@ -9,24 +9,16 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from outrider.bench.acceptance import (
-    Departure,
-    Expectation,
-    Setting,
-    departures,
-    interval,
-    measure,
-    mismatches,
-    summary,
-    suspect,
-)
+from outrider.bench.acceptance import Comparison, measure, setting_of_run, summary
 from outrider.bench.prompts import HELD_OUT, read_prompts
 from outrider.cli.common import (
     Drafting,
     Json,
     Model,
     counting,
+    describe_drafting,
     drafting_flags,
+    drafts_in_one_pass,
     engine_flags,
     engine_options,
     loading,
@@ -36,12 +28,12 @@ from outrider.cli.common import (
     table,
 )
 from outrider.config import EngineOptions
-from outrider.core.output import AcceptanceReport
+from outrider.core.acceptance import Expectation, Setting, find, interval, read_records, why_not_found, write_record
 from outrider.core.sampling import SamplingParams
-from outrider.draft.registry import NO_DRAFTS, WITHOUT_WEIGHTS
+from outrider.draft.registry import NO_DRAFTS
 from outrider.engine.llm import LLM
+from outrider.engine.recorded import record_file
 from outrider.errors import OptionError
-from outrider.load.hub import BUNDLED
 
 
 @engine_flags
@@ -53,70 +45,127 @@ def accept(
     prompts: Annotated[Path, typer.Option(help="JSONL file with a prompt a line")] = HELD_OUT,
     num_prompts: Annotated[int | None, typer.Option(min=1, help="only the first so many; left out: all")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate a prompt")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token")] = 0.0,
-    expect: Annotated[Path | None, typer.Option(help="recorded expectation; left out: the bundled model's own")] = None,
-    record: Annotated[Path | None, typer.Option(help="write what was measured as the expectation")] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.0, help="0, which is the default, takes the most likely token; repeat it to measure at several"
+        ),
+    ] = None,
+    expect: Annotated[
+        Path | None,
+        typer.Option(help="records to compare with; left out: acceptance.json beside the head, or the bundled model's"),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="put what was measured into this acceptance.json; compares only if --expect is given too"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure acceptance by position. Exit code 1, with the position, if it left the recorded band."""
-    options = engine_options(engine, drafting, model, WITHOUT_WEIGHTS)
+    """Measure acceptance by position. Exit code 1, with the position and a likely cause, if it left its band."""
+    options = engine_options(engine, drafting, model, drafts=True)
     if options.speculative_config is None:
         raise OptionError(f"accept measures drafts: give --draft a method other than {NO_DRAFTS}")
-    if record is not None and (record.is_dir() or not record.parent.is_dir()):
-        raise OptionError(f"--record must name a file in a directory that exists: {record}")
-    expected = None if expect is None else Expectation.read(expect)
+    if record is not None:
+        _check_record(record)
+    records = None if expect is None else read_records(expect)
     asked = read_prompts(prompts).first(num_prompts)
-    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    samplings = [
+        SamplingParams(temperature=each, max_tokens=max_tokens) for each in dict.fromkeys(temperature or [0.0])
+    ]
     with loading(quiet=as_json) as progress:
         llm = LLM.from_options(options, progress)
-    setting = Setting.of(llm, asked, sampling)
-    say_if_unfaithful(llm.engine.resolved.runner.verifier.faithful, setting.verifier)
-    if expected is None and options.model is None:
-        expected = _bundled(setting)
-    differing = [] if expected is None else mismatches(expected.setting, setting)
-    if expect is not None and differing:
-        raise OptionError(f"{expect} cannot be compared with this run: {'; '.join(differing)}")
-    with counting("prompts", quiet=as_json) as count:
-        report = measure(llm, asked, sampling, count)
-    if record is not None:
-        Expectation.of(setting, report).write(record)
-    compared = expected if expected is not None and not differing else None
-    found = departures(compared, report) if compared else []
+    verifier = llm.engine.resolved.runner.verifier
+    say_if_unfaithful(verifier.faithful, verifier.name)
+    if record is not None and not verifier.faithful:
+        raise OptionError(f"verifier {verifier.name} makes acceptance up: drop --record or the verifier")
+    settings = [setting_of_run(llm, asked, sampling) for sampling in samplings]
+    if expect is not None:
+        _check_comparable(expect, records or [], settings)
+    elif record is None:
+        records = _own_records(llm)
+    parallel = drafts_in_one_pass(llm.engine.resolved)
+    runs = []
+    for setting, sampling in zip(settings, samplings, strict=True):
+        with counting(f"prompts at temperature {sampling.temperature:g}", quiet=as_json) as count:
+            report = measure(llm, asked, sampling, count)
+        runs.append(Comparison.of(setting, report, records, parallel))
+        if record is not None:
+            _record(record, runs[-1])
     if as_json:
-        print_json(summary(setting, compared, report, found) | {"not_compared": differing})
+        print_json(summary(runs))
     else:
-        _print(setting, compared, report)
-        _print_verdict(compared, found, differing)
-    if found:
+        _print(llm, runs)
+    if any(run.passed is False for run in runs):
         raise typer.Exit(1)
 
 
-def _bundled(setting: Setting) -> Expectation | None:
-    """The record that comes with the bundled model for a method, if there is one."""
-    path = BUNDLED / "acceptance" / f"{setting.method}.json"
-    return Expectation.read(path) if path.exists() else None
+def _check_record(record: Path) -> None:
+    """Before anything is run: a path that cannot be written, or a file that is no acceptance.json, is told at once."""
+    if record.is_dir() or not record.parent.is_dir():
+        raise OptionError(f"--record must name a file in a directory that exists: {record}")
+    if record.exists():
+        read_records(record)
 
 
-def _print_verdict(expected: Expectation | None, found: Sequence[Departure], differing: Sequence[str]) -> None:
-    for departure in found:
-        out.print(f"[bold red]departed[/] {departure}")
-    if found:
-        out.print(f"suspected cause: {suspect(found)}")
-    elif expected:
-        out.print("[green]as recorded[/]")
-    elif differing:
-        out.print(f"[yellow]not compared with the bundled record[/]: {escape('; '.join(differing))}")
-    else:
-        out.print("[dim]no record to compare with; --record FILE makes one[/]")
+def _check_comparable(expect: Path, records: Sequence[Expectation], settings: Sequence[Setting]) -> None:
+    for setting in settings:
+        if find(records, setting) is None:
+            differing = "; ".join(why_not_found(records, setting))
+            raise OptionError(f"{expect} cannot be compared with this run: {differing}")
 
 
-def _print(setting: Setting, expected: Expectation | None, report: AcceptanceReport) -> None:
-    title = f"{setting.method}: {report.drafts} drafts"
-    rows = table(title, "position", "rate", "95 % interval", "ratio", "expected rate")
+def _own_records(llm: LLM) -> list[Expectation] | None:
+    """What came with the head, or with the bundled model for this method; None if nothing did."""
+    path = record_file(llm.engine.resolved)
+    return read_records(path) if path is not None and path.exists() else None
+
+
+def _record(path: Path, run: Comparison) -> None:
+    if not run.report.drafts:
+        raise OptionError(
+            "nothing was drafted, so there is nothing to record: give more prompts or a larger --max-tokens"
+        )
+    write_record(path, Expectation.of(run.setting, run.report))
+
+
+def _print(llm: LLM, runs: Sequence[Comparison]) -> None:
+    out.print(f"drafting [bold]{describe_drafting(llm.engine.resolved)}[/]")
+    for run in runs:
+        _print_run(run)
+    if len(runs) > 1:
+        _print_ratios(runs)
+
+
+def _print_run(run: Comparison) -> None:
+    report, expected = run.report, run.expected
+    title = f"\ntemperature {run.setting.temperature:g}: {report.drafts} drafts"
+    rows = table(title, "position", "rate", "95 % interval", "ratio", "expected rate", "expected ratio")
     for position, rate in enumerate(report.rates):
         low, high = interval(rate, report.drafts)
         ratio = f"{report.ratios[position - 1]:.3f}" if position else ""
         then = f"{expected.rates[position]:.3f}" if expected else "not recorded"
-        rows.add_row(str(position), f"{rate:.3f}", f"{low:.3f} to {high:.3f}", ratio, then)
+        then_ratio = f"{expected.ratios[position - 1]:.3f}" if expected and position else ""
+        rows.add_row(str(position), f"{rate:.3f}", f"{low:.3f} to {high:.3f}", ratio, then, then_ratio)
     out.print(rows)
-    out.print(f"acceptance length [bold]{report.length:.3f}[/]")
+    recorded = f", recorded {expected.acceptance_length:.3f}" if expected else ""
+    out.print(f"acceptance length [bold]{report.length:.3f}[/]{recorded}")
+    for departure in run.departures:
+        out.print(f"[bold red]departed[/] {departure}")
+    if run.departures:
+        out.print(f"suspected cause: {run.suspect}")
+    elif expected:
+        out.print("[green]as recorded[/]")
+    elif run.why_not:
+        out.print(f"[yellow]not compared, since the nearest record is another's[/]: {escape('; '.join(run.why_not))}")
+    else:
+        out.print("[dim]no record to compare with; --record FILE makes one[/]")
+
+
+def _print_ratios(runs: Sequence[Comparison]) -> None:
+    """Of every temperature, side by side: what a guess is worth once those before it stood."""
+    width = max(len(run.report.ratios) for run in runs)
+    rows = table("\nratios", "temperature", "length", *(f"{place} to {place + 1}" for place in range(width)))
+    for run in runs:
+        ratios = (f"{ratio:.3f}" for ratio in run.report.ratios)
+        rows.add_row(f"{run.setting.temperature:g}", f"{run.report.length:.3f}", *ratios)
+    out.print(rows)

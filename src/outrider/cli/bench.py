@@ -24,7 +24,6 @@ from outrider.cli.common import (
     table,
 )
 from outrider.config import EngineOptions
-from outrider.draft.registry import NO_DRAFTS
 from outrider.engine.llm import LLM
 from outrider.errors import OptionError
 
@@ -49,7 +48,7 @@ def latency(
     as_json: Json = False,
 ) -> None:
     """One sequence at a time: time to the first token, and a decode step beside its floor."""
-    options = engine_options(engine, drafting, model, NO_DRAFTS)
+    options = engine_options(engine, drafting, model, drafts=False)
     _report(options, _workload(input_len, output_len, prompts), [1], repeats, as_json)
 
 
@@ -74,7 +73,7 @@ def throughput(
         raise OptionError(f"--concurrency must be numbers with commas between: {concurrency}") from None
     if min(wanted) < 1:
         raise OptionError(f"--concurrency must be 1 or more: {concurrency}")
-    options = engine_options(engine, drafting, model, NO_DRAFTS)
+    options = engine_options(engine, drafting, model, drafts=False)
     _report(options, _workload(input_len, output_len, prompts), wanted, repeats, as_json)
 
 

@@ -14,11 +14,13 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 
 from outrider.cli.flags import with_flags
-from outrider.config import EngineOptions
+from outrider.config import EngineOptions, Resolved
 from outrider.core.option import option
 from outrider.core.output import AcceptanceReport
-from outrider.draft.registry import NO_DRAFTS, WITHOUT_WEIGHTS
+from outrider.draft.registry import FOR_BUNDLED, NO_DRAFTS, WITHOUT_WEIGHTS, names_head
+from outrider.engine.recorded import head_directory
 from outrider.errors import OptionError
+from outrider.load.heads import read_head
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
@@ -27,12 +29,19 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 class Drafting:
     """The drafting flags."""
 
-    draft: str | None = option(None, "drafting method, or module:Class of your own; none turns it off")
-    num_speculative_tokens: int | None = option(None, "tokens to draft a round (K)")
+    draft: str | None = option(
+        None,
+        "drafting method, module:Class of your own, or a draft head's directory or Hugging Face id; none turns it off",
+    )
+    num_speculative_tokens: int | None = option(None, "tokens to draft a round (K); left out: as the head says, or 4")
     speculative_config: str | None = option(None, "JSON object with more options of the drafting method")
 
-    def config(self, default: str) -> dict[str, Any] | None:
-        """What the flags say together, `default` being the method where none is named. OptionError if they clash."""
+    def config(self, model: str | None, drafts: bool) -> dict[str, Any] | None:
+        """What the flags say together. OptionError if they clash.
+
+        `drafts`: whether the command drafts unasked. The method, where none is named: the bundled model's own, or
+        for a `model` of the user's one that needs no weights.
+        """
         config: dict[str, Any] = {}
         if self.speculative_config is not None:
             try:
@@ -41,11 +50,15 @@ class Drafting:
                 raise OptionError(f"--speculative-config is not JSON: {error}") from None
             if not isinstance(config, dict):
                 raise OptionError(f"--speculative-config must be a JSON object: {self.speculative_config}")
-        said = {"num_speculative_tokens": self.num_speculative_tokens, "method": self.draft}
+        kind = "model" if self.draft is not None and names_head(self.draft) else "method"
+        said = {"num_speculative_tokens": self.num_speculative_tokens, kind: self.draft}
         for key, value in said.items():
             if value is not None and config.setdefault(key, value) != value:
                 raise OptionError(f"{key} {value} contradicts --speculative-config {self.speculative_config}")
-        config.setdefault("method", WITHOUT_WEIGHTS if config and default == NO_DRAFTS else default)
+        if not config and not drafts:
+            return None
+        if "method" not in config and "model" not in config:
+            config["method"] = FOR_BUNDLED if model is None else WITHOUT_WEIGHTS
         return None if config == {"method": NO_DRAFTS} else config
 
 
@@ -68,9 +81,9 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def engine_options(engine: EngineOptions, drafting: Drafting, model: str | None, default: str) -> EngineOptions:
-    """The engine's options with the model and the drafting that were asked for."""
-    return replace(engine, model=model, speculative_config=drafting.config(default))
+def engine_options(engine: EngineOptions, drafting: Drafting, model: str | None, *, drafts: bool) -> EngineOptions:
+    """The engine's options with the model and the drafting that were asked for; `drafts`: drafting if not a word."""
+    return replace(engine, model=model, speculative_config=drafting.config(model, drafts))
 
 
 def without_drafts(options: EngineOptions) -> EngineOptions:
@@ -131,6 +144,21 @@ def describe_acceptance(report: AcceptanceReport) -> str:
         return "no drafts"
     rates = " ".join(f"{rate:.2f}" for rate in report.rates)
     return f"acceptance length {report.length:.2f} ({report.accepted} of {report.drafted} drafts; by position {rates})"
+
+
+def drafts_in_one_pass(resolved: Resolved) -> bool | None:
+    """Whether a draft head drafts all K tokens in one pass or in K, by its checkpoint; None without a head."""
+    head = head_directory(resolved)
+    return None if head is None else read_head(head).parallel
+
+
+def describe_drafting(resolved: Resolved) -> str:
+    """Method, K and how they come out, in a few words."""
+    count = resolved.runner.draft_options.num_speculative_tokens
+    if not count:
+        return "none"
+    how = {True: ", all in one pass", False: ", one after another", None: ""}[drafts_in_one_pass(resolved)]
+    return f"{resolved.method}, {count} tokens a round{how}"
 
 
 def table(title: str, *headings: str, numbers: bool = True) -> Table:

@@ -11,6 +11,7 @@ from outrider.cli.common import (
     Drafting,
     Json,
     Model,
+    describe_drafting,
     drafting_flags,
     engine_flags,
     engine_options,
@@ -19,8 +20,9 @@ from outrider.cli.common import (
     table,
 )
 from outrider.config import EngineOptions, Resolved, resolve
-from outrider.draft.registry import NO_DRAFTS
 from outrider.engine.engine import verdict
+from outrider.engine.recorded import head_directory
+from outrider.load.heads import read_head
 from outrider.oracle import Choice, RefusedError
 from outrider.runner.memory import MIB
 
@@ -34,7 +36,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say which runner serves a configuration and why, without loading it. Exit code 2 if none does."""
-    options = engine_options(engine, drafting, model, NO_DRAFTS)
+    options = engine_options(engine, drafting, model, drafts=False)
     resolved = resolve(options)
     try:
         choice = verdict(resolved)
@@ -44,7 +46,7 @@ def explain(
         print_json(_configuration(resolved) | {"refused": refusal.to_list()})
         raise typer.Exit(2) from None
     if as_json:
-        print_json({**choice.to_dict(), **_configuration(resolved), "memory": resolved.runner.memory.to_dict()})
+        print_json({**choice.to_dict(), **_configuration(resolved), "memory": _memory(resolved)})
     else:
         _print(resolved, choice)
 
@@ -54,6 +56,7 @@ def _configuration(resolved: Resolved) -> dict[str, Any]:
     return {
         "method": resolved.method,
         "num_speculative_tokens": runner.draft_options.num_speculative_tokens,
+        "head": _head(resolved),
         "verifier": runner.verifier.name,
         "model": str(resolved.directory),
         "architecture": runner.model_config.architecture,
@@ -67,6 +70,37 @@ def _configuration(resolved: Resolved) -> dict[str, Any]:
     }
 
 
+def _head(resolved: Resolved) -> dict[str, Any] | None:
+    """The draft head, by its checkpoint."""
+    directory = head_directory(resolved)
+    if directory is None:
+        return None
+    head = read_head(directory)
+    return {
+        "directory": str(directory),
+        "layout": head.layout,
+        "parallel": head.parallel,
+        "taps": list(head.tapped(resolved.runner.target.num_layers)),
+        "num_layers": head.layer.num_layers,
+        "draft_vocab_size": head.draft_vocab_size,
+        "max_position_embeddings": head.layer.max_position_embeddings,
+        "own_embedding": head.own_embedding,
+        "own_head": head.own_head,
+    }
+
+
+def _memory(resolved: Resolved) -> dict[str, Any]:
+    """The plan, and what of it is the drafter's."""
+    runner, plan = resolved.runner, resolved.runner.memory
+    drafter = runner.drafter.footprint(runner.draft_options, runner.target)
+    share = {
+        "weights": drafter.weights,
+        "workspace": drafter.workspace,
+        "cache": drafter.per_block * plan.num_blocks,
+    }
+    return {**plan.to_dict(), "drafter": share}
+
+
 def _print(resolved: Resolved, choice: Choice) -> None:
     runner, memory = resolved.runner, resolved.runner.memory
     asked = "as asked" if choice.forced else "the fastest that offers all this configuration needs"
@@ -75,20 +109,29 @@ def _print(resolved: Resolved, choice: Choice) -> None:
         for gap in entry.gaps:
             out.print(f"  [yellow]not {entry.runner}[/]: {gap}")
     limit = runner.model_config.max_position_embeddings
-    drafts = runner.draft_options.num_speculative_tokens
-    drafting = f"{resolved.method}, {drafts} tokens a round" if drafts else "none"
     out.print(f"model [bold]{runner.model_config.architecture}[/] from {escape(str(resolved.directory))}")
     shortened = "" if memory.max_model_len == limit else f", lowered from {limit} to fit memory or as asked"
     out.print(f"at most {memory.max_model_len} tokens a sequence{shortened}")
-    out.print(f"drafting {drafting}; verifier {runner.verifier.name}; {runner.dtype} on {runner.device}")
+    out.print(
+        f"drafting {describe_drafting(resolved)}; verifier {runner.verifier.name}; {runner.dtype} on {runner.device}"
+    )
+    head = _head(resolved)
+    if head is not None:
+        taps = ", ".join(map(str, head["taps"]))
+        what = f"{head['layout']}, {head['num_layers']} layers, vocabulary of {head['draft_vocab_size']}"
+        out.print(f"head {escape(head['directory'])}: {what}; reads what enters layers {taps}")
     needs = table("\nneeds", "part", "features", numbers=False)
     for part in resolved.parts:
         needs.add_row(part.name, ", ".join(sorted(feature.name.lower() for feature in part.needs)) or "nothing")
     out.print(needs)
-    plan = table("\nmemory", "for", "MiB", "")
-    plan.add_row("weights", f"{memory.weights / MIB:.1f}", "")
-    plan.add_row("workspace, at most", f"{memory.workspace / MIB:.1f}", "")
-    plan.add_row(
-        "keys and values", f"{memory.cache / MIB:.1f}", f"{memory.num_blocks} blocks, {memory.num_tokens} tokens"
-    )
+    share = _memory(resolved)["drafter"]
+    held = f"{memory.num_blocks} blocks, {memory.num_tokens} tokens"
+    drafts = "of that for drafting" if any(share.values()) else ""
+    plan = table("\nmemory", "for", "MiB", drafts, "")
+    for what, name, note in (
+        ("weights", "weights", ""),
+        ("workspace, at most", "workspace", ""),
+        ("keys and values", "cache", held),
+    ):
+        plan.add_row(what, f"{getattr(memory, name) / MIB:.1f}", f"{share[name] / MIB:.1f}" if drafts else "", note)
     out.print(plan)

@@ -15,7 +15,9 @@ from outrider.cli.common import (
     Json,
     Model,
     describe_acceptance,
+    describe_drafting,
     drafting_flags,
+    drafts_in_one_pass,
     engine_options,
     err,
     loading,
@@ -30,7 +32,6 @@ from outrider.cli.flags import with_flags
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
-from outrider.draft.registry import WITHOUT_WEIGHTS
 from outrider.engine.llm import LLM
 from outrider.engine.outputs import Piece
 from outrider.errors import PromptError
@@ -84,7 +85,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt and show the text as it comes; accepted drafts are coloured by their position."""
-    options = engine_options(engine, drafting, model, WITHOUT_WEIGHTS)
+    options = engine_options(engine, drafting, model, drafts=True)
     with loading(quiet=as_json) as progress:
         llm = LLM.from_options(options, progress)
     say_if_unfaithful(_verifier(llm).faithful, _verifier(llm).name)
@@ -100,7 +101,7 @@ def generate(
     if as_json:
         print_json(result)
     else:
-        _print_figures(result, run)
+        _print_figures(result, run, describe_drafting(llm.engine.resolved))
     if compare and not result["identical"] and _keeps_tokens(llm):
         raise typer.Exit(1)
 
@@ -184,6 +185,8 @@ def _result(run: _Run, llm: LLM) -> dict[str, Any]:
         "finish_reason": run.finish_reason,
         "runner": llm.choice.runner.name,
         "method": llm.engine.resolved.method,
+        "num_speculative_tokens": llm.engine.resolved.runner.draft_options.num_speculative_tokens,
+        "parallel_drafting": drafts_in_one_pass(llm.engine.resolved),
         "verifier": _verifier(llm).name,
         "faithful": _verifier(llm).faithful,
         "same_tokens_promised": _keeps_tokens(llm),
@@ -192,13 +195,13 @@ def _result(run: _Run, llm: LLM) -> dict[str, Any]:
     }
 
 
-def _print_figures(result: dict[str, Any], run: _Run) -> None:
+def _print_figures(result: dict[str, Any], run: _Run, drafting: str) -> None:
     if run.acceptance.drafts:
         legend = "  ".join(f"[bold {colour}]{place}[/]" for place, colour in enumerate(COLOURS, start=1))
         err.print(f"\n[dim]accepted drafts by position:[/] {legend}[dim]+[/]")
     err.print(
         f"{len(run.token_ids)} tokens, {run.tokens_per_second:.0f} a second, {describe_acceptance(run.acceptance)}"
-        f" [dim](runner {result['runner']}, drafts {result['method']}, verifier {result['verifier']})[/]"
+        f"\n[dim]drafting {drafting}; verifier {result['verifier']}; runner {result['runner']}[/]"
     )
     if "identical" in result:
         speeds = result["tokens_per_second"]

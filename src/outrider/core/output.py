@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class FinishReason(Enum):
@@ -80,6 +80,13 @@ class AcceptanceReport:
             "ratios": list(self.ratios),
             "acceptance_length": self.length,
         }
+
+
+class RoundCounter(Protocol):
+    """What is told of every round that verified drafts."""
+
+    def record(self, num_drafted: int, num_accepted: int) -> None:
+        """One round that verified `num_drafted` > 0 drafts, of which the first `num_accepted` stood."""
 
 
 class AcceptanceTally:

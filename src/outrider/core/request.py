@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from outrider.core.output import AcceptanceTally, FinishReason
+from outrider.core.output import AcceptanceTally, FinishReason, RoundCounter
 from outrider.core.sampling import SamplingParams
 
 
@@ -40,6 +40,7 @@ class Request:
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     num_preemptions: int = 0
     acceptance: AcceptanceTally = field(default_factory=AcceptanceTally)
+    watch: RoundCounter | None = None  # told of every round too, if anyone watches
     tokens: list[int] = field(init=False)  # prompt and output, all committed
     stop_set: frozenset[int] = field(init=False)
 

@@ -18,7 +18,7 @@ from outrider.draft.none import NoDrafter
 from outrider.draft.peagle import PEagle
 from outrider.errors import OptionError, nearest
 from outrider.load.heads import read_head
-from outrider.load.hub import HEAD_FILES, locate
+from outrider.load.hub import BUNDLED_HEADS, HEAD_FILES, locate
 
 METHODS: dict[str, type[Drafter]] = {method.name: method for method in (NoDrafter, Ngram, Eagle3, PEagle)}
 
@@ -27,6 +27,19 @@ WITHOUT_WEIGHTS = Ngram.name
 
 NO_DRAFTS = NoDrafter.name
 """The method that drafts nothing: what turns speculation off."""
+
+FOR_BUNDLED = PEagle.name if (BUNDLED_HEADS / PEagle.name / "config.json").is_file() else WITHOUT_WEIGHTS
+"""The method that serves the bundled model where none is named."""
+
+SAID_BY_HEAD = ("model", "parallel_drafting")
+"""Options that name a draft head, or only repeat what it is: two runs of one head do not differ in them."""
+
+
+def names_head(draft: str) -> bool:
+    """Whether what a user calls a draft is a head, a directory or a Hugging Face id, and not a method."""
+    if draft in METHODS:
+        return False
+    return "/" in draft or draft.startswith((".", "~")) or Path(draft).is_dir()
 
 
 def find_drafter(method: str) -> type[Drafter]:

@@ -13,6 +13,7 @@ from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import StepPlan
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
+from outrider.engine.watchdog import Watchdog
 from outrider.errors import EngineDeadError, PromptError, SamplingError
 from outrider.oracle import Choice, choose
 from outrider.runner.base import Pending
@@ -75,6 +76,8 @@ class Engine:
         self.num_dropped = 0
         """Requests that ended other than in a step: by `finish`, `abort` or an interrupt."""
         self.times = StepTimes()
+        self.watchdog = Watchdog.of(self.resolved)
+        """Holds acceptance against what is on record for the head, and warns when it falls."""
 
     def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
         """Queues a request and gives its record, to be read only.
@@ -96,6 +99,7 @@ class Engine:
             sampling=sampling,
             seed=seed,
             stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
+            watch=self.watchdog.watch(sampling),
         )
         self._busy = True
         try:
@@ -198,6 +202,7 @@ class Engine:
                 del self._requests[delta.request_id]
         if not self._scheduler.has_work:
             self._scheduler.check_idle()
+        self.watchdog.check()
         times.steps += 1
         times.schedule += planned - start
         times.run += ran - planned

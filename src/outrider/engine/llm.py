@@ -26,6 +26,7 @@ from outrider.engine.prompts import (
     one_each,
 )
 from outrider.engine.stream import Stream
+from outrider.engine.watchdog import WatchState
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
 from outrider.oracle import Choice
@@ -91,6 +92,10 @@ class LLM:
     def acceptance(self) -> AcceptanceReport:
         """How drafts fared over the life of this LLM."""
         return self._engine.acceptance()
+
+    def watchdog(self) -> WatchState:
+        """Whether acceptance is what is on record for the draft head: expected, measured, and what has fallen."""
+        return self._engine.watchdog.state()
 
     def generate(
         self,

@@ -168,6 +168,8 @@ class Scheduler:
         if num_verified := min(row.num_drafts, seat.num_drafts):  # planned ahead, a row may ask for more than came
             request.acceptance.record(num_verified, count - 1)
             self.acceptance.record(num_verified, count - 1)
+            if request.watch is not None:
+                request.watch.record(num_verified, count - 1)
         num_computed = len(request.tokens) + count - 1
         kept = request.extend(tokens, seat.end)
         self._advance(seat, min(num_computed, len(request.tokens)))

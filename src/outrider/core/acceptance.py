@@ -1,0 +1,254 @@
+"""What acceptance is expected to be, and what departs from it: the records beside a head, and their bands.
+
+A head, and the bundled model for methods without one, comes with an `acceptance.json`: one record for each setting that
+was measured. `outrider accept` compares a run with the record of its own setting; the engine's watchdog holds the
+traffic it serves against the one nearest to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from outrider.core.option import wrong_types
+from outrider.core.output import AcceptanceReport
+from outrider.errors import CheckpointError
+
+RECORDS = "acceptance.json"
+"""The file beside a head's weights that holds its records."""
+
+DEVIATIONS = 3.0
+"""Standard deviations of sampling noise that a band allows for on top of its tolerance."""
+
+COLLAPSE = 0.5
+"""A figure under this share of the recorded one has collapsed; above it, it is merely worse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What acceptance was measured on: with any of it different, figures do not compare."""
+
+    model: str  # fingerprint of the target's checkpoint
+    head: str | None  # fingerprint of the draft head's; None: the method has none
+    dtype: str
+    method: str
+    draft_options: dict[str, Any]  # what the method was told; None, which is "not told", is left out
+    verifier: str
+    prompts: str  # hash of the prompt set
+    max_tokens: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        told = {name: value for name, value in self.draft_options.items() if value is not None}
+        object.__setattr__(self, "draft_options", told)
+
+    @property
+    def num_drafts(self) -> int:
+        """K: most tokens drafted a round."""
+        return int(self.draft_options["num_speculative_tokens"])
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Acceptance as it was recorded, and what it was recorded on."""
+
+    setting: Setting
+    drafts: int
+    rates: tuple[float, ...]
+    acceptance_length: float
+    tolerance: float = 0.05  # relative, on each rate and each ratio
+
+    @classmethod
+    def of(cls, setting: Setting, report: AcceptanceReport) -> Expectation:
+        """What a run measured, as what later ones are held to."""
+        return cls(setting, report.drafts, report.rates, report.length)
+
+    @classmethod
+    def from_dict(cls, given: Any) -> Expectation:
+        """One record of an acceptance.json. ValueError, saying what is wrong, if it is none."""
+        try:
+            recorded = cls(**{**given, "setting": Setting(**given["setting"]), "rates": tuple(given["rates"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        for record in (recorded.setting, recorded):
+            for name, value, wanted in wrong_types(record):
+                raise ValueError(f"{name} must be {wanted}: {value!r}")
+        width = recorded.setting.draft_options.get("num_speculative_tokens")
+        if len(recorded.rates) != width:
+            raise ValueError(f"it holds {len(recorded.rates)} rates for {width} drafts a round")
+        if not all(0.0 <= rate <= 1.0 for rate in recorded.rates) or recorded.drafts < 1 or recorded.tolerance < 0:
+            raise ValueError(f"rates, drafts or tolerance are out of range: {given}")
+        return recorded
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Each rate over the one before it."""
+        pairs = zip(self.rates, self.rates[1:], strict=False)
+        return tuple(after / before if before else 0.0 for before, after in pairs)
+
+
+def read_records(path: Path) -> list[Expectation]:
+    """Every record of an acceptance.json. CheckpointError, naming the file, if it is missing or not one."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    entries = given.get("records") if isinstance(given, Mapping) else None
+    if not isinstance(entries, list):
+        raise CheckpointError(f'not an acceptance record: {path}: it must hold {{"records": [...]}}')
+    records: list[Expectation] = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            record = Expectation.from_dict(entry)
+        except ValueError as error:
+            raise CheckpointError(f"not an acceptance record: {path}, record {number}: {error}") from error
+        if find(records, record.setting):
+            raise CheckpointError(f"{path} records one setting twice: record {number} repeats an earlier one")
+        records.append(record)
+    return records
+
+
+def write_record(path: Path, record: Expectation) -> None:
+    """Puts a record into an acceptance.json, in place of the one of the same setting; other records stay."""
+    records = read_records(path) if path.exists() else []
+    found = find(records, record.setting)
+    if found is None:
+        records.append(record)
+    else:
+        records[records.index(found)] = record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"records": [asdict(entry) for entry in records]}, indent=2) + "\n", encoding="utf-8")
+
+
+def find(records: Sequence[Expectation], setting: Setting) -> Expectation | None:
+    """The record of exactly this setting."""
+    return next((record for record in records if record.setting == setting), None)
+
+
+def mismatches(recorded: Setting, measured: Setting) -> list[str]:
+    """What makes a comparison meaningless, a line each."""
+    names = [entry.name for entry in fields(Setting)]
+    pairs = [(name, getattr(recorded, name), getattr(measured, name)) for name in names]
+    return [f"{name} is {now}, recorded with {then}" for name, then, now in pairs if then != now]
+
+
+def why_not_found(records: Sequence[Expectation], setting: Setting) -> list[str]:
+    """How the record nearest to a setting differs from it; nothing if it is there."""
+    differing = [mismatches(record.setting, setting) for record in records]
+    return min(differing, key=len) if differing else ["nothing is recorded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A figure outside its band."""
+
+    figure: str  # "rate" or "ratio"
+    position: int
+    expected: float
+    measured: float
+    low: float
+    high: float
+
+    @property
+    def fell(self) -> bool:
+        """Whether it is lower than expected."""
+        return self.measured < self.low
+
+    def __str__(self) -> str:
+        at = (
+            f"position {self.position}"
+            if self.figure == "rate"
+            else f"positions {self.position - 1} to {self.position}"
+        )
+        return f"{self.figure} at {at}: {self.measured:.3f}, expected {self.low:.3f} to {self.high:.3f}"
+
+
+def departures(expected: Expectation, report: AcceptanceReport) -> list[Departure]:
+    """The rates, and the ratios of neighbours, that left their two-sided bands.
+
+    Ratios are held too because a band on rates alone misses a collapse that spares position 0. The noise is what two
+    samples of independent rounds would differ by. Rounds of one text are alike, so figures of other prompts differ by
+    more; but both samples are of the same prompts with the same seeds, and what the texts have in common cancels.
+    """
+    if not report.drafts:
+        return [Departure("rate", 0, expected.rates[0], 0.0, expected.rates[0], 1.0)]
+    found: list[Departure] = []
+    trials = (expected.drafts, report.drafts)
+    for position, (then, now) in enumerate(zip(expected.rates, report.rates, strict=True)):
+        found += _outside("rate", position, then, now, trials, expected.tolerance)
+    for position, (then, now) in enumerate(zip(expected.ratios, report.ratios, strict=True), start=1):
+        trials = (round(expected.rates[position - 1] * expected.drafts), report.per_position[position - 1])
+        found += _outside("ratio", position, then, now, trials, expected.tolerance)
+    return found
+
+
+def _outside(
+    figure: str,
+    position: int,
+    then: float,
+    now: float,
+    trials: tuple[int, int],  # of the record, of this run
+    tolerance: float,
+) -> list[Departure]:
+    noise = DEVIATIONS * deviation(then, now, trials)
+    low, high = then * (1 - tolerance) - noise, then * (1 + tolerance) + noise
+    return [] if low <= now <= high else [Departure(figure, position, then, now, low, high)]
+
+
+def deviation(then: float, now: float, trials: tuple[int, int]) -> float:
+    """Standard deviation of the difference of two samples of one rate, of so many trials each.
+
+    One success and one failure are added, or a rate of 1 had no noise.
+    """
+    recorded, measured = trials
+    pooled = (then * recorded + now * measured + 1) / (recorded + measured + 2)
+    return math.sqrt(pooled * (1 - pooled) * (1 / max(recorded, 1) + 1 / max(measured, 1)))
+
+
+def interval(rate: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of a rate, as if rounds were independent."""
+    if trials == 0:
+        return 0.0, 1.0
+    z = 1.96
+    centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return centre - half, centre + half
+
+
+def suspect(found: Sequence[Departure], parallel: bool | None = None) -> str:
+    """The likeliest cause of a set of departures, from the pattern they make.
+
+    `parallel`: whether the drafter is a head that drafts in one pass, one that drafts in several, or (None) no head.
+    """
+    falls = [departure for departure in found if departure.fell]
+    if not falls:
+        return "acceptance is higher than recorded: another model, head or prompt set; record it anew if it is meant"
+    first = min(departure.position for departure in falls)
+    if first == 0:
+        return _from_the_first(falls, parallel)
+    spared = f"positions before {first} are as recorded, drafts after them are conditioned wrongly"
+    if first > 1:
+        reach = "" if parallel is None else ": deeper than the head was trained for, or past the positions it has"
+        return f"{spared}{reach}"
+    if parallel is None:
+        return f"{spared}: each guess should follow the one before it"
+    collapsed = any(fall.measured < COLLAPSE * fall.expected for fall in falls if fall.position == first)
+    if not parallel:
+        return f"{spared}: the hidden state, position or key handed from one pass to the next is not the last pass's"
+    if collapsed:
+        return f"{spared}: a parallel head run one token at a time, or mask rows that do not see the context"
+    return f"{spared}: mask rows see something stale (features of rejected tokens, or an earlier round's keys)"
+
+
+def _from_the_first(falls: Sequence[Departure], parallel: bool | None) -> str:
+    if any(fall.figure == "ratio" for fall in falls):
+        taps = "" if parallel is None else "features tapped a layer off, a norm left out, or "
+        return f"every position fell, and ratios too: the drafter conditions on the wrong thing ({taps}another model)"
+    return (
+        "every position fell by a like share: some rounds start wrong and the rest are as recorded "
+        "(stale keys after a prefix hit or a preemption, or text unlike what was recorded)"
+    )

@@ -1,0 +1,50 @@
+"""What acceptance a configuration has on record, and what a run of it would be recorded as."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from outrider.config import Resolved
+from outrider.core.acceptance import RECORDS, Setting
+from outrider.draft.registry import SAID_BY_HEAD
+from outrider.load.checkpoint import fingerprint
+from outrider.load.hub import BUNDLED
+
+RANDOM_WEIGHTS = "random weights"
+"""In place of a fingerprint, where nothing was read."""
+
+
+def head_directory(resolved: Resolved) -> Path | None:
+    """Where the draft head's checkpoint is; None if the method has none."""
+    model = getattr(resolved.runner.draft_options, "model", None)
+    return None if model is None else Path(model)
+
+
+def record_file(resolved: Resolved) -> Path | None:
+    """Where the acceptance of this configuration stands if it is on record: beside the head, or the bundled model's.
+
+    The file need not exist. None: a model of the user's own and a method without weights.
+    """
+    head = head_directory(resolved)
+    if head is not None:
+        return head / RECORDS
+    return BUNDLED / "acceptance" / f"{resolved.method}.json" if resolved.options.model is None else None
+
+
+def setting_of(resolved: Resolved, *, prompts: str = "", max_tokens: int = 0, temperature: float = 0.0) -> Setting:
+    """The setting of a run. CheckpointError if a checkpoint is not there any more."""
+    runner, head = resolved.runner, head_directory(resolved)
+    loads = runner.directory is not None
+    options = asdict(runner.draft_options)
+    return Setting(
+        model=fingerprint(resolved.directory) if loads else RANDOM_WEIGHTS,
+        head=None if head is None else fingerprint(head) if loads else RANDOM_WEIGHTS,
+        dtype=str(runner.dtype).removeprefix("torch."),
+        method=runner.drafter.name,
+        draft_options={name: value for name, value in options.items() if name not in SAID_BY_HEAD},
+        verifier=runner.verifier.name,
+        prompts=prompts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+    )

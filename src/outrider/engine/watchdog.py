@@ -1,0 +1,282 @@
+"""Holds the acceptance of what is served against what is on record for the draft head, and says so when it falls.
+
+The output stays right whatever a drafter does, so a head that is run wrongly shows nowhere but here: in speed, and in
+which of its guesses stand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
+from typing import Any
+
+from outrider.config import Resolved
+from outrider.core.acceptance import (
+    DEVIATIONS,
+    Departure,
+    Expectation,
+    Setting,
+    deviation,
+    mismatches,
+    read_records,
+    suspect,
+)
+from outrider.core.output import AcceptanceReport
+from outrider.core.sampling import SamplingParams
+from outrider.draft.registry import NO_DRAFTS
+from outrider.engine.recorded import head_directory, record_file, setting_of
+from outrider.errors import CheckpointError
+from outrider.load.heads import read_head
+
+logger = logging.getLogger("outrider")
+
+WINDOW = 1024
+"""Rounds that the figures are over, and for which a change must last before it is believed."""
+
+CHECK_EVERY = 128
+"""Rounds between two looks at the figures."""
+
+TOLERANCE = 0.5
+"""Share of the first rate, and of each ratio, that traffic may lose against the record."""
+
+_NOT_OF_THE_LAW = frozenset(
+    (
+        "n",
+        "temperature",
+        "seed",
+        "max_tokens",
+        "min_tokens",
+        "stop",
+        "stop_token_ids",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "detokenize",
+    )
+)
+"""Sampling parameters that leave the distribution of the tokens as the record had it; `temperature` is told apart."""
+
+_KEEP_THE_LIKELIEST = frozenset(("top_p", "top_k", "min_p"))
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedState:
+    """How the rounds of one temperature fare."""
+
+    temperature: float
+    expected: Expectation
+    measured: AcceptanceReport  # over the last rounds, at most a window
+    departures: tuple[Departure, ...]  # as they were last warned of; empty: as recorded, or too early to say
+    suspect: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the server and its metrics print it."""
+        return {
+            "temperature": self.temperature,
+            "expected": {"rates": list(self.expected.rates), "ratios": list(self.expected.ratios)},
+            "measured": self.measured.to_dict(),
+            "departures": [{**asdict(departure), "message": str(departure)} for departure in self.departures],
+            "suspect": self.suspect,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class WatchState:
+    """What the watchdog knows."""
+
+    idle: str | None  # why nothing is watched; None: it is
+    watched: tuple[WatchedState, ...]  # a temperature on record each
+    num_unwatched: int  # requests sampled in a way that is not on record
+    window: int  # rounds
+    tolerance: float = TOLERANCE
+
+    @property
+    def departed(self) -> bool:
+        """Whether any figure has fallen out of its band and not come back."""
+        return any(watched.departures for watched in self.watched)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the server and its metrics print it."""
+        return {
+            "idle": self.idle,
+            "departed": self.departed,
+            "watched": [watched.to_dict() for watched in self.watched],
+            "num_unwatched": self.num_unwatched,
+            "window": self.window,
+            "tolerance": self.tolerance,
+        }
+
+
+class Watch:
+    """The last rounds at one temperature, beside what is on record for it."""
+
+    def __init__(self, expected: Expectation, parallel: bool | None = None, window: int = WINDOW) -> None:
+        """`parallel`: as `core.acceptance.suspect` takes it."""
+        self.expected = expected
+        self.departures: tuple[Departure, ...] = ()
+        self._parallel = parallel
+        self._window = window
+        self._num_drafts = expected.setting.num_drafts
+        self._stood = bytearray(window)  # drafts that stood in each of the last rounds: a ring
+        self._counts = [0] * (self._num_drafts + 1)  # of those rounds, by how many stood
+        self._num_rounds = 0
+        self._next_check = window
+        self._since: int | None = None  # round of the first sign of a change not yet told
+
+    def record(self, num_drafted: int, num_accepted: int) -> None:
+        """One round. Those that verified fewer than K drafts, for want of room in a step, are left out."""
+        if num_drafted != self._num_drafts:
+            return
+        place = self._num_rounds % self._window
+        if self._num_rounds >= self._window:
+            self._counts[self._stood[place]] -= 1
+        self._stood[place] = num_accepted
+        self._counts[num_accepted] += 1
+        self._num_rounds += 1
+
+    def measured(self) -> AcceptanceReport:
+        """The rounds in the window."""
+        at_least = list(accumulate(reversed(self._counts)))[::-1]
+        return AcceptanceReport(at_least[0], at_least[0] * self._num_drafts, sum(at_least[1:]), tuple(at_least[1:]))
+
+    def falls(self) -> list[Departure]:
+        """The figures that are under their bands now: each rate, and each ratio to the one before.
+
+        A rate is the product of the first and the ratios up to it, so it may lose as much as all of them. Only falls
+        are told: other text than was recorded may well be easier.
+        """
+        expected, report = self.expected, self.measured()
+        found: list[Departure] = []
+        for position, (then, now) in enumerate(zip(expected.rates, report.rates, strict=True)):
+            trials = (expected.drafts, report.drafts)
+            found += _under("rate", position, then, now, trials, (1 - TOLERANCE) ** (position + 1))
+        for position, (then, now) in enumerate(zip(expected.ratios, report.ratios, strict=True), start=1):
+            trials = (round(expected.rates[position - 1] * expected.drafts), report.per_position[position - 1])
+            found += _under("ratio", position, then, now, trials, 1 - TOLERANCE)
+        return found
+
+    def check(self) -> None:
+        """Looks at the figures if it is time. Logs a fall that has lasted a window, once, and its end.
+
+        By then the window holds no round from before the change, so what is told is what the change came to. A fall at
+        a position draws those behind it along: only one at an earlier position is told anew.
+        """
+        if self._num_rounds < self._next_check:
+            return
+        self._next_check = self._num_rounds + min(CHECK_EVERY, self._window)
+        found, told = self.falls(), self.departures
+        if bool(found) == bool(told) and _first(found) >= _first(told):
+            self._since = None
+        elif self._since is None:
+            self._since = self._num_rounds
+        elif self._num_rounds - self._since >= self._window:
+            self._since = None
+            self._tell(found)
+
+    def _tell(self, found: list[Departure]) -> None:
+        setting = self.expected.setting
+        what = f"{setting.method} (K={setting.num_drafts}, temperature {setting.temperature:g})"
+        self.departures = tuple(found)
+        if not found:
+            logger.info("acceptance of %s is as recorded again: %s", what, _figures(self.measured()))
+            return
+        logger.warning(
+            "acceptance of %s fell over the last %d rounds: %s; suspected cause: %s",
+            what,
+            self._window,
+            "; ".join(map(str, found)),
+            suspect(found, self._parallel),
+        )
+
+    def state(self) -> WatchedState:
+        """Where it stands."""
+        cause = suspect(self.departures, self._parallel) if self.departures else None
+        return WatchedState(self.expected.setting.temperature, self.expected, self.measured(), self.departures, cause)
+
+
+class Watchdog:
+    """A watch for each temperature on record."""
+
+    def __init__(self, watches: Iterable[Watch] = (), idle: str | None = None, window: int = WINDOW) -> None:
+        """`idle`: why there is nothing to watch; `window`: the watches' own."""
+        self._window = window
+        self._watches = {watch.expected.setting.temperature: watch for watch in watches}
+        self._idle = idle
+        self._num_unwatched = 0
+
+    @classmethod
+    def of(cls, resolved: Resolved, window: int = WINDOW) -> Watchdog:
+        """For an engine: with the records of its model, head and options, whatever prompts they were made with."""
+        runner, path = resolved.runner, record_file(resolved)
+        if resolved.method == NO_DRAFTS:
+            return cls(idle="there are no drafts")
+        if not runner.verifier.faithful:
+            return cls(idle=f"verifier {runner.verifier.name} makes acceptance up")
+        if path is None or not path.exists():
+            return cls(idle="nothing is on record" if path is None else f"nothing is on record: there is no {path}")
+        try:
+            records, here = read_records(path), setting_of(resolved)
+        except CheckpointError as error:
+            logger.warning("acceptance is not watched: %s", error)
+            return cls(idle=str(error))
+        differing = [_differs(record.setting, here) for record in records]
+        fitting = [record for record, differs in zip(records, differing, strict=True) if not differs]
+        if not fitting:
+            nearest = min(differing, key=len, default=["it is empty"])
+            return cls(idle=f"nothing is on record for this in {path}: {'; '.join(nearest)}")
+        head = head_directory(resolved)
+        parallel = None if head is None else read_head(head).parallel
+        lowest: dict[float, Expectation] = {}  # several prompt sets are on record: what is under all of them is a fall
+        for record in sorted(fitting, key=lambda record: record.acceptance_length):
+            lowest.setdefault(record.setting.temperature, record)
+        return cls((Watch(record, parallel, window) for record in lowest.values()), window=window)
+
+    def watch(self, sampling: SamplingParams) -> Watch | None:
+        """What the rounds of a request are to be told to; None if nothing is on record for such a one."""
+        if self._idle is not None:
+            return None
+        found = self._watches.get(sampling.temperature) if _plain(sampling) else None
+        self._num_unwatched += found is None
+        return found
+
+    def check(self) -> None:
+        """To be called now and then, after a step say: does next to nothing unless it is time to look."""
+        for watch in self._watches.values():
+            watch.check()
+
+    def state(self) -> WatchState:
+        """Where everything stands."""
+        watched = tuple(self._watches[temperature].state() for temperature in sorted(self._watches))
+        return WatchState(self._idle, watched, self._num_unwatched, self._window)
+
+
+def _differs(recorded: Setting, here: Setting) -> list[str]:
+    """Why a record says nothing of this engine: it may be of any prompts, at any temperature, in any dtype."""
+    any_of = {name: getattr(here, name) for name in ("prompts", "max_tokens", "temperature", "dtype")}
+    return mismatches(replace(recorded, **any_of), here)
+
+
+def _plain(sampling: SamplingParams) -> bool:
+    """Whether tokens are drawn from what the model gives, as `accept` draws them, but for the temperature.
+
+    Text past its own end (`ignore_eos`) is like no text on record either.
+    """
+    free = _NOT_OF_THE_LAW | _KEEP_THE_LIKELIEST if sampling.greedy else _NOT_OF_THE_LAW
+    return all(getattr(sampling, entry.name) == entry.default for entry in fields(sampling) if entry.name not in free)
+
+
+def _under(
+    figure: str, position: int, then: float, now: float, trials: tuple[int, int], least: float
+) -> list[Departure]:
+    low = then * least - DEVIATIONS * deviation(then, now, trials)
+    return [Departure(figure, position, then, now, low, 1.0)] if now < low else []
+
+
+def _first(found: Iterable[Departure]) -> int:
+    return min((departure.position for departure in found), default=0)
+
+
+def _figures(report: AcceptanceReport) -> str:
+    rates = " ".join(f"{rate:.3f}" for rate in report.rates)
+    return f"rates {rates}, acceptance length {report.length:.2f}"
