@@ -21,7 +21,7 @@ import numpy as np
 from llvmlite import ir
 
 from outrider.kernels._numba import BFLOAT16, LANES, SERIAL, Emitter, Int, Vector, address, emitted, keep
-from outrider.kernels._threads import add, parallel
+from outrider.kernels._threads import add, parallel, read
 from outrider.kernels.native import compiled
 
 _BYTE, _INTS = ir.IntType(8), ir.VectorType(ir.IntType(32), LANES)
@@ -249,15 +249,17 @@ def products(
     threads: int,
 ) -> None:
     """Takes some outputs of all rows."""
-    task = min(max(outputs * inputs * 2 // (4 * threads), _TASK[0]), _TASK[1])
-    share = max(task // (inputs * 2 * _OUTPUTS), 1) * _OUTPUTS
+    most = max(_TASK[1] // (inputs * 2 * _OUTPUTS), 1)
+    least = max(_TASK[0] // (inputs * 2 * _OUTPUTS), 1)
+    blocks = (outputs + _OUTPUTS - 1) // _OUTPUTS
     scratch = np.empty(1024, np.uint8)
     _configure(height, address(scratch))
     while True:
-        start = add(tickets, 1) * share
-        if start >= outputs:
+        share = max(min((blocks - read(tickets)) // (2 * threads), most), least)
+        start = add(tickets, share)
+        if start >= blocks:
             break
-        for each in range(start, min(start + share, outputs), _OUTPUTS):
+        for each in range(start * _OUTPUTS, min(start + share, blocks) * _OUTPUTS, _OUTPUTS):
             o = min(each, outputs - _OUTPUTS)
             weights, added = weight + o * inputs * 2, bias + o * 2 if bias != 0 else bias
             for row in range(0, rows, 2 * LANES):
