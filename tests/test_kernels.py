@@ -150,7 +150,11 @@ def test_linear_is_float32_at_any_height(rows: int, dtype: torch.dtype, unit: st
 
 
 def attention_case(
-    lengths: Iterable[tuple[int, int]], heads: tuple[int, int] = (8, 2), head_dim: int = 64, seed: int = 0
+    lengths: Iterable[tuple[int, int]],
+    heads: tuple[int, int] = (8, 2),
+    head_dim: int = 64,
+    seed: int = 0,
+    cache: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Rows of (query tokens, all tokens), each in blocks of its own, in random order."""
     lengths = list(lengths)
@@ -162,8 +166,8 @@ def attention_case(
     starts = torch.tensor([0, *(count for count, _ in lengths)]).cumsum(0).int()
     return {
         "query": draw(int(starts[-1]), heads[0], head_dim, seed=seed + 1),
-        "key_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 2),
-        "value_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 3),
+        "key_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 2, dtype=cache),
+        "value_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 3, dtype=cache),
         "block_table": table,
         "query_start": starts,
         "seq_lens": torch.tensor([length for _, length in lengths]).int(),
@@ -171,11 +175,17 @@ def attention_case(
     }
 
 
+CACHES = pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16], ids=str)
+
+
+@CACHES
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 2), (8, 1), (6, 2)])
 @pytest.mark.parametrize("length", [17, 300, 513, 1100])
-def test_attention_of_a_query_does_not_depend_on_the_others(length: int, heads: tuple[int, int], poison: None) -> None:
+def test_attention_of_a_query_does_not_depend_on_the_others(
+    length: int, heads: tuple[int, int], cache: torch.dtype, poison: None
+) -> None:
     attention = PAGED_ATTENTION.on(CPU)
-    case = attention_case([(9, length), (1, 40)], heads)
+    case = attention_case([(9, length), (1, 40)], heads, cache=cache)
     together = attention(**case)
     for index in range(9):
         alone = {
@@ -196,10 +206,11 @@ def test_attention_comparison_catches_a_mask_that_is_off_by_one() -> None:
     assert not close(found, paged_attention_reference(**shifted), 100 * PAGED_ATTENTION.tolerance)
 
 
+@CACHES
 @pytest.mark.parametrize("device", DEVICES)
-def test_attention_never_reads_past_a_row(device: str, poison: None) -> None:
+def test_attention_never_reads_past_a_row(device: str, cache: torch.dtype, poison: None) -> None:
     """What lies in the cache after a row's last token is NaN, what lies in the table after its last block is absurd."""
-    case = attention_case([(3, 21), (1, 16), (2, 530)], head_dim=128)
+    case = attention_case([(3, 21), (1, 16), (2, 530)], head_dim=128, cache=cache)
     if device == "cuda":
         case = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.items()}
     expected = PAGED_ATTENTION.on(device)(**case)
@@ -255,6 +266,34 @@ def test_rope_store_writes_its_slots_and_nothing_else(device: str, poison: None)
         by_slot = case[name].transpose(1, 2).flatten(0, 1)  # [slots, Hkv, D]
         written = (by_slot != 7.0).flatten(1).any(1).nonzero().flatten().tolist()
         assert written == [0, 33, 79]
+
+
+def test_keys_and_values_are_rounded_to_bfloat16_as_torch_rounds(poison: None) -> None:
+    """Halves go to the even neighbour, what is too large to infinity; subnormals stay."""
+    top = torch.arange(0x0000, 0x7F80, 61, dtype=torch.int32).repeat_interleave(6) << 16
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32).repeat(len(top) // 6)
+    values = (top | low).view(torch.float32)
+    values = torch.cat([torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38]), values, -values])
+    rows = values[: len(values) // 128 * 128].view(-1, 2, 64)
+    tokens, blocks = len(rows), -(-len(rows) // 16)
+    case = rope_case()
+    case |= {name: torch.empty(blocks, 2, 16, 64, dtype=torch.bfloat16) for name in ("key_cache", "value_cache")}
+    case |= {"qkv": torch.cat([rows, rows, rows], 1).flatten(1), "positions": torch.zeros(tokens, dtype=torch.int64)}
+    case |= {"rope": torch.tensor([[1.0] * 32 + [0.0] * 32]), "cache_slot": torch.arange(tokens), "num_heads": 2}
+    ROPE_STORE.on(CPU)(**case | {"q_norm": None, "k_norm": None, "num_kv_heads": 2})
+    found = case["value_cache"].transpose(1, 2).flatten(0, 1)[:tokens]
+    assert torch.equal(found.view(torch.int16), rows.bfloat16().view(torch.int16))
+
+
+def test_a_layer_in_float32_is_good_to_float32(poison: None) -> None:
+    """The op's own tolerance leaves room for keys and values that are rounded."""
+    assert DECODER_LAYER.examples is not None
+    for example in DECODER_LAYER.examples(torch.Generator().manual_seed(7), CPU):
+        if example["key_cache"].dtype == torch.float32:
+            ours, theirs = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
+            found, expected = DECODER_LAYER.on(CPU)(**ours), DECODER_LAYER.reference(**theirs)
+            written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
+            assert all(close(a, b, 2e-6) for a, b in [(found, expected), *written])
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])

@@ -24,7 +24,7 @@ from outrider.kernels._numba import BFLOAT16, LANES, SERIAL, Emitter, Int, Vecto
 from outrider.kernels._threads import add, parallel, read
 from outrider.kernels.native import compiled
 
-_BYTE, _INTS = ir.IntType(8), ir.VectorType(ir.IntType(32), LANES)
+_BYTE = ir.IntType(8)
 _STEP = 32  # inputs in a tile
 _OUTPUTS = 32  # that are summed at once, in two tiles a tile of tokens
 _HEIGHTS = (1, 2, 4, 8, LANES)
@@ -67,15 +67,6 @@ def _unzipped(emitter: Emitter, vectors: list[Vector]) -> list[Vector]:
     return [row for pair in rows for row in pair]
 
 
-def _rounded(emitter: Emitter, value: Vector) -> tuple[Vector, Vector]:
-    """A float32 rounded to bfloat16, to the nearest and halves to even, as a float32 and as its bits."""
-    builder, bits = emitter.builder, emitter.builder.bitcast(value, _INTS)
-    odd = builder.and_(builder.lshr(bits, emitter.ints(16)), emitter.ints(1))
-    bits = builder.add(builder.add(bits, emitter.ints(0x7FFF)), odd)
-    bits = builder.and_(bits, emitter.ints(-0x10000))
-    return builder.bitcast(bits, value.type), bits
-
-
 @emitted
 def _pack(emitter: Emitter, x: Int, count: Int, size: Int, first: Int, last: Int, height: Int, out: Int) -> None:
     """Inputs first:last of `count` rows, as pairs of tiles for `height` tokens: rounded, and what that leaves."""
@@ -92,8 +83,8 @@ def _pack(emitter: Emitter, x: Int, count: Int, size: Int, first: Int, last: Int
                 words = []
                 for parity in (0, 1):
                     value = emitter.shuffle(low, high, range(parity, 2 * LANES, 2))
-                    top, top_bits = _rounded(emitter, value)
-                    words.append((top_bits, _rounded(emitter, builder.fsub(value, top))[1]))
+                    top, top_bits = emitter.rounded(value)
+                    words.append((top_bits, emitter.rounded(builder.fsub(value, top))[1]))
                 for (even, odd), tile in zip(zip(*words, strict=True), (coarse, fine), strict=True):
                     word = builder.or_(builder.lshr(even, emitter.ints(16)), odd)
                     tile.append(builder.bitcast(word, emitter.floats(0).type))

@@ -14,7 +14,20 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from outrider.kernels._numba import LANES, Emitter, Int, Real, Vector, address, copy_row, emitted, keep
+from outrider.kernels._numba import (
+    BFLOAT16,
+    CACHES,
+    LANES,
+    WIDTH,
+    Emitter,
+    Int,
+    Real,
+    Turn,
+    Vector,
+    address,
+    emitted,
+    keep,
+)
 from outrider.kernels._threads import add
 from outrider.kernels.native import compiled, pointer
 
@@ -40,24 +53,29 @@ def _start_row(emitter: Emitter, state: Int, mixed: Int, size: Int) -> None:
 
 
 @emitted
-def _score(emitter: Emitter, queries: Int, count: Int, keys: Int, size: Int, scores: Int, ahead: Int) -> None:
+def _score(emitter: Emitter, queries: Int, count: Int, keys: Int, kind: Int, size: Int, scores: Int, ahead: Int) -> None:
     """scores[r][k] = queries[r] . keys[k], for up to 8 rows and 16 keys; what lies `ahead` of these is asked for."""
-    stride = emitter.times(size, 4)
+    q_stride = emitter.times(size, 4)
 
-    def of_height(height: int) -> None:
-        width = LANES // height
-        q_rows = emitter.rows(queries, stride, height, count)
-        score_rows = emitter.rows(scores, _CHUNK * 4, height, count)
+    def of_kind(kind: int) -> None:
+        k_stride = emitter.times(size, WIDTH[kind])
 
-        def tile(key: Int, state: list[Vector]) -> list[Vector]:
-            k_rows = emitter.rows(emitter.plus(keys, key, stride), stride, width, width)
-            places = [emitter.plus(row, key, 4) for row in score_rows]
-            emitter.dots(q_rows, k_rows, size, places, ahead=ahead)
-            return state
+        def of_height(height: int) -> None:
+            width = LANES // height
+            q_rows = emitter.rows(queries, q_stride, height, count)
+            score_rows = emitter.rows(scores, _CHUNK * 4, height, count)
 
-        emitter.loop(0, LANES, width, tile, [])
+            def tile(key: Int, state: list[Vector]) -> list[Vector]:
+                k_rows = emitter.rows(emitter.plus(keys, key, k_stride), k_stride, width, width)
+                places = [emitter.plus(row, key, 4) for row in score_rows]
+                emitter.dots(q_rows, k_rows, size, places, kind, ahead=ahead, paired=kind == BFLOAT16)
+                return state
 
-    emitter.each_height(count, of_height, _HEIGHTS)
+            emitter.loop(0, LANES, width, tile, [])
+
+        emitter.each_height(count, of_height, _HEIGHTS)
+
+    emitter.each_kind(kind, of_kind, CACHES)
 
 
 def _joined(emitter: Emitter, before: Vector, most: Vector) -> tuple[Vector, Vector, Vector]:
@@ -105,6 +123,7 @@ def _mix(
     states: Int,
     count: Int,
     values: Int,
+    kind: Int,
     seen: Int,
     mixed: Int,
     size: Int,
@@ -112,24 +131,29 @@ def _mix(
 ) -> None:
     """mixed[r] = mixed[r] * factor of r + sum over up to 16 keys of weights[r][k] * values[k]; the factor is then 1."""
     builder = emitter.builder
-    stride = emitter.times(size, 4)
 
-    def of_height(height: int) -> None:
+    def of_kind_and_height(kind: int, height: int) -> None:
+        stride = emitter.times(size, WIDTH[kind])
         weight_rows = emitter.rows(weights, _CHUNK * 4, height, count)
         state_rows = emitter.rows(states, _STATE, height, count)
-        mixed_rows = emitter.rows(mixed, stride, height, count)
+        mixed_rows = emitter.rows(mixed, emitter.times(size, 4), height, count)
         factors = [emitter.load(state, _FACTOR) for state in state_rows]
 
-        def tile(columns: list[Int], mask: Vector | None) -> None:
+        def tile(column: Int, vectors: int, paired: bool, mask: Vector | None) -> None:
+            columns = [emitter.plus(column, i, LANES) for i in range(vectors)]
             places = [(row, column) for row in mixed_rows for column in columns]
             sums = [emitter.load(row, column, mask) for row, column in places]
             sums = [builder.fmul(old, factors[i // len(columns)]) for i, old in enumerate(sums)]
 
             def step(key: Int, old: list[Vector]) -> list[Vector]:
                 value = emitter.plus(values, key, stride)
-                for column in columns:
-                    emitter.prefetch(builder.add(value, ahead), column, 4)
-                parts = [emitter.load(value, column, mask) for column in columns]
+                for line in range(0, vectors * LANES * WIDTH[kind], 64):
+                    place = builder.add(emitter.plus(value, column, WIDTH[kind]), ahead)
+                    emitter.prefetch(place, line, 1)
+                if paired:
+                    parts = [part for pair in columns[::2] for part in emitter.load_pairs(value, pair)]
+                else:
+                    parts = [emitter.load(value, column, mask, kind) for column in columns]
                 new: list[Vector] = []
                 for row in weight_rows:
                     weight = emitter.spread(row, key)
@@ -140,21 +164,31 @@ def _mix(
                 emitter.store(value, row, column, mask)
 
         def wide(column: Int, none: list[Vector]) -> list[Vector]:
-            tile([emitter.plus(column, i, LANES) for i in range(vectors)], None)
+            tile(column, vectors, kind == BFLOAT16, None)
+            return none
+
+        def pair(column: Int, none: list[Vector]) -> list[Vector]:
+            tile(column, 2, True, None)
             return none
 
         def rest(column: Int, none: list[Vector]) -> list[Vector]:
-            tile([column], emitter.below(builder.sub(size, column)))
+            tile(column, 1, False, emitter.below(builder.sub(size, column)))
             return none
 
         vectors = min(16 // height, 4)
         middle = builder.and_(size, size.type(-LANES * vectors))
         emitter.loop(0, middle, LANES * vectors, wide, [])
+        if kind == BFLOAT16 and vectors > 2:
+            start, middle = middle, builder.and_(size, size.type(-2 * LANES))
+            emitter.loop(start, middle, 2 * LANES, pair, [])
         emitter.loop(middle, size, LANES, rest, [])
         for state in state_rows:
             emitter.store(emitter.floats(1), state, _FACTOR)
 
-    emitter.each_height(count, of_height, _HEIGHTS)
+    def of_kind(kind: int) -> None:
+        emitter.each_height(count, lambda height: of_kind_and_height(kind, height), _HEIGHTS)
+
+    emitter.each_kind(kind, of_kind, CACHES)
 
 
 @emitted
@@ -176,15 +210,54 @@ def _join_row(emitter: Emitter, state: Int, mixed: Int, other_state: Int, other_
     emitter.sweep(size, join, [])
 
 
+def _in_pairs(emitter: Emitter, kind: Int, size: Int, part: Turn) -> Int:
+    """Handles what bfloat16 keys and values of `size` elements have in pairs, 32 at once; returns where that ends.
+
+    A vector of pairs is split into the elements at even places and those at odd ones, and sums stay in that order
+    until they are finished. What is left of a row after the last 32 is in its own order, as is all of a float32 row.
+    """
+    builder = emitter.builder
+    paired = builder.icmp_signed("==", kind, kind.type(BFLOAT16))
+    end = builder.select(paired, builder.and_(size, size.type(-2 * LANES)), size.type(0))
+    emitter.loop(0, end, 2 * LANES, part, [])
+    return end
+
+
 @emitted
-def _finish_row(emitter: Emitter, state: Int, mixed: Int, out: Int, size: Int) -> None:
+def _take_row(emitter: Emitter, source: Int, out: Int, kind: Int, size: Int) -> None:
+    """A row of the query to where it meets keys of a kind: float32 as it is, for bfloat16 in pairs."""
+
+    def copy(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
+        emitter.store(emitter.load(source, index, mask), out, index, mask)
+        return none
+
+    def part(index: Int, none: list[Vector]) -> list[Vector]:
+        low, high = (emitter.load(source, emitter.plus(index, start, 1)) for start in (0, LANES))
+        for parity in (0, 1):
+            half = emitter.shuffle(low, high, range(parity, 2 * LANES, 2))
+            emitter.store(half, out, emitter.plus(index, parity, LANES))
+        return none
+
+    emitter.sweep(size, copy, [], start=_in_pairs(emitter, kind, size, part))
+
+
+@emitted
+def _finish_row(emitter: Emitter, state: Int, mixed: Int, out: Int, kind: Int, size: Int) -> None:
     total = emitter.load(state, _SUM)
 
     def divide(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
         emitter.store(emitter.builder.fdiv(emitter.load(mixed, index, mask), total), out, index, mask)
         return none
 
-    emitter.sweep(size, divide, [])
+    def part(index: Int, none: list[Vector]) -> list[Vector]:
+        halves = [emitter.load(mixed, emitter.plus(index, start, 1)) for start in (0, LANES)]
+        even, odd = (emitter.builder.fdiv(half, total) for half in halves)
+        for start in (0, LANES):
+            lanes = [lane + side for lane in range(start // 2, start // 2 + LANES // 2) for side in (0, LANES)]
+            emitter.store(emitter.shuffle(even, odd, lanes), out, emitter.plus(index, start, 1))
+        return none
+
+    emitter.sweep(size, divide, [], start=_in_pairs(emitter, kind, size, part))
 
 
 @compiled()
@@ -194,23 +267,30 @@ def area(head_dim: int) -> int:
 
 
 @compiled()
-def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: int) -> Any:
-    """[n + 1, 8] int64: the tasks, and in the last row how many there are, areas to join, and query-key pairs.
+def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: int, begin: int, end: int) -> Any:
+    """[n + 1, 8] int64: the tasks of query tokens begin:end, and in the last row how many there are, areas to join,
+    query-key pairs, and how many of the tokens belong to a row.
 
-    A task is its row, key head, the row's first query token and that token's position, its first query row and
-    number of them, its 512 keys, and the area for its sums: -1 where no other task has the same query rows.
+    A task is its row, key head, the row's first query token after `begin`, counted from there, and that token's
+    position, its first query row and number of them, its 512 keys, and the area for its sums: -1 where no other task
+    has the same query rows.
     """
     starts = carray(pointer(query_start), (rows + 1,), np.int32)
     lens = carray(pointer(seq_lens), (rows,), np.int32)
     most = 1
     for row in range(rows):
-        tiles = ((starts[row + 1] - starts[row]) * group + _ROWS - 1) // _ROWS
-        most += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
+        tokens = min(int(starts[row + 1]), end) - max(int(starts[row]), begin)
+        if tokens > 0:
+            tiles = (tokens * group + _ROWS - 1) // _ROWS
+            most += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
     tasks = np.empty((most, 8), np.int64)
     count = areas = pairs = 0
     for row in range(rows):
-        token, tokens = int(starts[row]), int(starts[row + 1] - starts[row])
-        position = int(lens[row]) - tokens
+        token = max(int(starts[row]), begin)
+        tokens = min(int(starts[row + 1]), end) - token
+        if tokens <= 0:
+            continue
+        position = int(lens[row]) - int(starts[row + 1]) + token
         for head in range(num_kv_heads):
             for first in range(0, tokens * group, _ROWS):
                 height = min(_ROWS, tokens * group - first)
@@ -220,7 +300,7 @@ def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: i
                 for split in range(splits):
                     tasks[count, 0] = row
                     tasks[count, 1] = head
-                    tasks[count, 2] = token
+                    tasks[count, 2] = token - begin
                     tasks[count, 3] = position
                     tasks[count, 4] = first
                     tasks[count, 5] = height
@@ -230,6 +310,7 @@ def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: i
                 if splits > 1:
                     areas += splits
     tasks[-1, 0], tasks[-1, 1], tasks[-1, 2] = count, areas, pairs
+    tasks[-1, 3] = min(max(int(starts[rows]) - begin, 0), end - begin)
     return tasks
 
 
@@ -248,6 +329,7 @@ def attend(
     query: int,
     key_cache: int,
     value_cache: int,
+    kind: int,  # of the caches
     block_table: int,
     max_blocks: int,
     group: int,
@@ -262,6 +344,7 @@ def attend(
     """Takes tasks; where one has its query rows to itself it finishes them."""
     tasks = carray(pointer(plan), (count, 8), np.int64)
     size, stride, whole = head_dim * 4, group * num_kv_heads * head_dim * 4, area(head_dim)
+    cell = head_dim * (2 if kind == BFLOAT16 else 4)
     scratch = np.empty((_ROWS * size + _TILE * _CHUNK * 4 + whole) // 4, np.float32)
     queries = address(scratch)
     scores = queries + _ROWS * size
@@ -277,7 +360,7 @@ def attend(
         states = mixed + _ROWS * size
         for i in range(height):
             heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
-            copy_row(query + token * stride + heads, queries + i * size, head_dim)
+            _take_row(query + token * stride + heads, queries + i * size, kind, head_dim)
             _start_row(states + i * _STATE, mixed + i * size, head_dim)
         table = carray(pointer(block_table + row * max_blocks * 4), (max_blocks,), np.int32)
         stop = min((split + 1) * _SPLIT, position + (first + height - 1) // group + 1)
@@ -287,20 +370,22 @@ def attend(
                 end = min(min(begin + _CHUNK, stop), position + (first + min(part + _TILE, height) - 1) // group + 1)
                 rows = min(_TILE, height - part)
                 for key in range(begin, end, LANES):
-                    at = _place(table, key, head, num_kv_heads, block_size) * size
+                    at = _place(table, key, head, num_kv_heads, block_size) * cell
                     ahead = value_cache - key_cache
-                    _score(queries + part * size, rows, key_cache + at, head_dim, scores + (key - begin) * 4, ahead)
+                    q, out_scores = queries + part * size, scores + (key - begin) * 4
+                    _score(q, rows, key_cache + at, kind, head_dim, out_scores, ahead)
                 for i in range(part, part + rows if end > begin else part):
                     seen = position + (first + i) // group + 1 - begin
                     _soften_row(scores + (i - part) * _CHUNK * 4, scale, end - begin, seen, states + i * _STATE)
                 for key in range(begin, end, LANES):
-                    at = _place(table, key, head, num_kv_heads, block_size) * size
-                    then = _place(table, min(key + _CHUNK, stop - 1), head, num_kv_heads, block_size) * size
+                    at = _place(table, key, head, num_kv_heads, block_size) * cell
+                    then = _place(table, min(key + _CHUNK, stop - 1), head, num_kv_heads, block_size) * cell
                     _mix(
                         scores + (key - begin) * 4,
                         states + part * _STATE,
                         rows,
                         value_cache + at,
+                        kind,
                         min(LANES, end - key),
                         mixed + part * size,
                         head_dim,
@@ -309,13 +394,13 @@ def attend(
         if place < 0:
             for i in range(height):
                 heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
-                _finish_row(states + i * _STATE, mixed + i * size, out + token * stride + heads, head_dim)
+                _finish_row(states + i * _STATE, mixed + i * size, out + token * stride + heads, kind, head_dim)
     keep(scratch)
 
 
 @compiled()
 def join(
-    tickets: int, plan: int, count: int, areas: int, group: int, num_kv_heads: int, head_dim: int, out: int
+    tickets: int, plan: int, count: int, areas: int, kind: int, group: int, num_kv_heads: int, head_dim: int, out: int
 ) -> None:
     """After all tasks: joins and finishes the query rows that several of them shared."""
     tasks = carray(pointer(plan), (count, 8), np.int64)
@@ -333,4 +418,4 @@ def join(
             for later in range(1, (position + (first + i) // group) // _SPLIT + 1):
                 _join_row(state, mixed, state + later * whole, mixed + later * whole, head_dim)
             heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
-            _finish_row(state, mixed, out + token * stride + heads, head_dim)
+            _finish_row(state, mixed, out + token * stride + heads, kind, head_dim)

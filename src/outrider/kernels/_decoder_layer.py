@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray
 
 from outrider.kernels._amx import alone, fits, pack, products, small, tile_height
 from outrider.kernels._attention import area, attend, join, plan
 from outrider.kernels._numba import LANES, address, keep
 from outrider.kernels._threads import PHASE, enter, leave, parallel
 from outrider.kernels.activation import gate_rows
-from outrider.kernels.linear import few_rows
-from outrider.kernels.native import compiled, pointer
+from outrider.kernels.linear import FEW, few_rows
+from outrider.kernels.native import compiled
 from outrider.kernels.norm import norm_rows
 from outrider.kernels.rope import rope_tokens
 
+_BLOCK = 256, 1 << 21  # tokens that pass through a layer at once: at least, and as many as take so many bytes
 _NONE: Any = np.int64(0)  # a plain 0 would be a type of its own to numba, and a second copy of what takes it
 
 
@@ -78,6 +78,7 @@ def _layer(
     positions: int,
     key_cache: int,
     value_cache: int,
+    cache_kind: int,
     cache_slot: int,
     tasks: int,
     num_tasks: int,
@@ -123,6 +124,7 @@ def _layer(
         positions,
         key_cache,
         value_cache,
+        cache_kind,
         cache_slot,
         block_size,
         num_heads,
@@ -142,6 +144,7 @@ def _layer(
         query,
         key_cache,
         value_cache,
+        cache_kind,
         block_table,
         max_blocks,
         group,
@@ -157,7 +160,7 @@ def _layer(
     phase += PHASE
     if num_areas > 0:
         enter(phase)
-        join(phase, tasks, num_tasks, areas, group, num_kv_heads, head_dim, wide)
+        join(phase, tasks, num_tasks, areas, cache_kind, group, num_kv_heads, head_dim, wide)
         leave(phase)
         phase += PHASE
     phase = _linear(phase, packed, wide, out, _NONE, result, tokens, heads, hidden, kind, tiles, threads)
@@ -171,6 +174,13 @@ def _layer(
     leave(phase)
     phase += PHASE
     phase = _linear(phase, packed, query, down, _NONE, result, tokens, width, hidden, kind, tiles, threads)
+
+
+@compiled()
+def whole(tiles: int, tokens: int, hidden: int, heads: int, both: int, width: int) -> bool:
+    """Whether one launch serves: at few tokens any, at more where the matrix unit multiplies all of it."""
+    fit = fits(hidden, both) and fits(heads, hidden) and fits(hidden, 2 * width) and fits(width, hidden)
+    return tokens <= FEW or (tiles != 0 and fit)
 
 
 @compiled()
@@ -193,6 +203,7 @@ def layer_kernel(
     positions: int,
     key_cache: int,
     value_cache: int,
+    cache_kind: int,
     cache_slot: int,
     block_table: int,
     query_start: int,
@@ -210,27 +221,33 @@ def layer_kernel(
     result: int,
     threads: int,
 ) -> None:
-    """See `decoder_layer`; x, qkv_bias and the head norms may be 0 for none, result is what it returns."""
-    tasks = plan(query_start, seq_lens, rows, num_heads // num_kv_heads, num_kv_heads)
-    count, num_areas = tasks[-1, 0], tasks[-1, 1]
-    areas = np.empty(num_areas * area(head_dim), np.uint8)
-    owned = int(carray(pointer(query_start), (rows + 1,), np.int32)[rows])
-    phases = np.zeros(16 * PHASE, np.uint8)
-    both = (num_heads + 2 * num_kv_heads) * head_dim
-    most = max(num_heads * head_dim, width)
-    sizes = (tokens * hidden, tokens * max(both, 2 * width), tokens * most)
-    space = np.empty(sizes[0] + sizes[1] + sizes[2] + (tokens + LANES) * max(most, hidden), np.float32)
+    """See `decoder_layer`; x, qkv_bias and the head norms may be 0 for none, result is what it returns.
+
+    Tokens pass through the whole layer some hundreds at a time: what lies between two products stays in the caches,
+    in memory that is used again.
+    """
+    both, most = (num_heads + 2 * num_kv_heads) * head_dim, max(num_heads * head_dim, width)
+    sizes = (hidden, max(both, 2 * width), most, max(most, hidden))
+    block = min(tokens, max(_BLOCK[1] // (sum(sizes) * 4) // 32 * 32, _BLOCK[0]))
+    space = np.empty(block * (sizes[0] + sizes[1] + sizes[2]) + (block + LANES) * sizes[3], np.float32)
     normed = address(space)
-    wide = normed + sizes[0] * 4
-    query = wide + sizes[1] * 4
+    wide = normed + block * sizes[0] * 4
+    query = wide + block * sizes[1] * 4
+    memory = (normed, wide, query, query + block * sizes[2] * 4)
     weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind, tiles)
-    cache = (rope, positions, key_cache, value_cache, cache_slot)
-    reads = (address(tasks), count, address(areas), num_areas, block_table, max_blocks, block_size)
-    shape = (num_heads, num_kv_heads, head_dim, scale, tokens, owned, hidden, width)
-    memory = (normed, wide, query, query + sizes[2] * 4, result)
-    start = (address(phases), threads, x, residual)
-    parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory))
-    keep(tasks)
-    keep(areas)
-    keep(phases)
+    for begin in range(0, tokens, block):
+        end = min(begin + block, tokens)
+        tasks = plan(query_start, seq_lens, rows, num_heads // num_kv_heads, num_kv_heads, begin, end)
+        count, num_areas, owned = tasks[-1, 0], tasks[-1, 1], tasks[-1, 3]
+        areas = np.empty(num_areas * area(head_dim), np.uint8)
+        phases = np.zeros(16 * PHASE, np.uint8)
+        at = begin * hidden * 4
+        cache = (rope, positions + begin * 8, key_cache, value_cache, cache_kind, cache_slot + begin * 8)
+        reads = (address(tasks), count, address(areas), num_areas, block_table, max_blocks, block_size)
+        shape = (num_heads, num_kv_heads, head_dim, scale, end - begin, owned, hidden, width)
+        start = (address(phases), threads, x + at if x != 0 else x, residual + at)
+        parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory, result + at))
+        keep(tasks)
+        keep(areas)
+        keep(phases)
     keep(space)

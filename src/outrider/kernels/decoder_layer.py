@@ -1,4 +1,4 @@
-"""One layer of a pre-norm decoder with grouped-query attention and a gated MLP, in one launch where rows are few.
+"""One layer of a pre-norm decoder with grouped-query attention and a gated MLP, in one launch on a CPU.
 
 x [T, H] is the block before's output, not yet added to the residual stream, or None for the first layer; residual
 [T, H] is updated in place. Returns this layer's MLP output [T, H], not yet added: the hidden state after the layer is
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from outrider.kernels import _amx, activation, attention, linear, norm, rope
-from outrider.kernels._decoder_layer import layer_kernel
+from outrider.kernels._decoder_layer import layer_kernel, whole
 from outrider.kernels._numba import BFLOAT16, KIND
 from outrider.kernels._threads import num_threads
-from outrider.kernels.linear import FEW
 from outrider.kernels.op import Example, Op
 
 
@@ -95,7 +94,8 @@ def _decoder_layer_cpu(
 ) -> Tensor:
     (tokens, hidden), kind = residual.shape, KIND[qkv.dtype]
     (rows, max_blocks), (_, num_kv_heads, block_size, head_dim) = block_table.shape, key_cache.shape
-    if tokens > FEW:
+    tiles = _amx.AVAILABLE and kind == BFLOAT16
+    if not whole(tiles, tokens, hidden, num_heads * head_dim, len(qkv), down.shape[1]):
         return decoder_layer_by_ops(
             x,
             residual,
@@ -134,12 +134,13 @@ def _decoder_layer_cpu(
         gate_up.data_ptr(),
         down.data_ptr(),
         kind,
-        _amx.AVAILABLE and kind == BFLOAT16,
+        tiles,
         eps,
         rope.data_ptr(),
         positions.data_ptr(),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
+        KIND[key_cache.dtype],
         cache_slot.data_ptr(),
         block_table.data_ptr(),
         query_start.data_ptr(),
@@ -200,8 +201,8 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
                 "eps": 1e-6,
                 "rope": torch.cat((angles.cos(), angles.sin()), dim=-1).to(device),
                 "positions": torch.tensor(position, device=device),
-                "key_cache": draw(sum(blocks), num_kv_heads, 16, head_dim, dtype=activation_type),
-                "value_cache": draw(sum(blocks), num_kv_heads, 16, head_dim, dtype=activation_type),
+                "key_cache": draw(sum(blocks), num_kv_heads, 16, head_dim),
+                "value_cache": draw(sum(blocks), num_kv_heads, 16, head_dim),
                 "cache_slot": torch.tensor(slot, device=device),
                 "block_table": table.to(device),
                 "query_start": starts.to(device, torch.int32),
@@ -217,6 +218,6 @@ DECODER_LAYER = Op(
     {"cpu": _decoder_layer_cpu},
     examples=_examples,
     outputs=("residual", "key_cache", "value_cache"),
-    tolerance=2e-5,
-    why="four products deep",
+    tolerance=4e-4,
+    why="four products deep, and a key between two bfloat16 may be rounded to either",
 )

@@ -109,7 +109,7 @@ class Decoder:
         tied = self.embedding if config.tie_word_embeddings else None
         self.head = Head(config.vocab_size, config.hidden_size, allocator, tied)
         self.rope = config.rope.table(max_len, config.head_dim, allocator.device)
-        self.activation_dtype = allocator.activation_dtype
+        self.cache_dtype = allocator.cache_dtype
 
     @classmethod
     def part(cls) -> Part:
@@ -117,9 +117,9 @@ class Decoder:
         return Part(cls.architecture, cls.needs)
 
     def cache_layout(self, block_size: int) -> CacheLayout:
-        """The key/value layers this model reads and writes, in the activations' dtype."""
+        """The key/value layers this model reads and writes, in the allocator's `cache_dtype`."""
         config = self.config
-        return CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, self.activation_dtype)
+        return CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, self.cache_dtype)
 
     def forward(self, batch: StepBatch, cache: Sequence[LayerCache]) -> Tensor:
         """[T, H] after the final norm; the step's keys and values are written into the cache."""
