@@ -29,7 +29,7 @@ _STEP = 32  # inputs in a tile
 _OUTPUTS = 32  # that are summed at once, in two tiles a tile of tokens
 _HEIGHTS = (1, 2, 4, 8, LANES)
 _TASK = 1 << 15, 1 << 20  # bytes of weights in a task: at least, cheap to hand out, and at most, long enough to stream
-_SMALL = 1 << 11  # activations, about half a microsecond's packing
+_SMALL = 1 << 14  # activations, some two microseconds' packing
 _PANEL = 1 << 20  # bytes of packed activations that are used against all weights before the next: they stay in cache
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18

@@ -33,6 +33,7 @@ from outrider.kernels.native import compiled, pointer
 
 _SPLIT = 512  # keys in a task
 _CHUNK = 64  # keys between two updates of the maximum
+_GROUPS = _CHUNK // LANES  # sixteens in a chunk
 _ROWS = 32  # rows in a task
 _TILE = 8  # of them, in a tile
 _HEIGHTS = (2, 4, _TILE)
@@ -52,28 +53,51 @@ def _start_row(emitter: Emitter, state: Int, mixed: Int, size: Int) -> None:
     emitter.sweep(size, clear, [])
 
 
+def _group(emitter: Emitter, places: Int, key: Int, cache: Int, cell: Int) -> Int:
+    """Where the 16 keys or values from `key` of a chunk on lie in a cache of `cell` bytes a head."""
+    return emitter.plus(cache, emitter.integer(places, emitter.builder.lshr(key, key.type(4))), cell)
+
+
 @emitted
-def _score(emitter: Emitter, queries: Int, count: Int, keys: Int, kind: Int, size: Int, scores: Int, ahead: Int) -> None:
-    """scores[r][k] = queries[r] . keys[k], for up to 8 rows and 16 keys; what lies `ahead` of these is asked for."""
+def _score(
+    emitter: Emitter,
+    queries: Int,
+    count: Int,
+    cache: Int,
+    places: Int,
+    keys: Int,
+    kind: Int,
+    size: Int,
+    scores: Int,
+    ahead: Int,
+) -> None:
+    """scores[r][k] = queries[r] . keys[k], for up to 8 rows and a chunk of keys rounded up to sixteens.
+
+    What lies `ahead` of the keys is asked for.
+    """
     q_stride = emitter.times(size, 4)
 
-    def of_kind(kind: int) -> None:
-        k_stride = emitter.times(size, WIDTH[kind])
+    def of_kind_and_height(kind: int, height: int) -> None:
+        cell, width = emitter.times(size, WIDTH[kind]), LANES // height
+        q_rows = emitter.rows(queries, q_stride, height, count)
+        score_rows = emitter.rows(scores, _CHUNK * 4, height, count)
 
-        def of_height(height: int) -> None:
-            width = LANES // height
-            q_rows = emitter.rows(queries, q_stride, height, count)
-            score_rows = emitter.rows(scores, _CHUNK * 4, height, count)
+        def sixteen(start: Int, none: list[Vector]) -> list[Vector]:
+            base = _group(emitter, places, start, cache, cell)
 
-            def tile(key: Int, state: list[Vector]) -> list[Vector]:
-                k_rows = emitter.rows(emitter.plus(keys, key, k_stride), k_stride, width, width)
-                places = [emitter.plus(row, key, 4) for row in score_rows]
-                emitter.dots(q_rows, k_rows, size, places, kind, ahead=ahead, paired=kind == BFLOAT16)
-                return state
+            def tile(key: Int, none: list[Vector]) -> list[Vector]:
+                k_rows = emitter.rows(emitter.plus(base, key, cell), cell, width, width)
+                out_rows = [emitter.plus(row, emitter.plus(start, key, 1), 4) for row in score_rows]
+                emitter.dots(q_rows, k_rows, size, out_rows, kind, ahead=ahead, paired=kind == BFLOAT16)
+                return none
 
             emitter.loop(0, LANES, width, tile, [])
+            return none
 
-        emitter.each_height(count, of_height, _HEIGHTS)
+        emitter.loop(0, keys, LANES, sixteen, [])
+
+    def of_kind(kind: int) -> None:
+        emitter.each_height(count, lambda height: of_kind_and_height(kind, height), _HEIGHTS)
 
     emitter.each_kind(kind, of_kind, CACHES)
 
@@ -122,18 +146,23 @@ def _mix(
     weights: Int,
     states: Int,
     count: Int,
-    values: Int,
+    cache: Int,
+    places: Int,
     kind: Int,
     seen: Int,
     mixed: Int,
     size: Int,
-    ahead: Int,
+    later_cache: Int,
+    later: Int,
 ) -> None:
-    """mixed[r] = mixed[r] * factor of r + sum over up to 16 keys of weights[r][k] * values[k]; the factor is then 1."""
+    """mixed[r] = mixed[r] * factor of r + sum over a chunk's `seen` keys of weights[r][k] * values[k].
+
+    What lies in another cache at other places is asked for.
+    """
     builder = emitter.builder
 
     def of_kind_and_height(kind: int, height: int) -> None:
-        stride = emitter.times(size, WIDTH[kind])
+        cell = emitter.times(size, WIDTH[kind])
         weight_rows = emitter.rows(weights, _CHUNK * 4, height, count)
         state_rows = emitter.rows(states, _STATE, height, count)
         mixed_rows = emitter.rows(mixed, emitter.times(size, 4), height, count)
@@ -141,26 +170,32 @@ def _mix(
 
         def tile(column: Int, vectors: int, paired: bool, mask: Vector | None) -> None:
             columns = [emitter.plus(column, i, LANES) for i in range(vectors)]
-            places = [(row, column) for row in mixed_rows for column in columns]
-            sums = [emitter.load(row, column, mask) for row, column in places]
+            places_of_sums = [(row, column) for row in mixed_rows for column in columns]
+            sums = [emitter.load(row, column, mask) for row, column in places_of_sums]
             sums = [builder.fmul(old, factors[i // len(columns)]) for i, old in enumerate(sums)]
 
-            def step(key: Int, old: list[Vector]) -> list[Vector]:
-                value = emitter.plus(values, key, stride)
-                for line in range(0, vectors * LANES * WIDTH[kind], 64):
-                    place = builder.add(emitter.plus(value, column, WIDTH[kind]), ahead)
-                    emitter.prefetch(place, line, 1)
-                if paired:
-                    parts = [part for pair in columns[::2] for part in emitter.load_pairs(value, pair)]
-                else:
-                    parts = [emitter.load(value, column, mask, kind) for column in columns]
-                new: list[Vector] = []
-                for row in weight_rows:
-                    weight = emitter.spread(row, key)
-                    new += [emitter.fma(weight, part, old[len(new) + i]) for i, part in enumerate(parts)]
-                return new
+            def sixteen(start: Int, sums: list[Vector]) -> list[Vector]:
+                base = _group(emitter, places, start, cache, cell)
+                ahead = builder.sub(_group(emitter, later, start, later_cache, cell), base)
 
-            for (row, column), value in zip(places, emitter.loop(0, seen, 1, step, sums), strict=True):
+                def step(key: Int, old: list[Vector]) -> list[Vector]:
+                    value = emitter.plus(base, builder.sub(key, start), cell)
+                    for line in range(0, vectors * LANES * WIDTH[kind], 64):
+                        emitter.prefetch(emitter.plus(builder.add(value, ahead), column, WIDTH[kind]), line, 1)
+                    if paired:
+                        parts = [part for pair in columns[::2] for part in emitter.load_pairs(value, pair)]
+                    else:
+                        parts = [emitter.load(value, column, mask, kind) for column in columns]
+                    new: list[Vector] = []
+                    for row in weight_rows:
+                        weight = emitter.spread(row, key)
+                        new += [emitter.fma(weight, part, old[len(new) + i]) for i, part in enumerate(parts)]
+                    return new
+
+                return emitter.loop(start, emitter.least(emitter.plus(start, LANES, 1), seen), 1, step, sums)
+
+            sums = emitter.loop(0, seen, LANES, sixteen, sums)
+            for (row, column), value in zip(places_of_sums, sums, strict=True):
                 emitter.store(value, row, column, mask)
 
         def wide(column: Int, none: list[Vector]) -> list[Vector]:
@@ -182,8 +217,6 @@ def _mix(
             start, middle = middle, builder.and_(size, size.type(-2 * LANES))
             emitter.loop(start, middle, 2 * LANES, pair, [])
         emitter.loop(middle, size, LANES, rest, [])
-        for state in state_rows:
-            emitter.store(emitter.floats(1), state, _FACTOR)
 
     def of_kind(kind: int) -> None:
         emitter.each_height(count, lambda height: of_kind_and_height(kind, height), _HEIGHTS)
@@ -315,9 +348,14 @@ def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: i
 
 
 @compiled()
-def _place(table: Any, token: int, head: int, num_kv_heads: int, block_size: int) -> int:
-    """How many heads of one token lie before this one in a cache."""
-    return (int(table[token // block_size]) * num_kv_heads + head) * block_size + token % block_size
+def _find(
+    groups: Any, table: Any, begin: int, stop: int, head: int, num_kv_heads: int, block_size: int
+) -> None:
+    """How many heads of one token lie before each 16 keys of a chunk; past the last key, the last sixteen again."""
+    token = min(begin, stop - 1)
+    for i in range(_GROUPS):
+        groups[i] = (int(table[token // block_size]) * num_kv_heads + head) * block_size + token % block_size // LANES * LANES
+        token = min(token + LANES, stop - 1)
 
 
 @compiled()
@@ -346,6 +384,8 @@ def attend(
     size, stride, whole = head_dim * 4, group * num_kv_heads * head_dim * 4, area(head_dim)
     cell = head_dim * (2 if kind == BFLOAT16 else 4)
     scratch = np.empty((_ROWS * size + _TILE * _CHUNK * 4 + whole) // 4, np.float32)
+    groups = np.empty(2 * _GROUPS, np.int64)  # of this chunk, and of the next
+    places, later = address(groups), address(groups) + _GROUPS * 8
     queries = address(scratch)
     scores = queries + _ROWS * size
     own = scores + _TILE * _CHUNK * 4
@@ -364,38 +404,29 @@ def attend(
             _start_row(states + i * _STATE, mixed + i * size, head_dim)
         table = carray(pointer(block_table + row * max_blocks * 4), (max_blocks,), np.int32)
         stop = min((split + 1) * _SPLIT, position + (first + height - 1) // group + 1)
+        _find(groups[_GROUPS:], table, split * _SPLIT, stop, head, num_kv_heads, block_size)
         for begin in range(split * _SPLIT, stop, _CHUNK):
+            groups[:_GROUPS] = groups[_GROUPS:]
+            _find(groups[_GROUPS:], table, begin + _CHUNK, stop, head, num_kv_heads, block_size)
             for part in range(0, height, _TILE):
                 # the tile's last row sees the most
                 end = min(min(begin + _CHUNK, stop), position + (first + min(part + _TILE, height) - 1) // group + 1)
-                rows = min(_TILE, height - part)
-                for key in range(begin, end, LANES):
-                    at = _place(table, key, head, num_kv_heads, block_size) * cell
-                    ahead = value_cache - key_cache
-                    q, out_scores = queries + part * size, scores + (key - begin) * 4
-                    _score(q, rows, key_cache + at, kind, head_dim, out_scores, ahead)
-                for i in range(part, part + rows if end > begin else part):
-                    seen = position + (first + i) // group + 1 - begin
-                    _soften_row(scores + (i - part) * _CHUNK * 4, scale, end - begin, seen, states + i * _STATE)
-                for key in range(begin, end, LANES):
-                    at = _place(table, key, head, num_kv_heads, block_size) * cell
-                    then = _place(table, min(key + _CHUNK, stop - 1), head, num_kv_heads, block_size) * cell
-                    _mix(
-                        scores + (key - begin) * 4,
-                        states + part * _STATE,
-                        rows,
-                        value_cache + at,
-                        kind,
-                        min(LANES, end - key),
-                        mixed + part * size,
-                        head_dim,
-                        key_cache + then - value_cache - at,
-                    )
+                if end <= begin:
+                    continue
+                rows, keys = min(_TILE, height - part), end - begin
+                q, state = queries + part * size, states + part * _STATE
+                _score(q, rows, key_cache, places, keys, kind, head_dim, scores, value_cache - key_cache)
+                for i in range(rows):
+                    seen = position + (first + part + i) // group + 1 - begin
+                    _soften_row(scores + i * _CHUNK * 4, scale, keys, seen, state + i * _STATE)
+                sums = mixed + part * size
+                _mix(scores, state, rows, value_cache, places, kind, keys, sums, head_dim, key_cache, later)
         if place < 0:
             for i in range(height):
                 heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
                 _finish_row(states + i * _STATE, mixed + i * size, out + token * stride + heads, kind, head_dim)
     keep(scratch)
+    keep(groups)
 
 
 @compiled()

@@ -144,6 +144,10 @@ class Emitter:
             return self.builder.bitcast(wide, _FLOATS)
         return self.builder.fpext(value, _FLOATS) if kind == FLOAT16 else value
 
+    def integer(self, base: Int, index: Int) -> Int:
+        """The int64 at `index`."""
+        return self.builder.load(self._at(base, index, 8, _I64))
+
     def spread(self, base: Int, index: Int) -> Vector:
         """The float32 at `index`, in every lane."""
         return self.splat(self.builder.load(self._at(base, index, 4, _F32)))
