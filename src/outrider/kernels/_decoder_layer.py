@@ -8,7 +8,7 @@ import numpy as np
 
 from outrider.kernels._amx import alone, fits, pack, products, small, tile_height
 from outrider.kernels._attention import area, attend, join, plan
-from outrider.kernels._numba import LANES, address, keep
+from outrider.kernels._numba import LANES, NO, YES, address, keep
 from outrider.kernels._threads import PHASE, enter, leave, parallel
 from outrider.kernels.activation import gate_rows
 from outrider.kernels.linear import FEW, few_rows
@@ -17,7 +17,6 @@ from outrider.kernels.norm import norm_rows
 from outrider.kernels.rope import rope_tokens
 
 _BLOCK = 256, 1 << 21  # tokens that pass through a layer at once: at least, and as many as take so many bytes
-_NONE: Any = np.int64(0)  # a plain 0 would be a type of its own to numba, and a second copy of what takes it
 
 
 @compiled()
@@ -31,23 +30,24 @@ def _linear(
     rows: int,
     inputs: int,
     outputs: int,
+    gated: int,
     kind: int,
     tiles: int,
     threads: int,
 ) -> int:
-    """One product, by whichever kernel `linear` would take; returns the phase after it."""
+    """One product, by whichever kernel `linear` would take; returns the phase after it. Gated only where tiles fit."""
     if tiles and fits(inputs, outputs):
         height = tile_height(rows)
         if small(rows, inputs):
             enter(phase)
-            alone(phase, x, rows, height, inputs, weight, bias, outputs, out, threads)
+            alone(phase, x, rows, height, inputs, weight, bias, outputs, gated, out, threads)
         else:
             enter(phase)
             pack(phase, x, rows, inputs, height, packed)
             leave(phase)
             phase += PHASE
             enter(phase)
-            products(phase, packed, rows, height, inputs, weight, bias, outputs, out, threads)
+            products(phase, packed, rows, height, inputs, weight, bias, outputs, gated, out, threads)
     else:
         enter(phase)
         few_rows(phase, x, weight, bias, out, rows, inputs, outputs, kind, threads)
@@ -106,12 +106,12 @@ def _layer(
     phase = phases
     enter(phase)
     if x == 0:
-        norm_rows(phase, residual, _NONE, input_norm, kind, normed, tokens, hidden, eps)
+        norm_rows(phase, residual, NO, input_norm, kind, normed, tokens, hidden, eps)
     else:
         norm_rows(phase, x, residual, input_norm, kind, normed, tokens, hidden, eps)
     leave(phase)
     phase += PHASE
-    phase = _linear(phase, packed, normed, qkv, qkv_bias, wide, tokens, hidden, both, kind, tiles, threads)
+    phase = _linear(phase, packed, normed, qkv, qkv_bias, wide, tokens, hidden, both, NO, kind, tiles, threads)
     enter(phase)
     rope_tokens(
         phase,
@@ -163,17 +163,20 @@ def _layer(
         join(phase, tasks, num_tasks, areas, cache_kind, group, num_kv_heads, head_dim, wide)
         leave(phase)
         phase += PHASE
-    phase = _linear(phase, packed, wide, out, _NONE, result, tokens, heads, hidden, kind, tiles, threads)
+    phase = _linear(phase, packed, wide, out, NO, result, tokens, heads, hidden, NO, kind, tiles, threads)
     enter(phase)
     norm_rows(phase, result, residual, post_norm, kind, normed, tokens, hidden, eps)
     leave(phase)
     phase += PHASE
-    phase = _linear(phase, packed, normed, gate_up, _NONE, wide, tokens, hidden, 2 * width, kind, tiles, threads)
-    enter(phase)
-    gate_rows(phase, wide, query, tokens, width)
-    leave(phase)
-    phase += PHASE
-    phase = _linear(phase, packed, query, down, _NONE, result, tokens, width, hidden, kind, tiles, threads)
+    if tiles and fits(hidden, width):
+        phase = _linear(phase, packed, normed, gate_up, NO, query, tokens, hidden, width, YES, kind, tiles, threads)
+    else:
+        phase = _linear(phase, packed, normed, gate_up, NO, wide, tokens, hidden, 2 * width, NO, kind, tiles, threads)
+        enter(phase)
+        gate_rows(phase, wide, query, tokens, width)
+        leave(phase)
+        phase += PHASE
+    phase = _linear(phase, packed, query, down, NO, result, tokens, width, hidden, NO, kind, tiles, threads)
 
 
 @compiled()
