@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _LARGE, _ADVICE = 1 << 21, 14  # bytes of a large page, and Linux's MADV_HUGEPAGE
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 

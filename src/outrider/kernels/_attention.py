@@ -348,13 +348,13 @@ def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: i
 
 
 @compiled()
-def _find(
-    groups: Any, table: Any, begin: int, stop: int, head: int, num_kv_heads: int, block_size: int
-) -> None:
+def _find(groups: Any, table: Any, begin: int, stop: int, head: int, num_kv_heads: int, block_size: int) -> None:
     """How many heads of one token lie before each 16 keys of a chunk; past the last key, the last sixteen again."""
     token = min(begin, stop - 1)
     for i in range(_GROUPS):
-        groups[i] = (int(table[token // block_size]) * num_kv_heads + head) * block_size + token % block_size // LANES * LANES
+        groups[i] = (
+            int(table[token // block_size]) * num_kv_heads + head
+        ) * block_size + token % block_size // LANES * LANES
         token = min(token + LANES, stop - 1)
 
 
@@ -382,7 +382,6 @@ def attend(
     """Takes tasks; where one has its query rows to itself it finishes them."""
     tasks = carray(pointer(plan), (count, 8), np.int64)
     size, stride, whole = head_dim * 4, group * num_kv_heads * head_dim * 4, area(head_dim)
-    cell = head_dim * (2 if kind == BFLOAT16 else 4)
     scratch = np.empty((_ROWS * size + _TILE * _CHUNK * 4 + whole) // 4, np.float32)
     groups = np.empty(2 * _GROUPS, np.int64)  # of this chunk, and of the next
     places, later = address(groups), address(groups) + _GROUPS * 8

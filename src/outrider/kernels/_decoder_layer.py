@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numba import carray
 
 from outrider.kernels._amx import alone, fits, pack, products, small, tile_height
 from outrider.kernels._attention import area, attend, join, plan
@@ -12,7 +11,7 @@ from outrider.kernels._numba import LANES, NO, YES, address, keep
 from outrider.kernels._threads import PHASE, enter, leave, parallel
 from outrider.kernels.activation import gate_rows
 from outrider.kernels.linear import FEW, few_rows
-from outrider.kernels.native import compiled
+from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_rows
 from outrider.kernels.rope import rope_tokens
 
@@ -187,25 +186,16 @@ def whole(tiles: int, tokens: int, hidden: int, heads: int, both: int, width: in
 
 
 @compiled()
-def layer_kernel(
+def layers_kernel(
+    layers: int,
+    count: int,
     x: int,
     residual: int,
-    input_norm: int,
-    qkv: int,
-    qkv_bias: int,
-    q_norm: int,
-    k_norm: int,
-    out: int,
-    post_norm: int,
-    gate_up: int,
-    down: int,
     kind: int,
     tiles: int,
     eps: float,
     rope: int,
     positions: int,
-    key_cache: int,
-    value_cache: int,
     cache_kind: int,
     cache_slot: int,
     block_table: int,
@@ -224,11 +214,13 @@ def layer_kernel(
     result: int,
     threads: int,
 ) -> None:
-    """See `decoder_layer`; x, qkv_bias and the head norms may be 0 for none, result is what it returns.
+    """Layers one after the other, each as `decoder_layer`: x is the first's, or 0 for none, result the last's.
 
-    Tokens pass through the whole layer some hundreds at a time: what lies between two products stays in the caches,
-    in memory that is used again.
+    `layers` [count, 11] int64 holds for each the addresses of its weights and of its keys and values, in
+    `decoder_layer`'s order, 0 for none. Tokens pass through a layer some hundreds at a time: what lies between two
+    products stays in the caches, in memory that is used again.
     """
+    table = carray(pointer(layers), (count, 11), np.int64)
     both, most = (num_heads + 2 * num_kv_heads) * head_dim, max(num_heads * head_dim, width)
     sizes = (hidden, max(both, 2 * width), most, max(most, hidden))
     block = min(tokens, max(_BLOCK[1] // (sum(sizes) * 4) // 32 * 32, _BLOCK[0]))
@@ -237,20 +229,26 @@ def layer_kernel(
     wide = normed + block * sizes[0] * 4
     query = wide + block * sizes[1] * 4
     memory = (normed, wide, query, query + block * sizes[2] * 4)
-    weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind, tiles)
-    for begin in range(0, tokens, block):
-        end = min(begin + block, tokens)
-        tasks = plan(query_start, seq_lens, rows, num_heads // num_kv_heads, num_kv_heads, begin, end)
-        count, num_areas, owned = tasks[-1, 0], tasks[-1, 1], tasks[-1, 3]
-        areas = np.empty(num_areas * area(head_dim), np.uint8)
-        phases = np.zeros(16 * PHASE, np.uint8)
-        at = begin * hidden * 4
-        cache = (rope, positions + begin * 8, key_cache, value_cache, cache_kind, cache_slot + begin * 8)
-        reads = (address(tasks), count, address(areas), num_areas, block_table, max_blocks, block_size)
-        shape = (num_heads, num_kv_heads, head_dim, scale, end - begin, owned, hidden, width)
-        start = (address(phases), threads, x + at if x != 0 else x, residual + at)
-        parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory, result + at))
-        keep(tasks)
-        keep(areas)
-        keep(phases)
+    phases = np.empty(16 * PHASE, np.uint8)
+    tasks = plan(query_start, seq_lens, rows, num_heads // num_kv_heads, num_kv_heads, 0, block)
+    areas = np.empty(tasks[-1, 1] * area(head_dim), np.uint8)
+    for layer in range(count):
+        for begin in range(0, tokens, block):
+            end = min(begin + block, tokens)
+            if block < tokens:
+                tasks = plan(query_start, seq_lens, rows, num_heads // num_kv_heads, num_kv_heads, begin, end)
+                areas = np.empty(tasks[-1, 1] * area(head_dim), np.uint8)
+            phases[:] = 0
+            at = begin * hidden * 4
+            input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, keys, values = table[layer]
+            weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind, tiles)
+            cache = (rope, positions + begin * 8, keys, values, cache_kind, cache_slot + begin * 8)
+            reads = (address(tasks), tasks[-1, 0], address(areas), tasks[-1, 1], block_table, max_blocks, block_size)
+            shape = (num_heads, num_kv_heads, head_dim, scale, end - begin, tasks[-1, 3], hidden, width)
+            start = (address(phases), threads, x + at if x != 0 else x, residual + at)
+            parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory, result + at))
+        x = result  # read by the next layer before it writes there
+    keep(tasks)
+    keep(areas)
+    keep(phases)
     keep(space)

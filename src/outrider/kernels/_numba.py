@@ -23,7 +23,8 @@ from outrider.kernels.native import compiled
 LANES = 16
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-NO, YES = np.int64(0), np.int64(1)  # a plain 0 would be a type of its own to numba, and a second copy of what takes it
+NO: Any = np.int64(0)  # a plain 0 would be a type of its own to numba, and a second copy of what takes it
+YES: Any = np.int64(1)
 CACHES = FLOAT32, BFLOAT16  # what keys and values may be kept in
 SERIAL = 1 << 15  # numbers to handle, below which a kernel is faster on one thread
 

@@ -1,11 +1,11 @@
 """Causal attention of each row's newest tokens over keys and values kept in blocks.
 
-query [T, Hq, D]; key_cache and value_cache [num_blocks, Hkv, block_size, D]; query head h reads key head
-h // (Hq / Hkv). Row b holds seq_lens[b] tokens, of which the query tokens query_start[b]:query_start[b+1] are
-the last; its token p lies in block block_table[b, p // block_size] at offset p % block_size. A token sees
-itself and those before it; what lies in the cache past it, and in block_table past the row's blocks, is never
-read. The caches are of the query's type, or of bfloat16 beside a float32 query. block_table [B, M], query_start [B+1] and seq_lens [B] int32. Returns [T, Hq, D], 0 for tokens from
-query_start[B] on, which belong to no row.
+query [T, Hq, D]; key_cache and value_cache [num_blocks, Hkv, block_size, D], of the query's type or of bfloat16 beside
+a float32 query; query head h reads key head h // (Hq / Hkv). Row b holds seq_lens[b] tokens, of which the query tokens
+query_start[b]:query_start[b+1] are the last; its token p lies in block block_table[b, p // block_size] at offset
+p % block_size. A token sees itself and those before it; what lies in the cache past it, and in block_table past the
+row's blocks, is never read. block_table [B, M], query_start [B+1] and seq_lens [B] int32. Returns [T, Hq, D], 0 for
+tokens from query_start[B] on, which belong to no row.
 """
 
 from __future__ import annotations

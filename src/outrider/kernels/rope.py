@@ -18,7 +18,19 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels._numba import BFLOAT16, CACHES, KIND, SERIAL, Emitter, Int, Vector, address, copy_row, emitted, keep
+from outrider.kernels._numba import (
+    BFLOAT16,
+    CACHES,
+    KIND,
+    SERIAL,
+    Emitter,
+    Int,
+    Vector,
+    address,
+    copy_row,
+    emitted,
+    keep,
+)
 from outrider.kernels._threads import add, num_threads, parallel
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_row, rms_norm_reference

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
-from outrider.kernels.decoder_layer import DECODER_LAYER
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMLP
@@ -53,19 +53,10 @@ class DecoderLayer:
 
     def _in_one(self, x: Tensor | None, residual: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
         assert self._fused is not None
-        attention, mlp = self.attention, self.mlp
         out: Tensor = self._fused(
             x,
             residual,
-            self.input_norm.weight,
-            attention.qkv.weight,
-            attention.qkv.bias,
-            attention.q_norm.weight if attention.q_norm else None,
-            attention.k_norm.weight if attention.k_norm else None,
-            attention.out.weight,
-            self.mlp_norm.weight,
-            mlp.gate_up.weight,
-            mlp.down.weight,
+            *self.fused_weights(),
             self.mlp_norm.eps,
             rope,
             batch.positions,
@@ -75,10 +66,30 @@ class DecoderLayer:
             batch.block_table,
             batch.query_start,
             batch.seq_lens,
-            attention.num_heads,
-            attention.head_dim**-0.5,
+            self.attention.num_heads,
+            self.attention.head_dim**-0.5,
         )
         return out
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the device has a kernel for the whole layer."""
+        return self._fused is not None
+
+    def fused_weights(self) -> LayerWeights:
+        """The parameters as that kernel takes them."""
+        attention, mlp = self.attention, self.mlp
+        return LayerWeights(
+            self.input_norm.weight,
+            attention.qkv.weight,
+            attention.qkv.bias,
+            attention.q_norm.weight if attention.q_norm else None,
+            attention.k_norm.weight if attention.k_norm else None,
+            attention.out.weight,
+            self.mlp_norm.weight,
+            mlp.gate_up.weight,
+            mlp.down.weight,
+        )
 
     def weights(self, prefix: str) -> Weights:
         return (
@@ -110,6 +121,9 @@ class Decoder:
         self.head = Head(config.vocab_size, config.hidden_size, allocator, tied)
         self.rope = config.rope.table(max_len, config.head_dim, allocator.device)
         self.cache_dtype = allocator.cache_dtype
+        self._is_fused = all(layer.is_fused for layer in self.layers)
+        self._stack: LayerStack | None = None  # all layers on the cache of the last step, if kernels take them at once
+        self._stacked: Sequence[LayerCache] = ()
 
     @classmethod
     def part(cls) -> Part:
@@ -123,11 +137,27 @@ class Decoder:
 
     def forward(self, batch: StepBatch, cache: Sequence[LayerCache]) -> Tensor:
         """[T, H] after the final norm; the step's keys and values are written into the cache."""
-        residual, x = self.embedding(batch.input_ids), None
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
+        residual = self.embedding(batch.input_ids)
+        return self.norm.add(self._run(0, len(self.layers), None, residual, batch, cache), residual)
+
+    def _run(
+        self, first: int, last: int, x: Tensor | None, residual: Tensor, batch: StepBatch, cache: Sequence[LayerCache]
+    ) -> Tensor:
+        """Layers first:last, at least one, from what the layer before gave to what the last one gives."""
+        if self._is_fused:
+            if self._stack is None or self._stacked is not cache:
+                self._stack, self._stacked = self._stack_on(cache), cache
+            where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
+            return self._stack(first, last, x, residual, self.rope, *where)
+        for layer, layer_cache in zip(self.layers[first:last], cache[first:last], strict=True):
             x = layer(x, residual, batch, self.rope, layer_cache)
-        assert x is not None, "a config has one layer at least"
-        return self.norm.add(x, residual)
+        assert x is not None, "one layer at least"
+        return x
+
+    def _stack_on(self, cache: Sequence[LayerCache]) -> LayerStack:
+        attention = self.layers[0].attention
+        weights = [layer.fused_weights() for layer in self.layers]
+        return LayerStack(weights, cache, self.layers[0].mlp_norm.eps, attention.num_heads, attention.head_dim**-0.5)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, H] -> [L, V] float32."""
