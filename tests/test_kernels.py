@@ -23,7 +23,7 @@ from torch import Tensor
 import outrider.kernels
 from outrider.kernels import _amx
 from outrider.kernels.attention import PAGED_ATTENTION, paged_attention_reference
-from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_by_ops
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights, decoder_layer_by_ops
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.op import Op
@@ -150,7 +150,11 @@ def test_linear_is_float32_at_any_height(rows: int, dtype: torch.dtype, unit: st
 
 
 def attention_case(
-    lengths: Iterable[tuple[int, int]], heads: tuple[int, int] = (8, 2), head_dim: int = 64, seed: int = 0
+    lengths: Iterable[tuple[int, int]],
+    heads: tuple[int, int] = (8, 2),
+    head_dim: int = 64,
+    seed: int = 0,
+    cache: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Rows of (query tokens, all tokens), each in blocks of its own, in random order."""
     lengths = list(lengths)
@@ -162,8 +166,8 @@ def attention_case(
     starts = torch.tensor([0, *(count for count, _ in lengths)]).cumsum(0).int()
     return {
         "query": draw(int(starts[-1]), heads[0], head_dim, seed=seed + 1),
-        "key_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 2),
-        "value_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 3),
+        "key_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 2, dtype=cache),
+        "value_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 3, dtype=cache),
         "block_table": table,
         "query_start": starts,
         "seq_lens": torch.tensor([length for _, length in lengths]).int(),
@@ -171,11 +175,17 @@ def attention_case(
     }
 
 
+CACHES = pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16], ids=str)
+
+
+@CACHES
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 2), (8, 1), (6, 2)])
 @pytest.mark.parametrize("length", [17, 300, 513, 1100])
-def test_attention_of_a_query_does_not_depend_on_the_others(length: int, heads: tuple[int, int], poison: None) -> None:
+def test_attention_of_a_query_does_not_depend_on_the_others(
+    length: int, heads: tuple[int, int], cache: torch.dtype, poison: None
+) -> None:
     attention = PAGED_ATTENTION.on(CPU)
-    case = attention_case([(9, length), (1, 40)], heads)
+    case = attention_case([(9, length), (1, 40)], heads, cache=cache)
     together = attention(**case)
     for index in range(9):
         alone = {
@@ -196,10 +206,11 @@ def test_attention_comparison_catches_a_mask_that_is_off_by_one() -> None:
     assert not close(found, paged_attention_reference(**shifted), 100 * PAGED_ATTENTION.tolerance)
 
 
+@CACHES
 @pytest.mark.parametrize("device", DEVICES)
-def test_attention_never_reads_past_a_row(device: str, poison: None) -> None:
+def test_attention_never_reads_past_a_row(device: str, cache: torch.dtype, poison: None) -> None:
     """What lies in the cache after a row's last token is NaN, what lies in the table after its last block is absurd."""
-    case = attention_case([(3, 21), (1, 16), (2, 530)], head_dim=128)
+    case = attention_case([(3, 21), (1, 16), (2, 530)], head_dim=128, cache=cache)
     if device == "cuda":
         case = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.items()}
     expected = PAGED_ATTENTION.on(device)(**case)
@@ -237,6 +248,80 @@ def test_decoder_layer_in_one_launch_equals_the_ops_it_is_made_of(unit: str, poi
         assert all(close(a, b, 0) for a, b in [(found, expected), *written])
 
 
+def layer_case(lengths: Iterable[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
+    """A layer of (query tokens, all tokens) a row; all of its products are for the matrix unit."""
+    case = attention_case(lengths, (4, 2), cache=torch.bfloat16)
+    starts, lens = case["query_start"].tolist(), case["seq_lens"].tolist()
+    tokens = starts[-1]
+    angles = draw(max(lens), 32, seed=seed + 4)
+    positions = [torch.arange(lens[row] - starts[row + 1] + starts[row], lens[row]) for row in range(len(lens))]
+    slots = [case["block_table"][row, place // 16].long() * 16 + place % 16 for row, place in enumerate(positions)]
+
+    def weight(*shape: int, seed: int) -> Tensor:
+        return draw(*shape, seed=seed, dtype=torch.bfloat16) * shape[-1] ** -0.5
+
+    return {
+        "x": draw(tokens, 96, seed=seed + 5),
+        "residual": draw(tokens, 96, seed=seed + 6),
+        "input_norm": 1 + draw(96, seed=seed + 7, dtype=torch.bfloat16),
+        "qkv": weight(512, 96, seed=seed + 8),
+        "qkv_bias": draw(512, seed=seed + 9, dtype=torch.bfloat16),
+        "q_norm": 1 + draw(64, seed=seed + 10, dtype=torch.bfloat16),
+        "k_norm": 1 + draw(64, seed=seed + 11, dtype=torch.bfloat16),
+        "out": weight(96, 256, seed=seed + 12),
+        "post_norm": 1 + draw(96, seed=seed + 13, dtype=torch.bfloat16),
+        "gate_up": weight(320, 96, seed=seed + 14),
+        "down": weight(96, 160, seed=seed + 15),
+        "eps": 1e-6,
+        "rope": torch.cat((angles.cos(), angles.sin()), dim=-1),
+        "positions": torch.cat(positions),
+        "key_cache": case["key_cache"],
+        "value_cache": case["value_cache"],
+        "cache_slot": torch.cat(slots),
+        "block_table": case["block_table"],
+        "query_start": case["query_start"],
+        "seq_lens": case["seq_lens"],
+        "num_heads": 4,
+        "scale": 0.125,
+    }
+
+
+LONG = [(470, 500), (1, 20), (130, 140), (2, 600)]
+
+
+@pytest.mark.skipif(not _amx.AVAILABLE, reason="elsewhere long steps go through the ops")
+def test_a_long_step_passes_through_a_layer_in_blocks_as_it_would_whole(poison: None) -> None:
+    ours, theirs = layer_case(LONG), layer_case(LONG)
+    found, expected = DECODER_LAYER.on(CPU)(**ours), decoder_layer_by_ops(**theirs)
+    assert len(found) > 2 * 256, "one block is no test"
+    written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
+    assert all(close(a, b, 0) for a, b in [(found, expected), *written])
+
+
+@pytest.mark.parametrize("lengths", [[(1, 30)], [(1, 17), (5, 21), (2, 530)], LONG], ids=["one", "few", "long"])
+def test_layers_in_one_call_equal_one_after_the_other(lengths: list[tuple[int, int]], unit: str, poison: None) -> None:
+    cases = [layer_case(lengths, seed) for seed in (0, 100, 200)]
+    cases[1] |= {"q_norm": None, "k_norm": None}
+    cases[2] |= {"qkv_bias": None}
+    where = ("rope", "positions", "cache_slot", "block_table", "query_start", "seq_lens")
+    shared = {name: cases[0][name] for name in where}
+    one = [copy.deepcopy(case) | shared for case in cases]
+    x, residual = None, draw(*cases[0]["residual"].shape, seed=9)
+    ours, before = residual.clone(), []
+    for case in one:
+        x = DECODER_LAYER.on(CPU)(**case | {"x": x, "residual": residual})
+        before.append((x, residual.clone()))
+    weights = [LayerWeights(*(case[name] for name in LayerWeights._fields)) for case in cases]
+    caches = [(case["key_cache"], case["value_cache"]) for case in cases]
+    stack = LayerStack(weights, caches, 1e-6, 4, 0.125)
+    first = stack(0, 1, None, ours, **shared)
+    assert torch.equal(first, before[0][0]) and torch.equal(ours, before[0][1])
+    last = stack(1, 3, first, ours, **shared)
+    assert torch.equal(last, before[2][0]) and torch.equal(ours, before[2][1])
+    for case, (keys, values) in zip(one, caches, strict=True):
+        assert close(keys, case["key_cache"], 0) and close(values, case["value_cache"], 0)
+
+
 def rope_case(tokens: int = 5) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     assert ROPE_STORE.examples is not None
@@ -255,6 +340,34 @@ def test_rope_store_writes_its_slots_and_nothing_else(device: str, poison: None)
         by_slot = case[name].transpose(1, 2).flatten(0, 1)  # [slots, Hkv, D]
         written = (by_slot != 7.0).flatten(1).any(1).nonzero().flatten().tolist()
         assert written == [0, 33, 79]
+
+
+def test_keys_and_values_are_rounded_to_bfloat16_as_torch_rounds(poison: None) -> None:
+    """Halves go to the even neighbour, what is too large to infinity; subnormals stay."""
+    top = torch.arange(0x0000, 0x7F80, 61, dtype=torch.int32).repeat_interleave(6) << 16
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32).repeat(len(top) // 6)
+    values = (top | low).view(torch.float32)
+    values = torch.cat([torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38]), values, -values])
+    rows = values[: len(values) // 128 * 128].view(-1, 2, 64)
+    tokens, blocks = len(rows), -(-len(rows) // 16)
+    case = rope_case()
+    case |= {name: torch.empty(blocks, 2, 16, 64, dtype=torch.bfloat16) for name in ("key_cache", "value_cache")}
+    case |= {"qkv": torch.cat([rows, rows, rows], 1).flatten(1), "positions": torch.zeros(tokens, dtype=torch.int64)}
+    case |= {"rope": torch.tensor([[1.0] * 32 + [0.0] * 32]), "cache_slot": torch.arange(tokens), "num_heads": 2}
+    ROPE_STORE.on(CPU)(**case | {"q_norm": None, "k_norm": None, "num_kv_heads": 2})
+    found = case["value_cache"].transpose(1, 2).flatten(0, 1)[:tokens]
+    assert close(found, rows.bfloat16(), 0)
+
+
+def test_a_layer_in_float32_is_good_to_float32(poison: None) -> None:
+    """The op's own tolerance leaves room for keys and values that are rounded."""
+    assert DECODER_LAYER.examples is not None
+    for example in DECODER_LAYER.examples(torch.Generator().manual_seed(7), CPU):
+        if example["key_cache"].dtype == torch.float32:
+            ours, theirs = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
+            found, expected = DECODER_LAYER.on(CPU)(**ours), DECODER_LAYER.reference(**theirs)
+            written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
+            assert all(close(a, b, 2e-6) for a, b in [(found, expected), *written])
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
@@ -303,7 +416,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int],
 
 FORKED = """
 import os, torch
-from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_by_ops
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights, decoder_layer_by_ops
 from outrider.kernels.linear import LINEAR
 x, weight = torch.randn(2, 512), torch.randn(4096, 512).bfloat16()
 expected = LINEAR.on("cpu")(x, weight)

@@ -125,7 +125,7 @@ class HeadDrafter(Drafter):
         told = cls(options, replace(target, device=torch.device("meta")))
         layer, vocab = told.config.layer, told.config.draft_vocab_size
         seqs, drafts = target.max_num_seqs, options.num_speculative_tokens
-        activation = Allocator.on(target.device, target.dtype).activation_dtype  # the meta device's may be another
+        allocator = Allocator.on(target.device, target.dtype)  # the meta device's would be of other types
         # the taps, the first layer's input, then what any layer holds
         width = (
             6 * target.hidden_size
@@ -134,11 +134,11 @@ class HeadDrafter(Drafter):
             + 3 * layer.num_heads * layer.head_dim
         )
         rows = target.max_num_batched_tokens + seqs * drafts
-        layout = replace(told.layers(), dtype=activation)
+        layout = replace(told.layers(), dtype=allocator.cache_dtype)
         return Footprint(
             weights=sum(weight.nbytes for weight in told.network.weights().values()),
             per_block=layout.bytes_per_block,
-            workspace=rows * width * activation.itemsize + 3 * seqs * drafts * vocab * 4,
+            workspace=rows * width * allocator.activation_dtype.itemsize + 3 * seqs * drafts * vocab * 4,
         )
 
     def feature_layers(self) -> tuple[int, ...]:

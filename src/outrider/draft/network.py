@@ -22,7 +22,7 @@ from outrider.layers.mlp import GatedMLP
 from outrider.layers.norm import RMSNorm
 from outrider.layers.parameter import Allocator, Weights
 from outrider.load.heads import NUM_TAPS, HeadConfig
-from outrider.models.decoder import DecoderLayer
+from outrider.models.decoder import DecoderLayer, LayerRun
 from outrider.tensors import StepBatch
 
 
@@ -84,18 +84,20 @@ class HeadNetwork:
             for _ in range(NUM_TAPS if config.fc_norm else 0)
         ]
         self.first = FirstLayer(config, allocator)
-        self.rest = [DecoderLayer(layer, config.qk_norm, allocator) for _ in range(layer.num_layers - 1)]
+        self.rest = LayerRun([DecoderLayer(layer, config.qk_norm, allocator) for _ in range(layer.num_layers - 1)])
         self.norm = RMSNorm(layer.hidden_size, layer.rms_norm_eps, allocator)
         self.rope = layer.rope.table(max_len, layer.head_dim, allocator.device)
         self.mask_hidden = allocator.parameter(1, 1, wide) if config.parallel else None
         self.embedding = Embedding(layer.vocab_size, layer.hidden_size, allocator) if config.own_embedding else None
         self.head = Head(config.draft_vocab_size, layer.hidden_size, allocator, None) if config.own_head else None
-        self._activation_dtype = allocator.activation_dtype
+        self._cache: Sequence[LayerCache] = ()
+        self._cache_of_rest: Sequence[LayerCache] = ()
+        self._activation_dtype, self._cache_dtype = allocator.activation_dtype, allocator.cache_dtype
 
     def cache_layout(self, block_size: int) -> CacheLayout:
         """The key and value layers it reads and writes."""
         layer = self.config.layer
-        return CacheLayout(layer.num_layers, layer.num_kv_heads, layer.head_dim, block_size, self._activation_dtype)
+        return CacheLayout(layer.num_layers, layer.num_kv_heads, layer.head_dim, block_size, self._cache_dtype)
 
     def weights(self) -> Weights:
         """The speculators layout's name for every parameter."""
@@ -141,8 +143,10 @@ class HeadNetwork:
         """
         assert self.embedding is not None, "the head was not given its weights"
         x, residual = self.first(self.embedding(ids), hidden, batch, self.rope, cache[0])
-        for layer, layer_cache in zip(self.rest, cache[1:], strict=True):
-            x = layer(x, residual, batch, self.rope, layer_cache)
+        if self.rest:
+            if self._cache is not cache:  # the same at every step: layers are bound to it once
+                self._cache, self._cache_of_rest = cache, cache[1:]
+            x = self.rest.run(0, len(self.rest), x, residual, batch, self.rope, self._cache_of_rest)
         normed = self.norm.add(x, residual)
         return normed, normed if self.config.norm_output else residual
 

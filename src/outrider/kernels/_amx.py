@@ -14,22 +14,25 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import partial
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 
-from outrider.kernels._numba import BFLOAT16, LANES, SERIAL, Emitter, Int, Vector, address, emitted, keep
-from outrider.kernels._threads import add, parallel
+from outrider.kernels._numba import BFLOAT16, LANES, NO, SERIAL, Emitter, Int, Vector, address, emitted, keep
+from outrider.kernels._threads import add, parallel, read
+from outrider.kernels.activation import silu_mul
 from outrider.kernels.native import compiled
 
-_BYTE, _INTS = ir.IntType(8), ir.VectorType(ir.IntType(32), LANES)
+_BYTE = ir.IntType(8)
 _STEP = 32  # inputs in a tile
 _OUTPUTS = 32  # that are summed at once, in two tiles a tile of tokens
 _HEIGHTS = (1, 2, 4, 8, LANES)
+_TILE = 1024  # bytes of one
 _TASK = 1 << 15, 1 << 20  # bytes of weights in a task: at least, cheap to hand out, and at most, long enough to stream
-_SMALL = 1 << 11  # activations, about half a microsecond's packing
+_SMALL = 1 << 14  # activations, some two microseconds' packing
 _PANEL = 1 << 20  # bytes of packed activations that are used against all weights before the next: they stay in cache
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
@@ -67,15 +70,6 @@ def _unzipped(emitter: Emitter, vectors: list[Vector]) -> list[Vector]:
     return [row for pair in rows for row in pair]
 
 
-def _rounded(emitter: Emitter, value: Vector) -> tuple[Vector, Vector]:
-    """A float32 rounded to bfloat16, to the nearest and halves to even, as a float32 and as its bits."""
-    builder, bits = emitter.builder, emitter.builder.bitcast(value, _INTS)
-    odd = builder.and_(builder.lshr(bits, emitter.ints(16)), emitter.ints(1))
-    bits = builder.add(builder.add(bits, emitter.ints(0x7FFF)), odd)
-    bits = builder.and_(bits, emitter.ints(-0x10000))
-    return builder.bitcast(bits, value.type), bits
-
-
 @emitted
 def _pack(emitter: Emitter, x: Int, count: Int, size: Int, first: Int, last: Int, height: Int, out: Int) -> None:
     """Inputs first:last of `count` rows, as pairs of tiles for `height` tokens: rounded, and what that leaves."""
@@ -92,8 +86,8 @@ def _pack(emitter: Emitter, x: Int, count: Int, size: Int, first: Int, last: Int
                 words = []
                 for parity in (0, 1):
                     value = emitter.shuffle(low, high, range(parity, 2 * LANES, 2))
-                    top, top_bits = _rounded(emitter, value)
-                    words.append((top_bits, _rounded(emitter, builder.fsub(value, top))[1]))
+                    top, top_bits = emitter.rounded(value)
+                    words.append((top_bits, emitter.rounded(builder.fsub(value, top))[1]))
                 for (even, odd), tile in zip(zip(*words, strict=True), (coarse, fine), strict=True):
                     word = builder.or_(builder.lshr(even, emitter.ints(16)), odd)
                     tile.append(builder.bitcast(word, emitter.floats(0).type))
@@ -141,6 +135,8 @@ def _sum_tiles(
     height: int,
     width: int,
     weight: Int,
+    apart: Int,
+    gated: bool,
     bias: Int,
     size: Int,
     packed: Int,
@@ -154,10 +150,11 @@ def _sum_tiles(
     sums = [(o, t, _SUMS[2 * o + t]) for o in range(2) for t in range(width)]
     for _, _, tile in sums:
         _tile_call(emitter, "tilezero", tile)
+    bases = weight, emitter.plus(weight, apart, stride)
 
     def step(index: Int, none: list[Vector]) -> list[Vector]:
-        for o, tile in enumerate(_WEIGHTS):
-            base = emitter.plus(emitter.plus(weight, 16 * o, stride), index, 2)
+        for tile, start in zip(_WEIGHTS, bases, strict=True):
+            base = emitter.plus(start, index, 2)
             if height * width <= LANES:  # memory is the limit, and a row of weights is the stream to follow
                 for row in range(LANES):
                     emitter.prefetch(emitter.plus(base, row, stride), 2, 64)
@@ -172,17 +169,28 @@ def _sum_tiles(
         return none
 
     emitter.loop(0, size, _STEP, step, [])
+    for index, (_, _, tile) in enumerate(sums):
+        place = emitter.pointer(scratch, index * _TILE, _BYTE)
+        _tile_call(emitter, "tilestored64", tile, place, size.type(4 * height))
+
+    def turned(o: int, t: int) -> list[Vector]:
+        start = (o * width + t) * _TILE // 4
+        return _unzipped(emitter, [emitter.load(scratch, start + i * LANES) for i in range(height)])
+
     line = emitter.times(outputs, 4)
     biased = emitter.splat(builder.icmp_signed("!=", bias, bias.type(0)))
-    for o, t, tile in sums:
-        _tile_call(emitter, "tilestored64", tile, emitter.pointer(scratch, 0, _BYTE), size.type(4 * height))
-        rows = _unzipped(emitter, [emitter.load(scratch, i * LANES) for i in range(height)])
+    for t in range(width):
         start = emitter.plus(out, line, height * t)
         places = emitter.rows(start, line, height, builder.sub(left, left.type(height * t)))
-        added = emitter.load(bias, 16 * o, biased, BFLOAT16)
         # a row past the last goes where the last one does, and before it
-        for row, place in reversed(list(zip(rows, places, strict=True))):
-            emitter.store(builder.fadd(row, added), place, 16 * o)
+        if gated:
+            for gate, up, place in reversed(list(zip(turned(0, t), turned(1, t), places, strict=True))):
+                emitter.store(silu_mul(emitter, gate, up), place, 0)
+            continue
+        for o in range(2):
+            added = emitter.load(bias, 16 * o, biased, BFLOAT16)
+            for row, place in reversed(list(zip(turned(o, t), places, strict=True))):
+                emitter.store(builder.fadd(row, added), place, 16 * o)
 
 
 @emitted
@@ -190,6 +198,8 @@ def _multiply(
     emitter: Emitter,
     height: Int,
     weight: Int,
+    apart: Int,
+    gated: Int,
     bias: Int,
     size: Int,
     packed: Int,
@@ -198,13 +208,23 @@ def _multiply(
     left: Int,
     scratch: Int,
 ) -> None:
-    """32 outputs of up to `height` tokens, or of up to 32 where tiles hold 16."""
-    given = weight, bias, size, packed, out, outputs, left, scratch
-    with emitter.builder.if_else(emitter.builder.icmp_signed(">", left, left.type(LANES))) as (two, one):
-        with two:
-            _sum_tiles(emitter, LANES, 2, *given)
-        with one:
-            emitter.each_height(height, lambda each: _sum_tiles(emitter, each, 1, *given), _HEIGHTS)
+    """Two times 16 outputs, whose weights lie `apart` outputs from each other, of up to `height` tokens, or of up to
+    32 where tiles hold 16. Gated, the first 16 are gates of the second, and what is stored is their product."""
+    given = bias, size, packed, out, outputs, left, scratch
+
+    def of_mode(gated: bool) -> None:
+        with emitter.builder.if_else(emitter.builder.icmp_signed(">", left, left.type(LANES))) as (two, one):
+            with two:
+                _sum_tiles(emitter, LANES, 2, weight, apart, gated, *given)
+            with one:
+                each = partial(_sum_tiles, emitter)
+                emitter.each_height(height, lambda height: each(height, 1, weight, apart, gated, *given), _HEIGHTS)
+
+    with emitter.builder.if_else(emitter.builder.icmp_signed("!=", gated, gated.type(0))) as (is_gated, plain):
+        with is_gated:
+            of_mode(True)
+        with plain:
+            of_mode(False)
 
 
 @compiled()
@@ -245,24 +265,31 @@ def products(
     weight: int,
     bias: int,  # 0: none
     outputs: int,
+    gated: int,
     out: int,
     threads: int,
 ) -> None:
-    """Takes some outputs of all rows."""
-    task = min(max(outputs * inputs * 2 // (4 * threads), _TASK[0]), _TASK[1])
-    share = max(task // (inputs * 2 * _OUTPUTS), 1) * _OUTPUTS
-    scratch = np.empty(1024, np.uint8)
+    """Takes some outputs of all rows: many at first, and fewer the fewer are left, so that threads end together.
+
+    Gated, the weight has gates for `outputs` columns and then as many columns, and their products are what comes out.
+    """
+    width, apart = (LANES, outputs) if gated else (_OUTPUTS, LANES)
+    blocks, size = (outputs + width - 1) // width, inputs * 2 * _OUTPUTS
+    most, least = max(_TASK[1] // size, 1), max(_TASK[0] // size, 1)
+    scratch = np.empty(4 * _TILE, np.uint8)
     _configure(height, address(scratch))
     while True:
-        start = add(tickets, 1) * share
-        if start >= outputs:
+        share = max(min((blocks - read(tickets)) // (2 * threads), most), least)
+        start = add(tickets, share)
+        if start >= blocks:
             break
-        for each in range(start, min(start + share, outputs), _OUTPUTS):
-            o = min(each, outputs - _OUTPUTS)
-            weights, added = weight + o * inputs * 2, bias + o * 2 if bias != 0 else bias
-            for row in range(0, rows, 2 * LANES):
-                x, place, left = packed + row * inputs * 4, out + (row * outputs + o) * 4, min(rows - row, 2 * LANES)
-                _multiply(height, weights, added, inputs, x, place, outputs, left, address(scratch))
+        for row in range(0, rows, 2 * LANES):  # which stay in the first cache while weights pass
+            x, left = packed + row * inputs * 4, min(rows - row, 2 * LANES)
+            for each in range(start, min(start + share, blocks)):
+                o = min(each * width, outputs - width)
+                weights, added = weight + o * inputs * 2, bias + o * 2 if bias != 0 else bias
+                place = out + (row * outputs + o) * 4
+                _multiply(height, weights, apart, gated, added, inputs, x, place, outputs, left, address(scratch))
     _release(address(scratch))
     keep(scratch)
 
@@ -277,13 +304,14 @@ def alone(
     weight: int,
     bias: int,
     outputs: int,
+    gated: int,
     out: int,
     threads: int,
 ) -> None:
     """`pack` and `products` in one, for up to 16 rows: every thread packs them all, and waits for none to do it."""
     packed = np.empty(height * inputs, np.float32)
     _pack(x, rows, inputs, 0, inputs, height, address(packed))
-    products(tickets, address(packed), rows, height, inputs, weight, bias, outputs, out, threads)
+    products(tickets, address(packed), rows, height, inputs, weight, bias, outputs, gated, out, threads)
     keep(packed)
 
 
@@ -294,13 +322,13 @@ def multiply(x: int, weight: int, bias: int, out: int, rows: int, inputs: int, o
     if rows * inputs * outputs < SERIAL:
         threads = 1
     if small(rows, inputs):
-        parallel(alone, threads, (x, rows, height, inputs, weight, bias, outputs, out, threads))
+        parallel(alone, threads, (x, rows, height, inputs, weight, bias, outputs, NO, out, threads))
         return
     packed = np.empty((rows + height - 1) // height * height * inputs, np.float32)
     parallel(pack, threads, (x, rows, inputs, height, address(packed)))
     block = max(_PANEL // (inputs * 4) // (2 * LANES), 1) * 2 * LANES
     for row in range(0, rows, block):
         count, place = min(rows - row, block), out + row * outputs * 4
-        work = (address(packed) + row * inputs * 4, count, height, inputs, weight, bias, outputs, place, threads)
+        work = (address(packed) + row * inputs * 4, count, height, inputs, weight, bias, outputs, NO, place, threads)
         parallel(products, threads, work)
     keep(packed)

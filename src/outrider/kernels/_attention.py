@@ -14,12 +14,26 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from outrider.kernels._numba import LANES, Emitter, Int, Real, Vector, address, copy_row, emitted, keep
+from outrider.kernels._numba import (
+    BFLOAT16,
+    CACHES,
+    LANES,
+    WIDTH,
+    Emitter,
+    Int,
+    Real,
+    Turn,
+    Vector,
+    address,
+    emitted,
+    keep,
+)
 from outrider.kernels._threads import add
 from outrider.kernels.native import compiled, pointer
 
 _SPLIT = 512  # keys in a task
 _CHUNK = 64  # keys between two updates of the maximum
+_GROUPS = _CHUNK // LANES  # sixteens in a chunk
 _ROWS = 32  # rows in a task
 _TILE = 8  # of them, in a tile
 _HEIGHTS = (2, 4, _TILE)
@@ -39,25 +53,53 @@ def _start_row(emitter: Emitter, state: Int, mixed: Int, size: Int) -> None:
     emitter.sweep(size, clear, [])
 
 
-@emitted
-def _score(emitter: Emitter, queries: Int, count: Int, keys: Int, size: Int, scores: Int, ahead: Int) -> None:
-    """scores[r][k] = queries[r] . keys[k], for up to 8 rows and 16 keys; what lies `ahead` of these is asked for."""
-    stride = emitter.times(size, 4)
+def _group(emitter: Emitter, places: Int, key: Int, cache: Int, cell: Int) -> Int:
+    """Where the 16 keys or values from `key` of a chunk on lie in a cache of `cell` bytes a head."""
+    return emitter.plus(cache, emitter.integer(places, emitter.builder.lshr(key, key.type(4))), cell)
 
-    def of_height(height: int) -> None:
-        width = LANES // height
-        q_rows = emitter.rows(queries, stride, height, count)
+
+@emitted
+def _score(
+    emitter: Emitter,
+    queries: Int,
+    count: Int,
+    cache: Int,
+    places: Int,
+    keys: Int,
+    kind: Int,
+    size: Int,
+    scores: Int,
+    ahead: Int,
+) -> None:
+    """scores[r][k] = queries[r] . keys[k], for up to 8 rows and a chunk of keys rounded up to sixteens.
+
+    What lies `ahead` of the keys is asked for.
+    """
+    q_stride = emitter.times(size, 4)
+
+    def of_kind_and_height(kind: int, height: int) -> None:
+        cell, width = emitter.times(size, WIDTH[kind]), LANES // height
+        q_rows = emitter.rows(queries, q_stride, height, count)
         score_rows = emitter.rows(scores, _CHUNK * 4, height, count)
 
-        def tile(key: Int, state: list[Vector]) -> list[Vector]:
-            k_rows = emitter.rows(emitter.plus(keys, key, stride), stride, width, width)
-            places = [emitter.plus(row, key, 4) for row in score_rows]
-            emitter.dots(q_rows, k_rows, size, places, ahead=ahead)
-            return state
+        def sixteen(start: Int, none: list[Vector]) -> list[Vector]:
+            base = _group(emitter, places, start, cache, cell)
 
-        emitter.loop(0, LANES, width, tile, [])
+            def tile(key: Int, none: list[Vector]) -> list[Vector]:
+                k_rows = emitter.rows(emitter.plus(base, key, cell), cell, width, width)
+                out_rows = [emitter.plus(row, emitter.plus(start, key, 1), 4) for row in score_rows]
+                emitter.dots(q_rows, k_rows, size, out_rows, kind, ahead=ahead, paired=kind == BFLOAT16)
+                return none
 
-    emitter.each_height(count, of_height, _HEIGHTS)
+            emitter.loop(0, LANES, width, tile, [])
+            return none
+
+        emitter.loop(0, keys, LANES, sixteen, [])
+
+    def of_kind(kind: int) -> None:
+        emitter.each_height(count, lambda height: of_kind_and_height(kind, height), _HEIGHTS)
+
+    emitter.each_kind(kind, of_kind, CACHES)
 
 
 def _joined(emitter: Emitter, before: Vector, most: Vector) -> tuple[Vector, Vector, Vector]:
@@ -104,57 +146,82 @@ def _mix(
     weights: Int,
     states: Int,
     count: Int,
-    values: Int,
+    cache: Int,
+    places: Int,
+    kind: Int,
     seen: Int,
     mixed: Int,
     size: Int,
-    ahead: Int,
+    later_cache: Int,
+    later: Int,
 ) -> None:
-    """mixed[r] = mixed[r] * factor of r + sum over up to 16 keys of weights[r][k] * values[k]; the factor is then 1."""
-    builder = emitter.builder
-    stride = emitter.times(size, 4)
+    """mixed[r] = mixed[r] * factor of r + sum over a chunk's `seen` keys of weights[r][k] * values[k].
 
-    def of_height(height: int) -> None:
+    What lies in another cache at other places is asked for.
+    """
+    builder = emitter.builder
+
+    def of_kind_and_height(kind: int, height: int) -> None:
+        cell = emitter.times(size, WIDTH[kind])
         weight_rows = emitter.rows(weights, _CHUNK * 4, height, count)
         state_rows = emitter.rows(states, _STATE, height, count)
-        mixed_rows = emitter.rows(mixed, stride, height, count)
+        mixed_rows = emitter.rows(mixed, emitter.times(size, 4), height, count)
         factors = [emitter.load(state, _FACTOR) for state in state_rows]
 
-        def tile(columns: list[Int], mask: Vector | None) -> None:
-            places = [(row, column) for row in mixed_rows for column in columns]
-            sums = [emitter.load(row, column, mask) for row, column in places]
+        def tile(column: Int, vectors: int, paired: bool, mask: Vector | None) -> None:
+            columns = [emitter.plus(column, i, LANES) for i in range(vectors)]
+            places_of_sums = [(row, column) for row in mixed_rows for column in columns]
+            sums = [emitter.load(row, column, mask) for row, column in places_of_sums]
             sums = [builder.fmul(old, factors[i // len(columns)]) for i, old in enumerate(sums)]
 
-            def step(key: Int, old: list[Vector]) -> list[Vector]:
-                value = emitter.plus(values, key, stride)
-                for column in columns:
-                    emitter.prefetch(builder.add(value, ahead), column, 4)
-                parts = [emitter.load(value, column, mask) for column in columns]
-                new: list[Vector] = []
-                for row in weight_rows:
-                    weight = emitter.spread(row, key)
-                    new += [emitter.fma(weight, part, old[len(new) + i]) for i, part in enumerate(parts)]
-                return new
+            def sixteen(start: Int, sums: list[Vector]) -> list[Vector]:
+                base = _group(emitter, places, start, cache, cell)
+                ahead = builder.sub(_group(emitter, later, start, later_cache, cell), base)
 
-            for (row, column), value in zip(places, emitter.loop(0, seen, 1, step, sums), strict=True):
+                def step(key: Int, old: list[Vector]) -> list[Vector]:
+                    value = emitter.plus(base, builder.sub(key, start), cell)
+                    for line in range(0, vectors * LANES * WIDTH[kind], 64):
+                        emitter.prefetch(emitter.plus(builder.add(value, ahead), column, WIDTH[kind]), line, 1)
+                    if paired:
+                        parts = [part for pair in columns[::2] for part in emitter.load_pairs(value, pair)]
+                    else:
+                        parts = [emitter.load(value, column, mask, kind) for column in columns]
+                    new: list[Vector] = []
+                    for row in weight_rows:
+                        weight = emitter.spread(row, key)
+                        new += [emitter.fma(weight, part, old[len(new) + i]) for i, part in enumerate(parts)]
+                    return new
+
+                return emitter.loop(start, emitter.least(emitter.plus(start, LANES, 1), seen), 1, step, sums)
+
+            sums = emitter.loop(0, seen, LANES, sixteen, sums)
+            for (row, column), value in zip(places_of_sums, sums, strict=True):
                 emitter.store(value, row, column, mask)
 
         def wide(column: Int, none: list[Vector]) -> list[Vector]:
-            tile([emitter.plus(column, i, LANES) for i in range(vectors)], None)
+            tile(column, vectors, kind == BFLOAT16, None)
+            return none
+
+        def pair(column: Int, none: list[Vector]) -> list[Vector]:
+            tile(column, 2, True, None)
             return none
 
         def rest(column: Int, none: list[Vector]) -> list[Vector]:
-            tile([column], emitter.below(builder.sub(size, column)))
+            tile(column, 1, False, emitter.below(builder.sub(size, column)))
             return none
 
         vectors = min(16 // height, 4)
         middle = builder.and_(size, size.type(-LANES * vectors))
         emitter.loop(0, middle, LANES * vectors, wide, [])
+        if kind == BFLOAT16 and vectors > 2:
+            start, middle = middle, builder.and_(size, size.type(-2 * LANES))
+            emitter.loop(start, middle, 2 * LANES, pair, [])
         emitter.loop(middle, size, LANES, rest, [])
-        for state in state_rows:
-            emitter.store(emitter.floats(1), state, _FACTOR)
 
-    emitter.each_height(count, of_height, _HEIGHTS)
+    def of_kind(kind: int) -> None:
+        emitter.each_height(count, lambda height: of_kind_and_height(kind, height), _HEIGHTS)
+
+    emitter.each_kind(kind, of_kind, CACHES)
 
 
 @emitted
@@ -176,15 +243,54 @@ def _join_row(emitter: Emitter, state: Int, mixed: Int, other_state: Int, other_
     emitter.sweep(size, join, [])
 
 
+def _in_pairs(emitter: Emitter, kind: Int, size: Int, part: Turn) -> Int:
+    """Handles what bfloat16 keys and values of `size` elements have in pairs, 32 at once; returns where that ends.
+
+    A vector of pairs is split into the elements at even places and those at odd ones, and sums stay in that order
+    until they are finished. What is left of a row after the last 32 is in its own order, as is all of a float32 row.
+    """
+    builder = emitter.builder
+    paired = builder.icmp_signed("==", kind, kind.type(BFLOAT16))
+    end = builder.select(paired, builder.and_(size, size.type(-2 * LANES)), size.type(0))
+    emitter.loop(0, end, 2 * LANES, part, [])
+    return end
+
+
 @emitted
-def _finish_row(emitter: Emitter, state: Int, mixed: Int, out: Int, size: Int) -> None:
+def _take_row(emitter: Emitter, source: Int, out: Int, kind: Int, size: Int) -> None:
+    """A row of the query to where it meets keys of a kind: float32 as it is, for bfloat16 in pairs."""
+
+    def copy(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
+        emitter.store(emitter.load(source, index, mask), out, index, mask)
+        return none
+
+    def part(index: Int, none: list[Vector]) -> list[Vector]:
+        low, high = (emitter.load(source, emitter.plus(index, start, 1)) for start in (0, LANES))
+        for parity in (0, 1):
+            half = emitter.shuffle(low, high, range(parity, 2 * LANES, 2))
+            emitter.store(half, out, emitter.plus(index, parity, LANES))
+        return none
+
+    emitter.sweep(size, copy, [], start=_in_pairs(emitter, kind, size, part))
+
+
+@emitted
+def _finish_row(emitter: Emitter, state: Int, mixed: Int, out: Int, kind: Int, size: Int) -> None:
     total = emitter.load(state, _SUM)
 
     def divide(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
         emitter.store(emitter.builder.fdiv(emitter.load(mixed, index, mask), total), out, index, mask)
         return none
 
-    emitter.sweep(size, divide, [])
+    def part(index: Int, none: list[Vector]) -> list[Vector]:
+        halves = [emitter.load(mixed, emitter.plus(index, start, 1)) for start in (0, LANES)]
+        even, odd = (emitter.builder.fdiv(half, total) for half in halves)
+        for start in (0, LANES):
+            lanes = [lane + side for lane in range(start // 2, start // 2 + LANES // 2) for side in (0, LANES)]
+            emitter.store(emitter.shuffle(even, odd, lanes), out, emitter.plus(index, start, 1))
+        return none
+
+    emitter.sweep(size, divide, [], start=_in_pairs(emitter, kind, size, part))
 
 
 @compiled()
@@ -194,23 +300,30 @@ def area(head_dim: int) -> int:
 
 
 @compiled()
-def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: int) -> Any:
-    """[n + 1, 8] int64: the tasks, and in the last row how many there are, areas to join, and query-key pairs.
+def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: int, begin: int, end: int) -> Any:
+    """[n + 1, 8] int64: the tasks of query tokens begin:end, and in the last row how many there are, areas to join,
+    query-key pairs, and how many of the tokens belong to a row.
 
-    A task is its row, key head, the row's first query token and that token's position, its first query row and
-    number of them, its 512 keys, and the area for its sums: -1 where no other task has the same query rows.
+    A task is its row, key head, the row's first query token after `begin`, counted from there, and that token's
+    position, its first query row and number of them, its 512 keys, and the area for its sums: -1 where no other task
+    has the same query rows.
     """
     starts = carray(pointer(query_start), (rows + 1,), np.int32)
     lens = carray(pointer(seq_lens), (rows,), np.int32)
     most = 1
     for row in range(rows):
-        tiles = ((starts[row + 1] - starts[row]) * group + _ROWS - 1) // _ROWS
-        most += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
+        tokens = min(int(starts[row + 1]), end) - max(int(starts[row]), begin)
+        if tokens > 0:
+            tiles = (tokens * group + _ROWS - 1) // _ROWS
+            most += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
     tasks = np.empty((most, 8), np.int64)
     count = areas = pairs = 0
     for row in range(rows):
-        token, tokens = int(starts[row]), int(starts[row + 1] - starts[row])
-        position = int(lens[row]) - tokens
+        token = max(int(starts[row]), begin)
+        tokens = min(int(starts[row + 1]), end) - token
+        if tokens <= 0:
+            continue
+        position = int(lens[row]) - int(starts[row + 1]) + token
         for head in range(num_kv_heads):
             for first in range(0, tokens * group, _ROWS):
                 height = min(_ROWS, tokens * group - first)
@@ -220,7 +333,7 @@ def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: i
                 for split in range(splits):
                     tasks[count, 0] = row
                     tasks[count, 1] = head
-                    tasks[count, 2] = token
+                    tasks[count, 2] = token - begin
                     tasks[count, 3] = position
                     tasks[count, 4] = first
                     tasks[count, 5] = height
@@ -230,13 +343,19 @@ def plan(query_start: int, seq_lens: int, rows: int, group: int, num_kv_heads: i
                 if splits > 1:
                     areas += splits
     tasks[-1, 0], tasks[-1, 1], tasks[-1, 2] = count, areas, pairs
+    tasks[-1, 3] = min(max(int(starts[rows]) - begin, 0), end - begin)
     return tasks
 
 
 @compiled()
-def _place(table: Any, token: int, head: int, num_kv_heads: int, block_size: int) -> int:
-    """How many heads of one token lie before this one in a cache."""
-    return (int(table[token // block_size]) * num_kv_heads + head) * block_size + token % block_size
+def _find(groups: Any, table: Any, begin: int, stop: int, head: int, num_kv_heads: int, block_size: int) -> None:
+    """How many heads of one token lie before each 16 keys of a chunk; past the last key, the last sixteen again."""
+    token = min(begin, stop - 1)
+    for i in range(_GROUPS):
+        groups[i] = (
+            int(table[token // block_size]) * num_kv_heads + head
+        ) * block_size + token % block_size // LANES * LANES
+        token = min(token + LANES, stop - 1)
 
 
 @compiled()
@@ -248,6 +367,7 @@ def attend(
     query: int,
     key_cache: int,
     value_cache: int,
+    kind: int,  # of the caches
     block_table: int,
     max_blocks: int,
     group: int,
@@ -263,6 +383,8 @@ def attend(
     tasks = carray(pointer(plan), (count, 8), np.int64)
     size, stride, whole = head_dim * 4, group * num_kv_heads * head_dim * 4, area(head_dim)
     scratch = np.empty((_ROWS * size + _TILE * _CHUNK * 4 + whole) // 4, np.float32)
+    groups = np.empty(2 * _GROUPS, np.int64)  # of this chunk, and of the next
+    places, later = address(groups), address(groups) + _GROUPS * 8
     queries = address(scratch)
     scores = queries + _ROWS * size
     own = scores + _TILE * _CHUNK * 4
@@ -277,45 +399,38 @@ def attend(
         states = mixed + _ROWS * size
         for i in range(height):
             heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
-            copy_row(query + token * stride + heads, queries + i * size, head_dim)
+            _take_row(query + token * stride + heads, queries + i * size, kind, head_dim)
             _start_row(states + i * _STATE, mixed + i * size, head_dim)
         table = carray(pointer(block_table + row * max_blocks * 4), (max_blocks,), np.int32)
         stop = min((split + 1) * _SPLIT, position + (first + height - 1) // group + 1)
+        _find(groups[_GROUPS:], table, split * _SPLIT, stop, head, num_kv_heads, block_size)
         for begin in range(split * _SPLIT, stop, _CHUNK):
+            groups[:_GROUPS] = groups[_GROUPS:]
+            _find(groups[_GROUPS:], table, begin + _CHUNK, stop, head, num_kv_heads, block_size)
             for part in range(0, height, _TILE):
                 # the tile's last row sees the most
                 end = min(min(begin + _CHUNK, stop), position + (first + min(part + _TILE, height) - 1) // group + 1)
-                rows = min(_TILE, height - part)
-                for key in range(begin, end, LANES):
-                    at = _place(table, key, head, num_kv_heads, block_size) * size
-                    ahead = value_cache - key_cache
-                    _score(queries + part * size, rows, key_cache + at, head_dim, scores + (key - begin) * 4, ahead)
-                for i in range(part, part + rows if end > begin else part):
-                    seen = position + (first + i) // group + 1 - begin
-                    _soften_row(scores + (i - part) * _CHUNK * 4, scale, end - begin, seen, states + i * _STATE)
-                for key in range(begin, end, LANES):
-                    at = _place(table, key, head, num_kv_heads, block_size) * size
-                    then = _place(table, min(key + _CHUNK, stop - 1), head, num_kv_heads, block_size) * size
-                    _mix(
-                        scores + (key - begin) * 4,
-                        states + part * _STATE,
-                        rows,
-                        value_cache + at,
-                        min(LANES, end - key),
-                        mixed + part * size,
-                        head_dim,
-                        key_cache + then - value_cache - at,
-                    )
+                if end <= begin:
+                    continue
+                rows, keys = min(_TILE, height - part), end - begin
+                q, state = queries + part * size, states + part * _STATE
+                _score(q, rows, key_cache, places, keys, kind, head_dim, scores, value_cache - key_cache)
+                for i in range(rows):
+                    seen = position + (first + part + i) // group + 1 - begin
+                    _soften_row(scores + i * _CHUNK * 4, scale, keys, seen, state + i * _STATE)
+                sums = mixed + part * size
+                _mix(scores, state, rows, value_cache, places, kind, keys, sums, head_dim, key_cache, later)
         if place < 0:
             for i in range(height):
                 heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
-                _finish_row(states + i * _STATE, mixed + i * size, out + token * stride + heads, head_dim)
+                _finish_row(states + i * _STATE, mixed + i * size, out + token * stride + heads, kind, head_dim)
     keep(scratch)
+    keep(groups)
 
 
 @compiled()
 def join(
-    tickets: int, plan: int, count: int, areas: int, group: int, num_kv_heads: int, head_dim: int, out: int
+    tickets: int, plan: int, count: int, areas: int, kind: int, group: int, num_kv_heads: int, head_dim: int, out: int
 ) -> None:
     """After all tasks: joins and finishes the query rows that several of them shared."""
     tasks = carray(pointer(plan), (count, 8), np.int64)
@@ -333,4 +448,4 @@ def join(
             for later in range(1, (position + (first + i) // group) // _SPLIT + 1):
                 _join_row(state, mixed, state + later * whole, mixed + later * whole, head_dim)
             heads = (first + i) // group * stride + (head * group + (first + i) % group) * size
-            _finish_row(state, mixed, out + token * stride + heads, head_dim)
+            _finish_row(state, mixed, out + token * stride + heads, kind, head_dim)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import carray
 
 from outrider.kernels._amx import alone, fits, pack, products, small, tile_height
 from outrider.kernels._attention import area, attend, join, plan
-from outrider.kernels._numba import LANES, address, keep
+from outrider.kernels._numba import LANES, NO, YES, address, keep
 from outrider.kernels._threads import PHASE, enter, leave, parallel
 from outrider.kernels.activation import gate_rows
-from outrider.kernels.linear import few_rows
+from outrider.kernels.linear import FEW, few_rows
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_rows
 from outrider.kernels.rope import rope_tokens
 
-_NONE: Any = np.int64(0)  # a plain 0 would be a type of its own to numba, and a second copy of what takes it
+_BLOCK = 256, 1 << 21  # tokens that pass through a layer at once: at least, and as many as take so many bytes
 
 
 @compiled()
@@ -31,23 +29,24 @@ def _linear(
     rows: int,
     inputs: int,
     outputs: int,
+    gated: int,
     kind: int,
     tiles: int,
     threads: int,
 ) -> int:
-    """One product, by whichever kernel `linear` would take; returns the phase after it."""
+    """One product, by whichever kernel `linear` would take; returns the phase after it. Gated only where tiles fit."""
     if tiles and fits(inputs, outputs):
         height = tile_height(rows)
         if small(rows, inputs):
             enter(phase)
-            alone(phase, x, rows, height, inputs, weight, bias, outputs, out, threads)
+            alone(phase, x, rows, height, inputs, weight, bias, outputs, gated, out, threads)
         else:
             enter(phase)
             pack(phase, x, rows, inputs, height, packed)
             leave(phase)
             phase += PHASE
             enter(phase)
-            products(phase, packed, rows, height, inputs, weight, bias, outputs, out, threads)
+            products(phase, packed, rows, height, inputs, weight, bias, outputs, gated, out, threads)
     else:
         enter(phase)
         few_rows(phase, x, weight, bias, out, rows, inputs, outputs, kind, threads)
@@ -78,6 +77,7 @@ def _layer(
     positions: int,
     key_cache: int,
     value_cache: int,
+    cache_kind: int,
     cache_slot: int,
     tasks: int,
     num_tasks: int,
@@ -105,12 +105,12 @@ def _layer(
     phase = phases
     enter(phase)
     if x == 0:
-        norm_rows(phase, residual, _NONE, input_norm, kind, normed, tokens, hidden, eps)
+        norm_rows(phase, residual, NO, input_norm, kind, normed, tokens, hidden, eps)
     else:
         norm_rows(phase, x, residual, input_norm, kind, normed, tokens, hidden, eps)
     leave(phase)
     phase += PHASE
-    phase = _linear(phase, packed, normed, qkv, qkv_bias, wide, tokens, hidden, both, kind, tiles, threads)
+    phase = _linear(phase, packed, normed, qkv, qkv_bias, wide, tokens, hidden, both, NO, kind, tiles, threads)
     enter(phase)
     rope_tokens(
         phase,
@@ -123,6 +123,7 @@ def _layer(
         positions,
         key_cache,
         value_cache,
+        cache_kind,
         cache_slot,
         block_size,
         num_heads,
@@ -142,6 +143,7 @@ def _layer(
         query,
         key_cache,
         value_cache,
+        cache_kind,
         block_table,
         max_blocks,
         group,
@@ -157,42 +159,44 @@ def _layer(
     phase += PHASE
     if num_areas > 0:
         enter(phase)
-        join(phase, tasks, num_tasks, areas, group, num_kv_heads, head_dim, wide)
+        join(phase, tasks, num_tasks, areas, cache_kind, group, num_kv_heads, head_dim, wide)
         leave(phase)
         phase += PHASE
-    phase = _linear(phase, packed, wide, out, _NONE, result, tokens, heads, hidden, kind, tiles, threads)
+    phase = _linear(phase, packed, wide, out, NO, result, tokens, heads, hidden, NO, kind, tiles, threads)
     enter(phase)
     norm_rows(phase, result, residual, post_norm, kind, normed, tokens, hidden, eps)
     leave(phase)
     phase += PHASE
-    phase = _linear(phase, packed, normed, gate_up, _NONE, wide, tokens, hidden, 2 * width, kind, tiles, threads)
-    enter(phase)
-    gate_rows(phase, wide, query, tokens, width)
-    leave(phase)
-    phase += PHASE
-    phase = _linear(phase, packed, query, down, _NONE, result, tokens, width, hidden, kind, tiles, threads)
+    if tiles and fits(hidden, width):
+        phase = _linear(phase, packed, normed, gate_up, NO, query, tokens, hidden, width, YES, kind, tiles, threads)
+    else:
+        phase = _linear(phase, packed, normed, gate_up, NO, wide, tokens, hidden, 2 * width, NO, kind, tiles, threads)
+        enter(phase)
+        gate_rows(phase, wide, query, tokens, width)
+        leave(phase)
+        phase += PHASE
+    phase = _linear(phase, packed, query, down, NO, result, tokens, width, hidden, NO, kind, tiles, threads)
 
 
 @compiled()
-def layer_kernel(
+def whole(tiles: int, tokens: int, hidden: int, heads: int, both: int, width: int) -> bool:
+    """Whether one launch serves: at few tokens any, at more where the matrix unit multiplies all of it."""
+    fit = fits(hidden, both) and fits(heads, hidden) and fits(hidden, 2 * width) and fits(width, hidden)
+    return tokens <= FEW or (tiles != 0 and fit)
+
+
+@compiled()
+def layers_kernel(
+    layers: int,
+    count: int,
     x: int,
     residual: int,
-    input_norm: int,
-    qkv: int,
-    qkv_bias: int,
-    q_norm: int,
-    k_norm: int,
-    out: int,
-    post_norm: int,
-    gate_up: int,
-    down: int,
     kind: int,
     tiles: int,
     eps: float,
     rope: int,
     positions: int,
-    key_cache: int,
-    value_cache: int,
+    cache_kind: int,
     cache_slot: int,
     block_table: int,
     query_start: int,
@@ -210,26 +214,40 @@ def layer_kernel(
     result: int,
     threads: int,
 ) -> None:
-    """See `decoder_layer`; x, qkv_bias and the head norms may be 0 for none, result is what it returns."""
-    tasks = plan(query_start, seq_lens, rows, num_heads // num_kv_heads, num_kv_heads)
-    count, num_areas = tasks[-1, 0], tasks[-1, 1]
-    areas = np.empty(num_areas * area(head_dim), np.uint8)
-    owned = int(carray(pointer(query_start), (rows + 1,), np.int32)[rows])
-    phases = np.zeros(16 * PHASE, np.uint8)
-    both = (num_heads + 2 * num_kv_heads) * head_dim
-    most = max(num_heads * head_dim, width)
-    sizes = (tokens * hidden, tokens * max(both, 2 * width), tokens * most)
-    space = np.empty(sizes[0] + sizes[1] + sizes[2] + (tokens + LANES) * max(most, hidden), np.float32)
+    """Layers one after the other, each as `decoder_layer`: x is the first's, or 0 for none, result the last's.
+
+    `layers` [count, 11] int64 holds for each the addresses of its weights and of its keys and values, in
+    `decoder_layer`'s order, 0 for none. Tokens pass through a layer some hundreds at a time: what lies between two
+    products stays in the caches, in memory that is used again.
+    """
+    table = carray(pointer(layers), (count, 11), np.int64)
+    both, most = (num_heads + 2 * num_kv_heads) * head_dim, max(num_heads * head_dim, width)
+    sizes = (hidden, max(both, 2 * width), most, max(most, hidden))
+    block = min(tokens, max(_BLOCK[1] // (sum(sizes) * 4) // 32 * 32, _BLOCK[0]))
+    space = np.empty(block * (sizes[0] + sizes[1] + sizes[2]) + (block + LANES) * sizes[3], np.float32)
     normed = address(space)
-    wide = normed + sizes[0] * 4
-    query = wide + sizes[1] * 4
-    weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind, tiles)
-    cache = (rope, positions, key_cache, value_cache, cache_slot)
-    reads = (address(tasks), count, address(areas), num_areas, block_table, max_blocks, block_size)
-    shape = (num_heads, num_kv_heads, head_dim, scale, tokens, owned, hidden, width)
-    memory = (normed, wide, query, query + sizes[2] * 4, result)
-    start = (address(phases), threads, x, residual)
-    parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory))
+    wide = normed + block * sizes[0] * 4
+    query = wide + block * sizes[1] * 4
+    memory = (normed, wide, query, query + block * sizes[2] * 4)
+    phases = np.empty(16 * PHASE, np.uint8)
+    tasks = plan(query_start, seq_lens, rows, num_heads // num_kv_heads, num_kv_heads, 0, block)
+    areas = np.empty(tasks[-1, 1] * area(head_dim), np.uint8)
+    for layer in range(count):
+        for begin in range(0, tokens, block):
+            end = min(begin + block, tokens)
+            if block < tokens:
+                tasks = plan(query_start, seq_lens, rows, num_heads // num_kv_heads, num_kv_heads, begin, end)
+                areas = np.empty(tasks[-1, 1] * area(head_dim), np.uint8)
+            phases[:] = 0
+            at = begin * hidden * 4
+            input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, keys, values = table[layer]
+            weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind, tiles)
+            cache = (rope, positions + begin * 8, keys, values, cache_kind, cache_slot + begin * 8)
+            reads = (address(tasks), tasks[-1, 0], address(areas), tasks[-1, 1], block_table, max_blocks, block_size)
+            shape = (num_heads, num_kv_heads, head_dim, scale, end - begin, tasks[-1, 3], hidden, width)
+            start = (address(phases), threads, x + at if x != 0 else x, residual + at)
+            parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory, result + at))
+        x = result  # read by the next layer before it writes there
     keep(tasks)
     keep(areas)
     keep(phases)

@@ -23,11 +23,14 @@ from outrider.kernels.native import compiled
 LANES = 16
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+NO: Any = np.int64(0)  # a plain 0 would be a type of its own to numba, and a second copy of what takes it
+YES: Any = np.int64(1)
+CACHES = FLOAT32, BFLOAT16  # what keys and values may be kept in
 SERIAL = 1 << 15  # numbers to handle, below which a kernel is faster on one thread
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _POINTER = ir.IntType(8).as_pointer()
-_FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_FLOATS, _INTS, _HALVES = (ir.VectorType(each, LANES) for each in (_F32, _I32, _I16))
 WIDTH = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
 _STORED = {FLOAT32: (_F32, "f32"), BFLOAT16: (_I16, "i16"), FLOAT16: (ir.HalfType(), "f16")}
 
@@ -143,6 +146,10 @@ class Emitter:
             return self.builder.bitcast(wide, _FLOATS)
         return self.builder.fpext(value, _FLOATS) if kind == FLOAT16 else value
 
+    def integer(self, base: Int, index: Int) -> Int:
+        """The int64 at `index`."""
+        return self.builder.load(self._at(base, index, 8, _I64))
+
     def spread(self, base: Int, index: Int) -> Vector:
         """The float32 at `index`, in every lane."""
         return self.splat(self.builder.load(self._at(base, index, 4, _F32)))
@@ -155,6 +162,35 @@ class Emitter:
         else:
             name = f"llvm.masked.store.v{value.type.count}f32.p0"
             self.call(name, ir.VoidType(), value, address, _I32(4), mask)
+
+    def load_pairs(self, base: Int, index: Int) -> list[Vector]:
+        """32 bfloat16 from `index` on as two float32 vectors: those at even places, those at odd ones.
+
+        One operation each, where `load` takes two to widen 16 in their order.
+        """
+        words = self.builder.load(self._at(base, index, 2, _INTS), align=2)
+        halves = self.builder.shl(words, self.ints(16)), self.builder.and_(words, self.ints(-0x10000))
+        return [self.builder.bitcast(half, _FLOATS) for half in halves]
+
+    def rounded(self, value: Vector) -> tuple[Vector, Vector]:
+        """A float32 rounded to bfloat16, to the nearest and halves to even, as a float32 and as its bits.
+
+        A NaN whose mantissa is all ones would not stay one; arithmetic makes no such NaN.
+        """
+        builder, bits = self.builder, self.builder.bitcast(value, _INTS)
+        odd = builder.and_(builder.lshr(bits, self.ints(16)), self.ints(1))
+        bits = builder.add(builder.add(bits, self.ints(0x7FFF)), odd)
+        bits = builder.and_(bits, self.ints(-0x10000))
+        return builder.bitcast(bits, value.type), bits
+
+    def store_rounded(self, value: Vector, base: Int, index: Int, mask: Vector | None = None) -> None:
+        """float32 lanes to bfloat16 elements from `index` on, where the mask is on."""
+        halves = self.builder.trunc(self.builder.lshr(self.rounded(value)[1], self.ints(16)), _HALVES)
+        address = self._at(base, index, 2, _HALVES)
+        if mask is None:
+            self.builder.store(halves, address, align=2)
+        else:
+            self.call("llvm.masked.store.v16i16.p0", ir.VoidType(), halves, address, _I32(2), mask)
 
     def prefetch(self, base: Int, index: Int, size: int) -> None:
         """Asks for the cache line of an element of `size` bytes, as far as the second level: the first is small."""
@@ -247,6 +283,7 @@ class Emitter:
         state: list[Vector],
         unroll: int = 1,
         begin: Callable[[Int], None] = lambda index: None,  # what to do before each `unroll` steps
+        start: Int = 0,  # a multiple of 16 * unroll
     ) -> list[Vector]:
         """state = step(index, mask, state) for each 16 of `size` elements; the mask is None but for the last few."""
 
@@ -260,12 +297,12 @@ class Emitter:
             return step(index, self.below(self.builder.sub(size, index)), state)
 
         middle = self.builder.and_(size, _I64(-LANES * unroll))
-        state = self.loop(0, middle, LANES * unroll, whole, state)
+        state = self.loop(start, middle, LANES * unroll, whole, state)
         return self.loop(middle, size, LANES, rest, state)
 
-    def each_kind(self, kind: Int, emit: Callable[[int], None]) -> None:
+    def each_kind(self, kind: Int, emit: Callable[[int], None], kinds: Iterable[int] = tuple(_STORED)) -> None:
         """Emits one copy for each kind, of which `kind` picks one where it runs."""
-        for constant in _STORED:
+        for constant in kinds:
             with self.builder.if_then(self.builder.icmp_signed("==", kind, _I64(constant))):
                 emit(constant)
 
@@ -292,6 +329,7 @@ class Emitter:
         kind: int = FLOAT32,
         mask: Vector | None = None,  # of the outputs to write
         ahead: Int | None = None,  # bytes; each cache line of w that is read asks for the one so much further on
+        paired: bool = False,  # w is bfloat16, and in each 32 elements of x those at even places come first
     ) -> None:
         """out[r][o] = x[r] . w[o]."""
         builder, width = self.builder, WIDTH[kind]
@@ -308,8 +346,21 @@ class Emitter:
                 new += [self.fma(value, weight, sums[len(new) + o]) for o, weight in enumerate(weights)]
             return new
 
+        def pairs(index: Int, sums: list[Vector]) -> list[Vector]:
+            fetch(index)
+            weights = zip(*(self.load_pairs(row, index) for row in w_rows), strict=True)
+            for parity, halves in enumerate(weights):
+                values = [self.load(row, self.plus(index, parity, LANES)) for row in x_rows]
+                terms = [(value, half) for value in values for half in halves]
+                sums = [self.fma(value, half, old) for (value, half), old in zip(terms, sums, strict=True)]
+            return sums
+
         count = len(x_rows) * len(w_rows)
-        sums = self.sweep(size, step, [self.floats(0)] * count, 64 // width // LANES, fetch)
+        sums, start = [self.floats(0)] * count, _int(0)
+        if paired:
+            start = builder.and_(size, _I64(-2 * LANES))
+            sums = self.loop(0, start, 2 * LANES, pairs, sums)
+        sums = self.sweep(size, step, sums, 64 // width // LANES, fetch, start)
         sums = self.fold(sums + [self.floats(0)] * (2 ** (count - 1).bit_length() - count))
         for r, row in enumerate(out_rows):
             self.store(self.part(sums, r * len(w_rows), len(w_rows)), row, 0, mask)

@@ -22,15 +22,19 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
     return (functional.silu(gate) * up).to(gate_up.dtype)
 
 
+def silu_mul(emitter: Emitter, gate: Vector, up: Vector) -> Vector:
+    """silu(gate) * up."""
+    builder = emitter.builder
+    denominator = builder.fadd(emitter.exp(builder.fneg(gate)), emitter.floats(1))
+    return builder.fmul(builder.fdiv(gate, denominator), up)
+
+
 @emitted
 def _gate_row(emitter: Emitter, gate: Int, up: Int, out: Int, size: Int) -> None:
     """out[:size] = silu(gate) * up, all float32."""
-    builder = emitter.builder
 
     def step(index: Int, mask: Vector | None, state: list[Vector]) -> list[Vector]:
-        value = emitter.load(gate, index, mask)
-        denominator = builder.fadd(emitter.exp(builder.fneg(value)), emitter.floats(1))
-        product = builder.fmul(builder.fdiv(value, denominator), emitter.load(up, index, mask))
+        product = silu_mul(emitter, emitter.load(gate, index, mask), emitter.load(up, index, mask))
         emitter.store(product, out, index, mask)
         return []
 

@@ -1,11 +1,11 @@
 """Causal attention of each row's newest tokens over keys and values kept in blocks.
 
-query [T, Hq, D]; key_cache and value_cache [num_blocks, Hkv, block_size, D]; query head h reads key head
-h // (Hq / Hkv). Row b holds seq_lens[b] tokens, of which the query tokens query_start[b]:query_start[b+1] are
-the last; its token p lies in block block_table[b, p // block_size] at offset p % block_size. A token sees
-itself and those before it; what lies in the cache past it, and in block_table past the row's blocks, is never
-read. block_table [B, M], query_start [B+1] and seq_lens [B] int32. Returns [T, Hq, D], 0 for tokens from
-query_start[B] on, which belong to no row.
+query [T, Hq, D]; key_cache and value_cache [num_blocks, Hkv, block_size, D], of the query's type or of bfloat16 beside
+a float32 query; query head h reads key head h // (Hq / Hkv). Row b holds seq_lens[b] tokens, of which the query tokens
+query_start[b]:query_start[b+1] are the last; its token p lies in block block_table[b, p // block_size] at offset
+p % block_size. A token sees itself and those before it; what lies in the cache past it, and in block_table past the
+row's blocks, is never read. block_table [B, M], query_start [B+1] and seq_lens [B] int32. Returns [T, Hq, D], 0 for
+tokens from query_start[B] on, which belong to no row.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numba import carray
 from torch import Tensor
 
 from outrider.kernels._attention import area, attend, join, plan
-from outrider.kernels._numba import LANES, SERIAL, address, keep
+from outrider.kernels._numba import CACHES, KIND, LANES, SERIAL, address, keep
 from outrider.kernels._threads import num_threads, parallel
-from outrider.kernels.native import compiled, pointer
+from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
 _QUERIES_AT_ONCE = 64  # bounds what the reference gathers
@@ -62,6 +61,7 @@ def _attention_kernel(
     query: int,
     key_cache: int,
     value_cache: int,
+    kind: int,
     block_table: int,
     query_start: int,
     seq_lens: int,
@@ -76,17 +76,16 @@ def _attention_kernel(
     out: int,
     threads: int,
 ) -> None:
-    tasks = plan(query_start, seq_lens, rows, group, num_kv_heads)
-    count, num_areas, pairs = tasks[-1, 0], tasks[-1, 1], tasks[-1, 2]
+    tasks = plan(query_start, seq_lens, rows, group, num_kv_heads, 0, tokens)
+    count, num_areas, pairs, owned = tasks[-1, 0], tasks[-1, 1], tasks[-1, 2], tasks[-1, 3]
     areas = np.empty(num_areas * area(head_dim), np.uint8)
     if pairs * head_dim < SERIAL:
         threads = 1
-    owned = int(carray(pointer(query_start), (rows + 1,), np.int32)[rows])
     work = (address(tasks), count, address(areas))
-    cache = (query, key_cache, value_cache, block_table, max_blocks)
+    cache = (query, key_cache, value_cache, kind, block_table, max_blocks)
     parallel(attend, threads, (*work, *cache, group, num_kv_heads, block_size, head_dim, scale, out, owned, tokens))
     if num_areas > 0:
-        parallel(join, threads, (*work, group, num_kv_heads, head_dim, out))
+        parallel(join, threads, (*work, kind, group, num_kv_heads, head_dim, out))
     keep(tasks)
     keep(areas)
 
@@ -103,7 +102,8 @@ def _paged_attention_cpu(
     tokens, num_heads, head_dim = query.shape
     rows, max_blocks = block_table.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
-    assert query.dtype == key_cache.dtype == value_cache.dtype == torch.float32
+    assert query.dtype == torch.float32 and key_cache.dtype == value_cache.dtype
+    assert KIND[key_cache.dtype] in CACHES, f"keys and values in {key_cache.dtype}"
     assert block_table.dtype == query_start.dtype == seq_lens.dtype == torch.int32
     assert key_cache.is_contiguous() and value_cache.is_contiguous() and block_table.is_contiguous()
     assert block_size % LANES == 0, f"the CPU kernel reads keys in sixteens: block_size {block_size}"
@@ -113,6 +113,7 @@ def _paged_attention_cpu(
         query.data_ptr(),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
+        KIND[key_cache.dtype],
         block_table.data_ptr(),
         query_start.data_ptr(),
         seq_lens.data_ptr(),
@@ -139,8 +140,18 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
         ((130, 301), (1, 16)),
     )
     for lengths in rows:
-        for num_heads, num_kv_heads, head_dim in ((4, 2, 64), (16, 8, 128), (4, 4, 64), (8, 1, 64), (8, 2, 128)):
+        for num_heads, num_kv_heads, head_dim, cache in (
+            (4, 2, 64, torch.float32),
+            (4, 2, 64, torch.bfloat16),
+            (16, 8, 128, torch.bfloat16),
+            (4, 4, 64, torch.float32),
+            (8, 1, 64, torch.bfloat16),
+            (6, 2, 80, torch.bfloat16),
+            (4, 2, 48, torch.float32),
+            (8, 2, 128, torch.float32),
+        ):
             activation = torch.float32 if device.type == "cpu" else torch.bfloat16
+            cache = cache if device.type == "cpu" else activation
             used = [-(-length // block_size) for _, length in lengths]
             width = max(used) + 1
             order = torch.randperm(sum(used) + 3, generator=generator).int()
@@ -153,8 +164,8 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
             query = torch.randn(int(query_lens.sum()) + padding, num_heads, head_dim, generator=generator)
             yield {
                 "query": 3 * query.to(device, activation),
-                "key_cache": torch.randn(shape, generator=generator).to(device, activation),
-                "value_cache": torch.randn(shape, generator=generator).to(device, activation),
+                "key_cache": torch.randn(shape, generator=generator).to(device, cache),
+                "value_cache": torch.randn(shape, generator=generator).to(device, cache),
                 "block_table": table.to(device),
                 "query_start": query_lens.cumsum(0).to(device, torch.int32),
                 "seq_lens": torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""One layer of a pre-norm decoder with grouped-query attention and a gated MLP, in one launch where rows are few.
+"""One layer of a pre-norm decoder with grouped-query attention and a gated MLP, in one launch on a CPU.
 
 x [T, H] is the block before's output, not yet added to the residual stream, or None for the first layer; residual
 [T, H] is updated in place. Returns this layer's MLP output [T, H], not yet added: the hidden state after the layer is
@@ -8,17 +8,17 @@ post_norm as `rms_norm`; the other arguments as `rope_store` and `paged_attentio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from outrider.kernels import _amx, activation, attention, linear, norm, rope
-from outrider.kernels._decoder_layer import layer_kernel
-from outrider.kernels._numba import BFLOAT16, KIND
+from outrider.kernels._decoder_layer import layers_kernel, whole
+from outrider.kernels._numba import BFLOAT16, CACHES, KIND, LANES
 from outrider.kernels._threads import num_threads
-from outrider.kernels.linear import FEW
 from outrider.kernels.op import Example, Op
 
 
@@ -69,6 +69,106 @@ decoder_layer_reference = _composed(lambda op: op.reference)
 decoder_layer_by_ops = _composed(lambda op: op.on("cpu"))
 
 
+class LayerWeights(NamedTuple):
+    """One layer's, as `decoder_layer` takes them."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class LayerStack:
+    """Layers of one shape with their caches, ready to be run one after the other in one call.
+
+    A call from Python costs some 20 us while weights stream through the caches, as much as the work of a small layer.
+    The tensors given are kept, and may be written but not replaced.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        caches: Sequence[tuple[Tensor, Tensor]],  # keys and values
+        eps: float,
+        num_heads: int,
+        scale: float,
+    ) -> None:
+        self._layers = [(*layer, *cache) for layer, cache in zip(layers, caches, strict=True)]
+        first, (keys, _) = layers[0], caches[0]
+        for one in self._layers:
+            for given, other in zip(one, self._layers[0], strict=True):
+                assert given is None or other is None or (given.shape == other.shape and given.dtype == other.dtype)
+                assert given is None or given.is_contiguous()
+        self._eps, self._num_heads, self._scale = eps, num_heads, scale
+        self._table = np.array(
+            [[0 if tensor is None else tensor.data_ptr() for tensor in one] for one in self._layers], np.int64
+        )
+        self._heads, self._width, self._kind = len(first.qkv), first.down.shape[1], KIND[first.qkv.dtype]
+        _, self._num_kv_heads, self._block_size, self._head_dim = keys.shape
+        self._cache_kind = KIND[keys.dtype]
+        assert self._cache_kind in CACHES, f"keys and values in {keys.dtype}"
+        assert self._block_size % LANES == 0, f"the CPU kernel reads keys in sixteens: block_size {self._block_size}"
+
+    def __call__(
+        self,
+        first: int,
+        last: int,
+        x: Tensor | None,
+        residual: Tensor,
+        rope: Tensor,
+        positions: Tensor,
+        cache_slot: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+    ) -> Tensor:
+        """Runs layers first:last, at least one. x is what the layer before gave; see `decoder_layer`."""
+        (tokens, hidden), (rows, max_blocks) = residual.shape, block_table.shape
+        tiles = _amx.AVAILABLE and self._kind == BFLOAT16
+        if not whole(tiles, tokens, hidden, self._num_heads * self._head_dim, self._heads, self._width):
+            for *weights, keys, values in self._layers[first:last]:
+                at = (rope, positions, keys, values, cache_slot, block_table, query_start, seq_lens)
+                x = decoder_layer_by_ops(x, residual, *weights, self._eps, *at, self._num_heads, self._scale)
+            assert x is not None
+            return x
+        assert residual.is_contiguous() and (x is None or x.is_contiguous()) and block_table.is_contiguous()
+        result = torch.empty_like(residual)
+        layers_kernel(
+            self._table.ctypes.data + first * self._table.strides[0],
+            last - first,
+            0 if x is None else x.data_ptr(),
+            residual.data_ptr(),
+            self._kind,
+            tiles,
+            self._eps,
+            rope.data_ptr(),
+            positions.data_ptr(),
+            self._cache_kind,
+            cache_slot.data_ptr(),
+            block_table.data_ptr(),
+            query_start.data_ptr(),
+            seq_lens.data_ptr(),
+            rows,
+            max_blocks,
+            self._block_size,
+            self._num_heads,
+            self._num_kv_heads,
+            self._head_dim,
+            self._scale,
+            tokens,
+            hidden,
+            self._width,
+            result.data_ptr(),
+            num_threads(),
+        )
+        return result
+
+
 def _decoder_layer_cpu(
     x: Tensor | None,
     residual: Tensor,
@@ -93,71 +193,9 @@ def _decoder_layer_cpu(
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    (tokens, hidden), kind = residual.shape, KIND[qkv.dtype]
-    (rows, max_blocks), (_, num_kv_heads, block_size, head_dim) = block_table.shape, key_cache.shape
-    if tokens > FEW:
-        return decoder_layer_by_ops(
-            x,
-            residual,
-            input_norm,
-            qkv,
-            qkv_bias,
-            q_norm,
-            k_norm,
-            out,
-            post_norm,
-            gate_up,
-            down,
-            eps,
-            rope,
-            positions,
-            key_cache,
-            value_cache,
-            cache_slot,
-            block_table,
-            query_start,
-            seq_lens,
-            num_heads,
-            scale,
-        )
-    result = torch.empty_like(residual)
-    layer_kernel(
-        0 if x is None else x.data_ptr(),
-        residual.data_ptr(),
-        input_norm.data_ptr(),
-        qkv.data_ptr(),
-        0 if qkv_bias is None else qkv_bias.data_ptr(),
-        0 if q_norm is None else q_norm.data_ptr(),
-        0 if k_norm is None else k_norm.data_ptr(),
-        out.data_ptr(),
-        post_norm.data_ptr(),
-        gate_up.data_ptr(),
-        down.data_ptr(),
-        kind,
-        _amx.AVAILABLE and kind == BFLOAT16,
-        eps,
-        rope.data_ptr(),
-        positions.data_ptr(),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
-        cache_slot.data_ptr(),
-        block_table.data_ptr(),
-        query_start.data_ptr(),
-        seq_lens.data_ptr(),
-        rows,
-        max_blocks,
-        block_size,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        scale,
-        tokens,
-        hidden,
-        down.shape[1],
-        result.data_ptr(),
-        num_threads(),
-    )
-    return result
+    weights = LayerWeights(input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down)
+    stack = LayerStack([weights], [(key_cache, value_cache)], eps, num_heads, scale)
+    return stack(0, 1, x, residual, rope, positions, cache_slot, block_table, query_start, seq_lens)
 
 
 def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
@@ -165,6 +203,7 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
         (96, 160, 4, 2, 64, torch.bfloat16),
         (64, 67, 4, 4, 64, torch.float32),
         (128, 96, 8, 2, 32, torch.bfloat16),
+        (64, 72, 2, 1, 80, torch.bfloat16),
     )
     for hidden, width, num_heads, num_kv_heads, head_dim, dtype in shapes:
         activation_type = torch.float32 if device.type == "cpu" else dtype
@@ -200,8 +239,8 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
                 "eps": 1e-6,
                 "rope": torch.cat((angles.cos(), angles.sin()), dim=-1).to(device),
                 "positions": torch.tensor(position, device=device),
-                "key_cache": draw(sum(blocks), num_kv_heads, 16, head_dim, dtype=activation_type),
-                "value_cache": draw(sum(blocks), num_kv_heads, 16, head_dim, dtype=activation_type),
+                "key_cache": draw(sum(blocks), num_kv_heads, 16, head_dim),
+                "value_cache": draw(sum(blocks), num_kv_heads, 16, head_dim),
                 "cache_slot": torch.tensor(slot, device=device),
                 "block_table": table.to(device),
                 "query_start": starts.to(device, torch.int32),
@@ -217,6 +256,6 @@ DECODER_LAYER = Op(
     {"cpu": _decoder_layer_cpu},
     examples=_examples,
     outputs=("residual", "key_cache", "value_cache"),
-    tolerance=2e-5,
-    why="four products deep",
+    tolerance=4e-4,
+    why="four products deep, and a key between two bfloat16 may be rounded to either",
 )

@@ -5,7 +5,8 @@ weights applied to each head (Qwen3), or None (Llama). rope [max_len, D] float32
 cosines of the D/2 frequencies, then their sines; element i of a head turns with element i + D/2 (the
 "rotate_half" form; Su et al., 2021). positions [T] int64. key_cache and value_cache [num_blocks, Hkv,
 block_size, D]; token t's key and value go to cache_slot[t] = block * block_size + offset, nowhere if that
-is -1; no two tokens share a slot. Returns the turned query [T, Hq, D].
+is -1; no two tokens share a slot. A cache of bfloat16 takes them rounded to the nearest, halves to even; on a CPU it
+may be that or float32. Returns the turned query [T, Hq, D].
 """
 
 from __future__ import annotations
@@ -17,7 +18,19 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Vector, copy_row, emitted
+from outrider.kernels._numba import (
+    BFLOAT16,
+    CACHES,
+    KIND,
+    SERIAL,
+    Emitter,
+    Int,
+    Vector,
+    address,
+    copy_row,
+    emitted,
+    keep,
+)
 from outrider.kernels._threads import add, num_threads, parallel
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_row, rms_norm_reference
@@ -82,6 +95,17 @@ def _rotate_row(emitter: Emitter, head: Int, angles: Int, out: Int, half: Int) -
     emitter.sweep(half, step, [])
 
 
+@emitted
+def _round_row(emitter: Emitter, source: Int, out: Int, size: Int) -> None:
+    """out[:size] = source[:size], from float32 to bfloat16."""
+
+    def step(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
+        emitter.store_rounded(emitter.load(source, index, mask), out, index, mask)
+        return none
+
+    emitter.sweep(size, step, [])
+
+
 @compiled()
 def _turn(head: int, norm: int, kind: int, eps: float, angles: int, out: int, head_dim: int) -> None:
     if norm != 0:
@@ -102,6 +126,7 @@ def rope_tokens(
     positions: int,
     key_cache: int,
     value_cache: int,
+    cache_kind: int,
     cache_slot: int,
     block_size: int,
     num_heads: int,
@@ -113,6 +138,7 @@ def rope_tokens(
     """Takes tokens, one at a time; a norm of 0 is none."""
     position, slots = carray(pointer(positions), (tokens,), np.int64), carray(pointer(cache_slot), (tokens,), np.int64)
     size = head_dim * 4
+    turned = np.empty(head_dim, np.float32)
     while True:
         token = add(tickets, 1)
         if token >= tokens:
@@ -125,10 +151,17 @@ def rope_tokens(
         if slots[token] >= 0:
             block, offset = slots[token] // block_size, slots[token] % block_size
             for head in range(num_kv_heads):
-                place = ((block * num_kv_heads + head) * block_size + offset) * size
+                place = ((block * num_kv_heads + head) * block_size + offset) * head_dim
                 key = source + (num_heads + head) * size
-                _turn(key, k_norm, kind, eps, angles, key_cache + place, head_dim)
-                copy_row(key + num_kv_heads * size, value_cache + place, head_dim)
+                value = key + num_kv_heads * size
+                if cache_kind == BFLOAT16:
+                    _turn(key, k_norm, kind, eps, angles, address(turned), head_dim)
+                    _round_row(address(turned), key_cache + place * 2, head_dim)
+                    _round_row(value, value_cache + place * 2, head_dim)
+                else:
+                    _turn(key, k_norm, kind, eps, angles, key_cache + place * 4, head_dim)
+                    copy_row(value, value_cache + place * 4, head_dim)
+    keep(turned)
 
 
 @compiled()
@@ -142,6 +175,7 @@ def _rope_kernel(
     positions: int,
     key_cache: int,
     value_cache: int,
+    cache_kind: int,
     cache_slot: int,
     block_size: int,
     num_heads: int,
@@ -152,7 +186,7 @@ def _rope_kernel(
     threads: int,
 ) -> None:
     norms = (qkv, q_norm, k_norm, kind, eps, rope, positions)
-    cache = (key_cache, value_cache, cache_slot, block_size)
+    cache = (key_cache, value_cache, cache_kind, cache_slot, block_size)
     parallel(rope_tokens, threads, norms + cache + (num_heads, num_kv_heads, head_dim, query, tokens))
 
 
@@ -170,7 +204,8 @@ def _rope_store_cpu(
     num_kv_heads: int,
 ) -> Tensor:
     tokens, (_, _, block_size, head_dim) = qkv.shape[0], key_cache.shape
-    assert qkv.dtype == rope.dtype == key_cache.dtype == value_cache.dtype == torch.float32
+    assert qkv.dtype == rope.dtype == torch.float32 and key_cache.dtype == value_cache.dtype
+    assert KIND[key_cache.dtype] in CACHES, f"keys and values in {key_cache.dtype}"
     assert positions.dtype == cache_slot.dtype == torch.int64
     assert qkv.is_contiguous() and rope.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
     assert (q_norm is None) == (k_norm is None)
@@ -185,6 +220,7 @@ def _rope_store_cpu(
         positions.data_ptr(),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
+        KIND[key_cache.dtype],
         cache_slot.data_ptr(),
         block_size,
         num_heads,
@@ -206,7 +242,7 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
             qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator)
             norms = 1 + torch.randn(2, head_dim, generator=generator).to(device, dtype)
             angles = torch.rand(max_len, head_dim // 2, generator=generator) * 7
-            caches = torch.randn(2, 5, num_kv_heads, block_size, head_dim, generator=generator).to(device, activation)
+            caches = torch.randn(2, 5, num_kv_heads, block_size, head_dim, generator=generator).to(device, dtype)
             slot = torch.randperm(5 * block_size, generator=generator)[:tokens]
             slot[1::3] = -1
             example = {
@@ -232,4 +268,6 @@ ROPE_STORE = Op(
     {"cpu": _rope_store_cpu},
     examples=_examples,
     outputs=("key_cache", "value_cache"),
+    tolerance=1e-4,
+    why="a key between two bfloat16 may be rounded to either",
 )

@@ -22,12 +22,17 @@ class Allocator:
 
     device: torch.device
     dtype: torch.dtype  # of the weights
-    activation_dtype: torch.dtype  # of what flows between layers, and of keys and values
+    activation_dtype: torch.dtype  # of what flows between layers
 
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype) -> Allocator:
         """For weights of a dtype that a device is to serve."""
         return cls(device, dtype, activation_dtype(device, dtype))
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values: bfloat16 beside weights of it, which halves what a step reads of them."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else self.activation_dtype
 
     def parameter(self, *shape: int) -> Tensor:
         """A parameter to be filled from a checkpoint."""

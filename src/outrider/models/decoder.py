@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
-from outrider.kernels.decoder_layer import DECODER_LAYER
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMLP
@@ -38,25 +38,19 @@ class DecoderLayer:
         self.mlp_norm = RMSNorm(config.hidden_size, eps, allocator)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias, allocator)
         unbiased = self.attention.out.bias is None and self.mlp.down.bias is None
-        self._fused = DECODER_LAYER.kernels.get(allocator.device.type) if unbiased else None
+        self.is_fused = unbiased and allocator.device.type in DECODER_LAYER.kernels
+        """Whether the device has a kernel for the whole layer; it knows no biases but those of q, k and v."""
 
     def __call__(self, x: Tensor | None, residual: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
-        """[T, H] to be added to the residual stream; `x`, what the layer before gave, is added to it first, in place.
-
-        Where the device has a kernel for the whole layer, that; it knows no biases but those of q, k and v.
-        """
-        if self._fused is not None:
-            return self._in_one(x, residual, batch, rope, cache)
+        """[T, H] to be added to the residual stream; `x`, what the layer before gave, is added to it first, in place."""
         normed = self.input_norm(residual) if x is None else self.input_norm.add(x, residual)
         mixed = self.attention(normed, batch, rope, cache)
         return self.mlp(self.mlp_norm.add(mixed, residual))
 
-    def _in_one(self, x: Tensor | None, residual: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
-        assert self._fused is not None
+    def fused_weights(self) -> LayerWeights:
+        """The parameters as that kernel takes them."""
         attention, mlp = self.attention, self.mlp
-        out: Tensor = self._fused(
-            x,
-            residual,
+        return LayerWeights(
             self.input_norm.weight,
             attention.qkv.weight,
             attention.qkv.bias,
@@ -66,19 +60,7 @@ class DecoderLayer:
             self.mlp_norm.weight,
             mlp.gate_up.weight,
             mlp.down.weight,
-            self.mlp_norm.eps,
-            rope,
-            batch.positions,
-            cache.key,
-            cache.value,
-            batch.cache_slot,
-            batch.block_table,
-            batch.query_start,
-            batch.seq_lens,
-            attention.num_heads,
-            attention.head_dim**-0.5,
         )
-        return out
 
     def weights(self, prefix: str) -> Weights:
         return (
@@ -87,6 +69,52 @@ class DecoderLayer:
             | self.mlp_norm.weights(f"{prefix}post_attention_layernorm.")
             | self.mlp.weights(f"{prefix}mlp.")
         )
+
+
+class LayerRun(Sequence[DecoderLayer]):
+    """Layers one behind the other, run in one call where the device has a kernel for all of them."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._layers = list(layers)
+        self._fused = all(layer.is_fused for layer in layers)
+        self._stack: LayerStack | None = None  # the layers on the cache of the last step
+        self._stacked: Sequence[LayerCache] = ()
+
+    def run(
+        self,
+        first: int,
+        last: int,
+        x: Tensor | None,
+        residual: Tensor,
+        batch: StepBatch,
+        rope: Tensor,
+        cache: Sequence[LayerCache],
+    ) -> Tensor:
+        """Layers first:last, at least one, from what the layer before gave to what the last one gives."""
+        if self._fused:
+            if self._stack is None or self._stacked is not cache:
+                self._stack, self._stacked = self._stack_on(cache), cache
+            where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
+            return self._stack(first, last, x, residual, rope, *where)
+        for layer, layer_cache in zip(self._layers[first:last], cache[first:last], strict=True):
+            x = layer(x, residual, batch, rope, layer_cache)
+        assert x is not None, "one layer at least"
+        return x
+
+    def _stack_on(self, cache: Sequence[LayerCache]) -> LayerStack:
+        attention, eps = self._layers[0].attention, self._layers[0].mlp_norm.eps
+        weights = [layer.fused_weights() for layer in self._layers]
+        return LayerStack(weights, cache, eps, attention.num_heads, attention.head_dim**-0.5)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> DecoderLayer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[DecoderLayer]: ...
+    def __getitem__(self, index: int | slice) -> DecoderLayer | Sequence[DecoderLayer]:
+        return self._layers[index]
 
 
 class _Taps:
@@ -125,12 +153,12 @@ class Decoder:
         """Parameters are NaN until `weights()` is filled. `max_len` bounds the positions."""
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_size, allocator)
-        self.layers = [DecoderLayer(config, self.qk_norm, allocator) for _ in range(config.num_layers)]
+        self.layers = LayerRun([DecoderLayer(config, self.qk_norm, allocator) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, allocator)
         tied = self.embedding if config.tie_word_embeddings else None
         self.head = Head(config.vocab_size, config.hidden_size, allocator, tied)
         self.rope = config.rope.table(max_len, config.head_dim, allocator.device)
-        self.activation_dtype = allocator.activation_dtype
+        self.cache_dtype = allocator.cache_dtype
 
     @classmethod
     def part(cls) -> Part:
@@ -138,9 +166,9 @@ class Decoder:
         return Part(cls.architecture, cls.needs)
 
     def cache_layout(self, block_size: int) -> CacheLayout:
-        """The key/value layers this model reads and writes, in the activations' dtype."""
+        """The key/value layers this model reads and writes, in the allocator's `cache_dtype`."""
         config = self.config
-        return CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, self.activation_dtype)
+        return CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, self.cache_dtype)
 
     def forward(
         self, batch: StepBatch, cache: Sequence[LayerCache], taps: Sequence[int] = ()
@@ -151,13 +179,14 @@ class Decoder:
         side in the order given. Tap i is what layer i reads, so 0 is the embedding, and the number of layers what the
         final norm reads.
         """
-        residual, x = self.embedding(batch.input_ids), None
+        residual, x, first = self.embedding(batch.input_ids), None, 0
         tapped = _Taps(taps, residual)
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
-            tapped.take(index, x, residual)
-            x = layer(x, residual, batch, self.rope, layer_cache)
+        for last in sorted({*taps, len(self.layers)}):
+            if last > first:
+                x = self.layers.run(first, last, x, residual, batch, self.rope, cache)
+            tapped.take(last, x, residual)
+            first = last
         assert x is not None, "a config has one layer at least"
-        tapped.take(len(self.layers), x, residual)
         return self.norm.add(x, residual), tapped.features
 
     def logits(self, hidden: Tensor) -> Tensor:
