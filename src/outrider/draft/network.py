@@ -15,6 +15,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.draft.base import TargetParts
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.linear import Linear
@@ -47,6 +48,10 @@ class FirstLayer:
         )
         self.mlp_norm = RMSNorm(width, eps, allocator)
         self.mlp = GatedMLP(width, layer.intermediate_size, layer.mlp_bias, allocator)
+        unbiased = self.attention.out.bias is None and self.mlp.down.bias is None
+        self._fused = unbiased and allocator.device.type in DECODER_LAYER.kernels
+        self._stack: LayerStack | None = None  # this layer on the cache of the last step
+        self._stacked: LayerCache | None = None
 
     def __call__(
         self, token: Tensor, hidden: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache
@@ -58,8 +63,28 @@ class FirstLayer:
         normed = self.hidden_norm(hidden)
         residual = normed.clone() if self.norm_before_residual else hidden
         joined = torch.cat((self.token_norm(token), normed), dim=-1)
+        if self._fused:
+            if self._stack is None or self._stacked is not cache:
+                self._stack, self._stacked = self._stack_on(cache), cache
+            where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
+            return self._stack(0, 1, joined, residual, rope, *where), residual
         mixed = self.attention(joined, batch, rope, cache)
         return self.mlp(self.mlp_norm.add(mixed, residual)), residual
+
+    def _stack_on(self, cache: LayerCache) -> LayerStack:
+        attention, mlp = self.attention, self.mlp
+        weights = LayerWeights(
+            None,
+            attention.qkv.weight,
+            attention.qkv.bias,
+            attention.q_norm.weight if attention.q_norm else None,
+            attention.k_norm.weight if attention.k_norm else None,
+            attention.out.weight,
+            self.mlp_norm.weight,
+            mlp.gate_up.weight,
+            mlp.down.weight,
+        )
+        return LayerStack([weights], [cache], self.mlp_norm.eps, attention.num_heads, attention.head_dim**-0.5)
 
     def weights(self, prefix: str) -> Weights:
         return (

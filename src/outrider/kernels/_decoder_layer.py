@@ -92,6 +92,7 @@ def _layer(
     scale: float,
     tokens: int,
     owned: int,
+    inputs: int,
     hidden: int,
     width: int,
     normed: int,
@@ -103,14 +104,18 @@ def _layer(
     """Phase by phase; each is a kernel of the ops that the layer is made of."""
     group, heads, both = num_heads // num_kv_heads, num_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim
     phase = phases
-    enter(phase)
-    if x == 0:
-        norm_rows(phase, residual, NO, input_norm, kind, normed, tokens, hidden, eps)
+    if input_norm == 0:
+        reads = x
     else:
-        norm_rows(phase, x, residual, input_norm, kind, normed, tokens, hidden, eps)
-    leave(phase)
-    phase += PHASE
-    phase = _linear(phase, packed, normed, qkv, qkv_bias, wide, tokens, hidden, both, NO, kind, tiles, threads)
+        reads = normed
+        enter(phase)
+        if x == 0:
+            norm_rows(phase, residual, NO, input_norm, kind, normed, tokens, hidden, eps)
+        else:
+            norm_rows(phase, x, residual, input_norm, kind, normed, tokens, hidden, eps)
+        leave(phase)
+        phase += PHASE
+    phase = _linear(phase, packed, reads, qkv, qkv_bias, wide, tokens, inputs, both, NO, kind, tiles, threads)
     enter(phase)
     rope_tokens(
         phase,
@@ -179,9 +184,9 @@ def _layer(
 
 
 @compiled()
-def whole(tiles: int, tokens: int, hidden: int, heads: int, both: int, width: int) -> bool:
+def whole(tiles: int, tokens: int, inputs: int, hidden: int, heads: int, both: int, width: int) -> bool:
     """Whether one launch serves: at few tokens any, at more where the matrix unit multiplies all of it."""
-    fit = fits(hidden, both) and fits(heads, hidden) and fits(hidden, 2 * width) and fits(width, hidden)
+    fit = fits(inputs, both) and fits(heads, hidden) and fits(hidden, 2 * width) and fits(width, hidden)
     return tokens <= FEW or (tiles != 0 and fit)
 
 
@@ -209,6 +214,7 @@ def layers_kernel(
     head_dim: int,
     scale: float,
     tokens: int,
+    inputs: int,
     hidden: int,
     width: int,
     result: int,
@@ -216,13 +222,15 @@ def layers_kernel(
 ) -> None:
     """Layers one after the other, each as `decoder_layer`: x is the first's, or 0 for none, result the last's.
 
+    A layer without input_norm is one alone, and x [tokens, inputs] what its q, k and v are made of.
+
     `layers` [count, 11] int64 holds for each the addresses of its weights and of its keys and values, in
     `decoder_layer`'s order, 0 for none. Tokens pass through a layer some hundreds at a time: what lies between two
     products stays in the caches, in memory that is used again.
     """
     table = carray(pointer(layers), (count, 11), np.int64)
     both, most = (num_heads + 2 * num_kv_heads) * head_dim, max(num_heads * head_dim, width)
-    sizes = (hidden, max(both, 2 * width), most, max(most, hidden))
+    sizes = (hidden, max(both, 2 * width), most, max(most, inputs))
     block = min(tokens, max(_BLOCK[1] // (sum(sizes) * 4) // 32 * 32, _BLOCK[0]))
     space = np.empty(block * (sizes[0] + sizes[1] + sizes[2]) + (block + LANES) * sizes[3], np.float32)
     normed = address(space)
@@ -244,8 +252,8 @@ def layers_kernel(
             weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind, tiles)
             cache = (rope, positions + begin * 8, keys, values, cache_kind, cache_slot + begin * 8)
             reads = (address(tasks), tasks[-1, 0], address(areas), tasks[-1, 1], block_table, max_blocks, block_size)
-            shape = (num_heads, num_kv_heads, head_dim, scale, end - begin, tasks[-1, 3], hidden, width)
-            start = (address(phases), threads, x + at if x != 0 else x, residual + at)
+            shape = (num_heads, num_kv_heads, head_dim, scale, end - begin, tasks[-1, 3], inputs, hidden, width)
+            start = (address(phases), threads, x + begin * inputs * 4 if x != 0 else x, residual + at)
             parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory, result + at))
         x = result  # read by the next layer before it writes there
     keep(tasks)

@@ -2,8 +2,10 @@
 
 x [T, H] is the block before's output, not yet added to the residual stream, or None for the first layer; residual
 [T, H] is updated in place. Returns this layer's MLP output [T, H], not yet added: the hidden state after the layer is
-residual + what is returned. qkv, qkv_bias, out, gate_up and down are weights as `linear` takes them; input_norm and
-post_norm as `rms_norm`; the other arguments as `rope_store` and `paged_attention` take them.
+residual + what is returned. Without input_norm x [T, I] is what q, k and v are made of, normed already, and nothing is
+added to the residual stream before: so a draft head's first layer reads more than the stream. qkv, qkv_bias, out,
+gate_up and down are weights as `linear` takes them; input_norm and post_norm as `rms_norm`; the other arguments as
+`rope_store` and `paged_attention` take them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def _composed(on: Callable[[Op], Callable[..., Any]]) -> Callable[..., Tensor]:
     def decoder_layer(
         x: Tensor | None,
         residual: Tensor,
-        input_norm: Tensor,
+        input_norm: Tensor | None,
         qkv: Tensor,
         qkv_bias: Tensor | None,
         q_norm: Tensor | None,
@@ -51,7 +53,11 @@ def _composed(on: Callable[[Op], Callable[..., Any]]) -> Callable[..., Tensor]:
         num_heads: int,
         scale: float,
     ) -> Tensor:
-        normed = rms_norm(residual, input_norm, eps) if x is None else add_rms_norm(x, residual, input_norm, eps)
+        if input_norm is None:
+            assert x is not None, "a layer without input_norm is given what it reads"
+            normed = x
+        else:
+            normed = rms_norm(residual, input_norm, eps) if x is None else add_rms_norm(x, residual, input_norm, eps)
         cache = key_cache, value_cache
         heads = multiply(normed, qkv, qkv_bias)
         query = rope_store(
@@ -72,7 +78,7 @@ decoder_layer_by_ops = _composed(lambda op: op.on("cpu"))
 class LayerWeights(NamedTuple):
     """One layer's, as `decoder_layer` takes them."""
 
-    input_norm: Tensor
+    input_norm: Tensor | None
     qkv: Tensor
     qkv_bias: Tensor | None
     q_norm: Tensor | None
@@ -109,6 +115,7 @@ class LayerStack:
             [[0 if tensor is None else tensor.data_ptr() for tensor in one] for one in self._layers], np.int64
         )
         self._heads, self._width, self._kind = len(first.qkv), first.down.shape[1], KIND[first.qkv.dtype]
+        self._inputs = first.qkv.shape[1]
         _, self._num_kv_heads, self._block_size, self._head_dim = keys.shape
         self._cache_kind = KIND[keys.dtype]
         assert self._cache_kind in CACHES, f"keys and values in {keys.dtype}"
@@ -130,7 +137,7 @@ class LayerStack:
         """Runs layers first:last, at least one. x is what the layer before gave; see `decoder_layer`."""
         (tokens, hidden), (rows, max_blocks) = residual.shape, block_table.shape
         tiles = _amx.AVAILABLE and self._kind == BFLOAT16
-        if not whole(tiles, tokens, hidden, self._num_heads * self._head_dim, self._heads, self._width):
+        if not whole(tiles, tokens, self._inputs, hidden, self._num_heads * self._head_dim, self._heads, self._width):
             for *weights, keys, values in self._layers[first:last]:
                 at = (rope, positions, keys, values, cache_slot, block_table, query_start, seq_lens)
                 x = decoder_layer_by_ops(x, residual, *weights, self._eps, *at, self._num_heads, self._scale)
@@ -161,6 +168,7 @@ class LayerStack:
             self._head_dim,
             self._scale,
             tokens,
+            self._inputs,
             hidden,
             self._width,
             result.data_ptr(),
@@ -172,7 +180,7 @@ class LayerStack:
 def _decoder_layer_cpu(
     x: Tensor | None,
     residual: Tensor,
-    input_norm: Tensor,
+    input_norm: Tensor | None,
     qkv: Tensor,
     qkv_bias: Tensor | None,
     q_norm: Tensor | None,
@@ -224,7 +232,7 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
                 position += range(length - count, length)
                 slot += [sum(blocks[:row]) * 16 + place for place in range(length - count, length)]
             angles = torch.rand(max(position) + 1, head_dim // 2, generator=generator) * 7
-            yield {
+            example = {
                 "x": draw(tokens, hidden, dtype=activation_type) if width != 67 else None,
                 "residual": draw(tokens, hidden, dtype=activation_type),
                 "input_norm": draw(hidden, centre=1.0),
@@ -248,6 +256,10 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
                 "num_heads": num_heads,
                 "scale": head_dim**-0.5,
             }
+            yield example
+            if width == 160:
+                joined = draw(tokens, 2 * hidden, dtype=activation_type)
+                yield {**example, "x": joined, "input_norm": None, "qkv": draw(heads, 2 * hidden, spread=hidden**-0.5)}
 
 
 DECODER_LAYER = Op(
@@ -256,6 +268,6 @@ DECODER_LAYER = Op(
     {"cpu": _decoder_layer_cpu},
     examples=_examples,
     outputs=("residual", "key_cache", "value_cache"),
-    tolerance=4e-4,
+    tolerance=2e-3,
     why="four products deep, and a key between two bfloat16 may be rounded to either",
 )

@@ -42,7 +42,7 @@ class DecoderLayer:
         """Whether the device has a kernel for the whole layer; it knows no biases but those of q, k and v."""
 
     def __call__(self, x: Tensor | None, residual: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
-        """[T, H] to be added to the residual stream; `x`, what the layer before gave, is added to it first, in place."""
+        """[T, H] to be added to the residual stream; `x`, what the layer before gave, is added first, in place."""
         normed = self.input_norm(residual) if x is None else self.input_norm.add(x, residual)
         mixed = self.attention(normed, batch, rope, cache)
         return self.mlp(self.mlp_norm.add(mixed, residual))
