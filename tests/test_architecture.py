@@ -24,7 +24,7 @@ runner
 oracle config
 workers
 engine
-bench
+train bench
 cli
 __main__
 """

@@ -7,7 +7,15 @@ import os
 RUNNER = "OUTRIDER_RUNNER"
 """Runner to use where the `runner` option is "auto"."""
 
+PROCESS = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+"""What torchrun tells each of the processes it starts."""
+
 
 def runner() -> str | None:
     """The runner named in the environment, if any."""
     return os.environ.get(RUNNER) or None
+
+
+def process() -> tuple[int, int, int]:
+    """Rank, rank on this host, and number of processes, as torchrun sets them; (0, 0, 1) outside it."""
+    return tuple(int(os.environ.get(name, default)) for name, default in PROCESS)  # type: ignore[return-value]

@@ -4,6 +4,7 @@
     +-- InputError (ValueError)      what one request asked for; other requests go on
     |   +-- PromptError              empty, too long, token ids out of range
     |   +-- SamplingError            a sampling value or a contradiction between two
+    |   +-- DataError                a line of training data, with its file and number
     +-- OptionError (ValueError)     what the engine was asked to be
     |   +-- UnsupportedError         no runner serves the configuration; holds every reason
     +-- CheckpointError (ValueError) a file that is missing, truncated, or not what it should be
@@ -34,6 +35,10 @@ class PromptError(InputError):
 
 class SamplingError(InputError):
     """A sampling value out of its range, or two that contradict each other."""
+
+
+class DataError(InputError):
+    """Training data that cannot be read or used; the message starts with file and line."""
 
 
 class OptionError(OutriderError, ValueError):

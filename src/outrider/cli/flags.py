@@ -45,7 +45,9 @@ def with_flags(
 def _parameter(entry: Field[Any], hint: Any, defaults: Mapping[str, Any], short: str | None) -> inspect.Parameter:
     default = defaults.get(entry.name, None if entry.default is MISSING else entry.default)
     flag = "--" + entry.name.replace("_", "-")
-    names = (f"{flag}/--no-{flag[2:]}",) if hint is bool else (flag, short) if short else (flag,)
+    names = (
+        (f"{flag}/--no-{flag[2:]}",) if bool in (hint, *typing.get_args(hint)) else (flag, short) if short else (flag,)
+    )
     annotated: Any = Annotated
     annotation = annotated[_flag_type(hint), typer.Option(*names, help=entry.metadata["help"])]
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from outrider import __version__
-from outrider.cli import accept, bench, explain, generate
+from outrider.cli import accept, bench, explain, generate, train
 from outrider.cli.common import err, print_json
 from outrider.errors import OutriderError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
 app.command("accept")(accept.accept)
+app.command("train")(train.train)
 app.add_typer(bench.app, name="bench")
 
 

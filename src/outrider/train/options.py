@@ -1,0 +1,111 @@
+"""What a user may set about training. Flags and their help are made from the fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from outrider.core.option import option, wrong_types
+from outrider.errors import OptionError
+
+DECAYS = ("linear", "cosine")
+LAYER_TYPES = ("llama", "qwen3")
+OPTIMIZERS = ("adamw", "muon")
+EXPORT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """Everything `outrider train` takes. What concerns one method only says which."""
+
+    model: str | None = option(None, "local directory or Hugging Face id of the target; left out: the bundled model")
+    method: str | None = option(None, "what to train; the methods are named where this is wrong")
+    data: Sequence[str] | None = option(
+        None, "JSONL (text, messages or token_ids a line) or .txt, also .gz or .xz; repeat for more files"
+    )
+    out: str | None = option(None, "directory of the head, its log and its checkpoint")
+    held_out: str | None = option(None, "file to evaluate on; left out: the last hundredth of the documents")
+    max_length: int = option(1024, "tokens a packed row holds; documents that are longer are cut")
+    batch_tokens: int = option(16384, "tokens a step, over all processes")
+    steps: int | None = option(None, "stop after so many steps")
+    epochs: float | None = option(None, "stop after so many passes over the data")
+    minutes: float | None = option(None, "stop after so many minutes of training")
+    lr: float = option(1e-4, "highest learning rate of AdamW")
+    optimizer: str = option("adamw", "adamw, or muon: Muon for the layers' matrices, AdamW for all else")
+    muon_lr: float = option(0.02, "highest learning rate of Muon")
+    init: str | None = option(None, "head in the speculators format to start from; left out: random weights")
+    lr_decay: str = option("linear", "linear or cosine, to zero at the end")
+    warmup_steps: int = option(50, "steps over which the learning rate rises")
+    weight_decay: float = option(0.0, "AdamW's decay of matrices")
+    grad_clip: float = option(1.0, "largest norm of the gradient")
+    seed: int = option(0, "of initial weights, order of documents and dropped elements")
+    feature_layers: Sequence[int] | None = option(
+        None, "three tapped layers, each the stream entering it; left out: 2, n//2, n-3 of n layers"
+    )
+    num_layers: int | None = option(None, "layers of the head; left out: 1, or 4 for a parallel head")
+    num_attention_heads: int | None = option(None, "left out: the target's")
+    num_key_value_heads: int | None = option(None, "left out: the target's")
+    head_dim: int | None = option(None, "left out: the target's")
+    intermediate_size: int | None = option(None, "width of the MLP; left out: the target's")
+    layer_type: str | None = option(None, "llama, or qwen3 (norms of q and k); left out: the target's kind")
+    norm_before_residual: bool = option(False, "the first layer's residual starts after its norm")
+    norm_before_fc: bool = option(False, "one norm over the three features, before they are projected")
+    fc_norm: bool = option(False, "one norm for each of the three features, before they are projected")
+    norm_output: bool = option(False, "the next sequential step is fed the normed output")
+    freeze_embedding: bool | None = option(None, "keep the target's embedding; left out: as the method's paper does")
+    freeze_lm_head: bool = option(False, "keep the target's lm_head, of all tokens, and leave it out of the export")
+    export_embedding: bool = option(False, "write the embedding even if it is the target's")
+    draft_vocab_size: int | None = option(None, "most frequent tokens that are drafted; left out: all")
+    num_speculative_tokens: int = option(5, "K that the head is meant to be served with")
+    mask_token_id: int | None = option(None, "parallel heads: token of undrafted places; left out: <|mask|>")
+    k_train: int = option(8, "parallel heads: depths trained, more than K")
+    keep_rate: float = option(0.8, "parallel heads: share of a depth's elements that the next one keeps")
+    partitions: int = option(1, "parallel heads: segments a row is run in, to save memory")
+    ttt_steps: int = option(7, "sequential heads: steps of the training-time test")
+    step_decay: float = option(0.8, "sequential heads: weight of a step's loss beside the last one's")
+    on_policy: int | None = option(None, "train on so many continuations that the target writes first")
+    prompt_length: int = option(64, "on-policy: tokens of a document that are continued")
+    continuation_length: int = option(256, "on-policy: most tokens of a continuation")
+    on_policy_temperature: float = option(1.0, "on-policy: 0 takes the most likely token")
+    generate_only: bool = option(False, "on-policy: write on_policy.jsonl, to be used as --data, and stop")
+    log_every: int = option(10, "steps between lines of the log")
+    eval_every: int | None = option(None, "steps between evaluations; left out: only at the end")
+    save_every: int | None = option(None, "steps between checkpoints; left out: only at the end")
+    resume: bool = option(False, "go on from the checkpoint in the output directory")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    compile: bool = option(True, "compile the network where there is a GPU")
+    dtype: str = option("bfloat16", "of the exported weights: bfloat16, float16 or float32")
+
+    def __post_init__(self) -> None:
+        for name, value, wanted in wrong_types(self):
+            raise OptionError(f"{name} must be {wanted}: {value!r}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} must be 1 or more: {value}")
+        for name in ("lr", "muon_lr", "epochs", "minutes", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise OptionError(f"{name} must be more than 0: {value}")
+        for name in ("weight_decay", "on_policy_temperature", "warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"{name} must be 0 or more: {getattr(self, name)}")
+        for name in ("keep_rate", "step_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise OptionError(f"{name} must be in (0, 1]: {getattr(self, name)}")
+        choices = {"lr_decay": DECAYS, "layer_type": LAYER_TYPES, "dtype": EXPORT_DTYPES, "optimizer": OPTIMIZERS}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise OptionError(f"{name} is not known: {value} (known: {', '.join(known)})")
+        if self.freeze_lm_head and self.draft_vocab_size is not None:
+            raise OptionError("freeze_lm_head keeps the target's lm_head, whole: leave --draft-vocab-size out")
+        if self.generate_only and self.on_policy is None:
+            raise OptionError("generate_only writes what on_policy generates: give --on-policy a number of prompts")
+
+
+_COUNTS = (
+    *("max_length", "batch_tokens", "steps", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "draft_vocab_size", "num_speculative_tokens", "k_train", "partitions", "ttt_steps"),
+    *("on_policy", "prompt_length", "continuation_length", "log_every", "eval_every", "save_every"),
+)
