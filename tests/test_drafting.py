@@ -352,7 +352,7 @@ NOTICED = {
     "Unshifted": {"ids", "logits", "drafts"},
     "Blind": {"logits", "drafts"},
 }
-"""What the comparison must say of each head that is run wrongly; of OneBehind its cells too, which it moves not."""
+"""What the comparison must say of each head that is run wrongly; cells left out, which follow from positions."""
 
 
 @pytest.mark.parametrize("name", BROKEN)
