@@ -62,9 +62,10 @@ def test_ngram_acceptance_is_as_recorded() -> None:
 
 @pytest.mark.parametrize(("wrong", "first"), [("Collapsing", 1), ("Shifted", 0)])
 def test_a_drafter_gone_wrong_departs(wrong: str, first: int) -> None:
-    found = departures(RECORDED, acceptance(f"{__name__}:{wrong}"))
+    report = acceptance(f"{__name__}:{wrong}")
+    found = departures(RECORDED, report)
     assert min(departure.position for departure in found if departure.measured < departure.expected) == first
-    assert ("every position fell" in suspect(found)) == (first == 0)
+    assert ("every position fell" in suspect(found, RECORDED, report)) == (first == 0)
 
 
 def test_it_writes_python() -> None:

@@ -86,7 +86,7 @@ class Comparison:
     def suspect(self) -> str | None:
         """The likeliest cause of the departures."""
         found = self.departures
-        return suspect(found, self.parallel) if found else None
+        return suspect(found, self.expected, self.report, self.parallel) if found and self.expected else None
 
     def to_dict(self) -> dict[str, Any]:
         """As `accept --json` prints a run."""

@@ -24,8 +24,11 @@ RECORDS = "acceptance.json"
 DEVIATIONS = 3.0
 """Standard deviations of sampling noise that a band allows for on top of its tolerance."""
 
-COLLAPSE = 0.5
-"""A figure under this share of the recorded one has collapsed; above it, it is merely worse."""
+COLLAPSE, GONE = 0.5, 0.05
+"""A figure under this share of the recorded one has collapsed, or is as good as nothing; above, it is merely worse."""
+
+HINT = 1.5
+"""Standard deviations by which figures within their bands, taken together, hint that they fell like those outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +183,16 @@ def departures(expected: Expectation, report: AcceptanceReport) -> list[Departur
     trials = (expected.drafts, report.drafts)
     for position, (then, now) in enumerate(zip(expected.rates, report.rates, strict=True)):
         found += _outside("rate", position, then, now, trials, expected.tolerance)
-    for position, (then, now) in enumerate(zip(expected.ratios, report.ratios, strict=True), start=1):
-        trials = (round(expected.rates[position - 1] * expected.drafts), report.per_position[position - 1])
+    of = zip(expected.ratios, report.ratios, ratio_trials(expected, report), strict=True)
+    for position, (then, now, trials) in enumerate(of, start=1):
         found += _outside("ratio", position, then, now, trials, expected.tolerance)
     return found
+
+
+def ratio_trials(expected: Expectation, report: AcceptanceReport) -> list[tuple[int, int]]:
+    """How many rounds each ratio is of: those in which the guess before stood, in the record and in the report."""
+    recorded = (round(rate * expected.drafts) for rate in expected.rates[:-1])
+    return list(zip(recorded, report.per_position[:-1], strict=True))
 
 
 def _outside(
@@ -219,36 +228,68 @@ def interval(rate: float, trials: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def suspect(found: Sequence[Departure], parallel: bool | None = None) -> str:
-    """The likeliest cause of a set of departures, from the pattern they make.
+def suspect(
+    found: Sequence[Departure], expected: Expectation, report: AcceptanceReport, parallel: bool | None = None
+) -> str:
+    """The likeliest cause of a set of departures, from the pattern that all figures make.
 
     `parallel`: whether the drafter is a head that drafts in one pass, one that drafts in several, or (None) no head.
     """
     falls = [departure for departure in found if departure.fell]
     if not falls:
         return "acceptance is higher than recorded: another model, head or prompt set; record it anew if it is meant"
-    first = min(departure.position for departure in falls)
-    if first == 0:
-        return _from_the_first(falls, parallel)
-    spared = f"positions before {first} are as recorded, drafts after them are conditioned wrongly"
-    if first > 1:
-        reach = "" if parallel is None else ": deeper than the head was trained for, or past the positions it has"
-        return f"{spared}{reach}"
+    if not report.drafts:
+        return "nothing was drafted: the drafter proposes nothing, or no round had room for its guesses"
+    pairs = [(expected.rates[0], report.rates[0]), *zip(expected.ratios, report.ratios, strict=True)]
+    shares = [now / then if then else 1.0 for then, now in pairs]  # of the first rate, and of each ratio, that are left
+    own = {fall.position for fall in falls if fall.figure == "ratio" or fall.position == 0}
+    collapsed = min((place for place in own if shares[place] < COLLAPSE), default=None)
+    if collapsed is not None:
+        return _of_a_collapse(collapsed, shares, 0 in own, parallel)
+    first = min(fall.position for fall in falls)
+    trials = [(expected.drafts, report.drafts), *ratio_trials(expected, report)]
+    signs = [(then - now) / deviation(then, now, of) for (then, now), of in zip(pairs, trials, strict=True)]
+    if sum(signs[:first]) > HINT * math.sqrt(first):  # within their bands, but all of them low
+        first = 0
+    return _of_a_decline(first, bool(own - {0}) or first not in own, parallel)
+
+
+def _of_a_collapse(at: int, shares: Sequence[float], from_the_first: bool, parallel: bool | None) -> str:
+    if at == 0:
+        return "every position fell: guesses are for other tokens, or come of another model's or head's weights"
+    before = "every position fell" if from_the_first else f"positions before {at} are as recorded"
+    collapsed = f"{before}, those from {at} on collapsed"
     if parallel is None:
-        return f"{spared}: each guess should follow the one before it"
-    collapsed = any(fall.measured < COLLAPSE * fall.expected for fall in falls if fall.position == first)
+        return f"{collapsed}: a guess does not follow from the one before it"
+    if at > 1:
+        return f"{collapsed}: they are deeper than the head was trained for, or past the positions it has"
     if not parallel:
-        return f"{spared}: the hidden state, position or key handed from one pass to the next is not the last pass's"
-    if collapsed:
-        return f"{spared}: a parallel head run one token at a time, or mask rows that do not see the context"
-    return f"{spared}: mask rows see something stale (features of rejected tokens, or an earlier round's keys)"
-
-
-def _from_the_first(falls: Sequence[Departure], parallel: bool | None) -> str:
-    if any(fall.figure == "ratio" for fall in falls):
-        taps = "" if parallel is None else "features tapped a layer off, a norm left out, or "
-        return f"every position fell, and ratios too: the drafter conditions on the wrong thing ({taps}another model)"
-    return (
-        "every position fell by a like share: some rounds start wrong and the rest are as recorded "
-        "(stale keys after a prefix hit or a preemption, or text unlike what was recorded)"
+        return (
+            f"{collapsed}: what is handed from one pass to the next is not the last pass's (hidden state, token, keys)"
+        )
+    run_alone, misled = (
+        "the parallel head is run one token at a time",
+        ("mask rows do not see the context, or hold stale features of rejected tokens"),
     )
+    likelier, other = (run_alone, misled) if shares[1] < GONE else (misled, run_alone)
+    return f"{collapsed}: {likelier}; else {other}"
+
+
+def _of_a_decline(first: int, ratios_too: bool, parallel: bool | None) -> str:
+    if first == 0 and not ratios_too:
+        return (
+            "every position fell by a like share: some rounds start wrong and the rest are as recorded "
+            "(stale keys after a preemption, or text unlike what was recorded)"
+        )
+    if first == 0:
+        taps = "" if parallel is None else "features tapped a layer off, a norm left out, "
+        return (
+            "every position fell somewhat, and further ones more: what guesses are conditioned on is a little off "
+            f"({taps}keys that a prefix hit brought and nobody ran again)"
+        )
+    declined = f"positions before {first} are as recorded, those from {first} on fell somewhat"
+    if first > 1 and parallel is not None:
+        return f"{declined}: they are deeper than the head was trained for, or past the positions it has"
+    if parallel:
+        return f"{declined}: mask rows see something stale (features of rejected tokens, or an earlier round's keys)"
+    return f"{declined}: a guess does not quite follow from the one before it"

@@ -20,6 +20,7 @@ from outrider.core.acceptance import (
     Setting,
     deviation,
     mismatches,
+    ratio_trials,
     read_records,
     suspect,
 )
@@ -114,7 +115,8 @@ class Watch:
     def __init__(self, expected: Expectation, parallel: bool | None = None, window: int = WINDOW) -> None:
         """`parallel`: as `core.acceptance.suspect` takes it."""
         self.expected = expected
-        self.departures: tuple[Departure, ...] = ()
+        self.departures: tuple[Departure, ...] = ()  # as last told
+        self._suspect: str | None = None
         self._parallel = parallel
         self._window = window
         self._num_drafts = expected.setting.num_drafts
@@ -148,11 +150,11 @@ class Watch:
         """
         expected, report = self.expected, self.measured()
         found: list[Departure] = []
+        rounds = (expected.drafts, report.drafts)
         for position, (then, now) in enumerate(zip(expected.rates, report.rates, strict=True)):
-            trials = (expected.drafts, report.drafts)
-            found += _under("rate", position, then, now, trials, (1 - TOLERANCE) ** (position + 1))
-        for position, (then, now) in enumerate(zip(expected.ratios, report.ratios, strict=True), start=1):
-            trials = (round(expected.rates[position - 1] * expected.drafts), report.per_position[position - 1])
+            found += _under("rate", position, then, now, rounds, (1 - TOLERANCE) ** (position + 1))
+        of = zip(expected.ratios, report.ratios, ratio_trials(expected, report), strict=True)
+        for position, (then, now, trials) in enumerate(of, start=1):
             found += _under("ratio", position, then, now, trials, 1 - TOLERANCE)
         return found
 
@@ -178,6 +180,7 @@ class Watch:
         setting = self.expected.setting
         what = f"{setting.method} (K={setting.num_drafts}, temperature {setting.temperature:g})"
         self.departures = tuple(found)
+        self._suspect = suspect(found, self.expected, self.measured(), self._parallel) if found else None
         if not found:
             logger.info("acceptance of %s is as recorded again: %s", what, _figures(self.measured()))
             return
@@ -186,13 +189,13 @@ class Watch:
             what,
             self._window,
             "; ".join(map(str, found)),
-            suspect(found, self._parallel),
+            self._suspect,
         )
 
     def state(self) -> WatchedState:
         """Where it stands."""
-        cause = suspect(self.departures, self._parallel) if self.departures else None
-        return WatchedState(self.expected.setting.temperature, self.expected, self.measured(), self.departures, cause)
+        temperature = self.expected.setting.temperature
+        return WatchedState(temperature, self.expected, self.measured(), self.departures, self._suspect)
 
 
 class Watchdog:
