@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -17,6 +20,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from outrider import LLM, HostDrafter, SamplingParams
 from outrider.runner.step import StepProgram
@@ -65,16 +70,28 @@ def write_tokenizer(path: Path, **more: Any) -> Path:
     return path
 
 
-def reference(path: Path, family: str = "qwen3") -> PreTrainedModel:
-    """The same weights in transformers, in float32: what flows between outrider's layers on a CPU is float32 too."""
+def reference(path: Path, family: str = "qwen3", rounded: bool = False) -> PreTrainedModel:
+    """The same weights in transformers, in float32: what flows between outrider's layers on a CPU is float32 too.
+
+    `rounded`: keys and values pass through bfloat16, as they do in outrider's cache beside weights of it.
+    """
     model: PreTrainedModel = FAMILIES[family][1].from_pretrained(path, dtype=torch.float32)
+    if rounded:
+        AttentionInterface.register("rounded", _attend_rounded)
+        AttentionMaskInterface.register("rounded", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        model.set_attn_implementation("rounded")
     return model.eval()
 
 
-def cache_bytes(num_blocks: int, **config: Any) -> int:
-    """`kv_cache_memory` for so many blocks of 16 tokens."""
-    sizes = {**SIZES, **config}
-    return num_blocks * 2 * 16 * 4 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
+def _attend_rounded(module: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> Any:
+    key, value = (each.bfloat16().float() for each in (key, value))
+    return sdpa_attention_forward(module, query, key, value, *given, **named)
+
+
+def cache_bytes(num_blocks: int, weights: torch.dtype = torch.float32, **config: Any) -> int:
+    """`kv_cache_memory` for so many blocks of 16 tokens, on a CPU."""
+    sizes, width = {**SIZES, **config}, 2 if weights == torch.bfloat16 else 4
+    return num_blocks * 2 * 16 * width * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
 
 
 def program(llm: LLM) -> StepProgram:

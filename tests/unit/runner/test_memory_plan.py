@@ -89,9 +89,10 @@ def test_more_rows_need_more_room(path: Path) -> None:
     assert plan(path, max_model_len=64, max_num_seqs=8, speculative_config=drafting).workspace > base
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_planned_is_what_is_held(path: Path, dtype: str) -> None:
-    with LLM(str(path), max_model_len=64, dtype=dtype, kv_cache_memory=7 * BLOCK, device="cpu") as llm:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_planned_is_what_is_held(path: Path, dtype: torch.dtype) -> None:
+    room = cache_bytes(7, dtype)
+    with LLM(str(path), max_model_len=64, dtype=dtype, kv_cache_memory=room, device="cpu") as llm:
         planned, running = llm.engine.resolved.runner.memory, program(llm)
         assert sum(layer.key.nbytes + layer.value.nbytes for layer in running._cache) == planned.cache
         assert sum(weight.nbytes for weight in running._model.weights().values()) == planned.weights
