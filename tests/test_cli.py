@@ -231,8 +231,8 @@ def test_bench_json(outrider: Any, kind: str) -> None:
         (["explain", "--draft", "/no/such/head"], "no model directory: /no/such/head"),
         (["explain", "--draft", "a/b", "--speculative-config", '{"model": "c/d"}'], "model a/b contradicts"),
         (["explain", "--draft", str(BUNDLED / "model")], "is not a draft head"),
-        (["explain", "--draft", tiny_head(True)], "hidden size of 48, not 256"),
-        (["explain", "--draft", "eagle3", "--speculative-config", json.dumps({"model": tiny_head(True)})], "peagle"),
+        (["explain", "--draft", "TINY_HEAD"], "hidden size of 48, not 256"),
+        (["explain", "--draft", "eagle3", "--speculative-config", '{"model": "TINY_HEAD"}'], "peagle"),
         (["accept", "--temperature", "-1"], "--temperature"),
         (["explain", "-k", "3", "--speculative-config", '{"num_speculative_tokens": 4}'], "contradicts"),
         (["explain", "--speculative-config", '{"method": "none", "num_speculative_tokens": 3}'], "drafts nothing"),
@@ -255,6 +255,7 @@ def test_bench_json(outrider: Any, kind: str) -> None:
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
 def test_wrong_input_is_one_clear_line_and_exit_code_2(outrider: Any, arguments: list[str], said: str) -> None:
+    arguments = [argument.replace("TINY_HEAD", tiny_head(True)) for argument in arguments]
     code, _, err = outrider(*arguments)
     assert code == 2
     assert said in err.replace("\n", " ")

@@ -522,8 +522,8 @@ def test_the_memory_plan_counts_the_head(
     assert ours.weights - alone.weights == sum(
         tensor.numel() * dtype.itemsize for name, tensor in stored.items() if name not in ("d2t", "t2d")
     )
-    # 3 layers of keys and values, 16 tokens, 2 heads of 16 floats: a CPU keeps float32 whatever the weights are
-    assert ours.bytes_per_block - alone.bytes_per_block == 3 * 2 * 16 * 2 * 16 * 4
+    # 3 layers of keys and values, 16 tokens, 2 heads of 16 numbers, as wide as the weights
+    assert ours.bytes_per_block - alone.bytes_per_block == 3 * 2 * 16 * 2 * 16 * dtype.itemsize
     assert ours.workspace > alone.workspace and wider.workspace > ours.workspace
     with serve(path, head, 5, dtype=dtype, kv_cache_memory=8 * ours.bytes_per_block) as llm:
         running = program(llm)
