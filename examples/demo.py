@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 
+from outrider.draft.registry import FOR_BUNDLED
+
 EDIT = """Add a docstring to this function.
 
 ```python
@@ -23,7 +25,7 @@ def moving_average(values, width):
 ```"""
 
 COMMANDS = [
-    ["explain", "--draft", "ngram"],
+    ["explain", "--draft", FOR_BUNDLED],
     ["generate", "--prompt", "def read_json(path):", "--max-tokens", "100"],
     ["generate", "--chat", EDIT, "-k", "8", "--max-tokens", "200", "--compare"],
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,9 +19,12 @@ from checkpoints import write as write_model
 from heads import tiny_head
 from outrider import LLM, AcceptanceReport, SamplingParams
 from outrider.bench.acceptance import measure
-from outrider.bench.prompts import PromptSet
+from outrider.bench.prompts import HELD_OUT, PromptSet, read_prompts
 from outrider.cli.main import main
 from outrider.core.acceptance import read_records, write_record
+from outrider.engine.watchdog import WINDOW
+from outrider.load.hub import BUNDLED, BUNDLED_HEADS
+from outrider.load.tokenizer import Tokenizer
 
 K = 4
 
@@ -196,3 +201,113 @@ def test_figures_are_printed(
     assert not ended.value.code
     for part in ("peagle, 4 tokens a round, all in one pass", "95 % interval", "temperature 1:", "ratios", "2 to 3"):
         assert part in out
+
+
+# The bundled P-EAGLE head, run rightly and wrongly.
+
+HEAD = BUNDLED_HEADS / "peagle"
+needs_head = pytest.mark.skipif(not HEAD.is_dir(), reason=f"there is no {HEAD}")
+
+Check = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
+    """`accept` with the bundled head, run by a class of `wrong_heads`."""
+
+    def call(drafter: str, *arguments: str) -> tuple[int, dict[str, Any]]:
+        command = ["accept", "--draft", f"wrong_heads:{drafter}", "-k", "4", "--kv-cache-memory", str(200 << 20)]
+        monkeypatch.setattr(sys, "argv", ["outrider", *command, *arguments, "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Where the healthy head's record on so many prompts is, once there is one."""
+    folder = tmp_path_factory.mktemp("records")
+    return {count: folder / f"{count}.json" for count in (48, 128)}
+
+
+# drafter, prompts, first position to fall, cause. A tap one layer off is close to the right one: more prompts show it.
+CONTROLS = {
+    "one token at a time": ("Sequential", 48, 1, "collapsed: the parallel head is run one token at a time"),
+    "masks blind to the context": ("BlindMasks", 48, 1, "collapsed: mask rows do not see the context"),
+    "stale features": ("StaleFeatures", 48, 1, "collapsed: mask rows .* stale features of rejected tokens"),
+    "taps off by one": ("ShiftedTaps", 128, None, "every position fell somewhat, .*features tapped a layer off"),
+}
+
+
+def expectation(check: Check, path: Path, *prompts: str) -> tuple[str, ...]:
+    if not path.exists():
+        code, told = check("Healthy", *prompts, "--record", str(path))
+        assert code == 0 and told["method"] == "peagle" and told["head"]
+    return (*prompts, "--expect", str(path))
+
+
+@needs_head
+def test_a_healthy_head_passes(check: Check, recorded: dict[int, Path]) -> None:
+    asked = expectation(check, recorded[48], "--num-prompts", "48")
+    code, told = check("Healthy", *asked)
+    assert code == 0 and told["passed"] is True and told["departures"] == []
+    assert told["rates"][0] >= 0.675 and told["acceptance_length"] >= 2.33, "vLLM's own figures for P-EAGLE"
+
+
+@needs_head
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_head_run_wrongly_fails(control: str, check: Check, recorded: dict[int, Path]) -> None:
+    drafter, count, first, cause = CONTROLS[control]
+    asked = expectation(check, recorded[count], "--num-prompts", str(count))
+    code, told = check(drafter, *asked)
+    assert code == 1 and told["passed"] is False
+    fallen = {departure["position"] for departure in told["departures"] if departure["measured"] < departure["low"]}
+    assert fallen and (first is None or min(fallen) == first)
+    assert re.search(cause, told["suspect"])
+
+
+@needs_head
+@pytest.mark.parametrize("drafter", ["Healthy", "Sequential"])
+def test_the_engine_warns_of_a_head_run_wrongly(
+    drafter: str, check: Check, recorded: dict[int, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expectation(check, recorded[48], "--num-prompts", "48")
+    head = Path(shutil.copytree(HEAD, tmp_path / "head"))
+    shutil.copy(recorded[48], head / "acceptance.json")
+    drafting = {"method": f"wrong_heads:{drafter}", "model": str(head), "num_speculative_tokens": 4}
+    with LLM(speculative_config=drafting, kv_cache_memory=200 << 20) as llm:
+        llm.generate(list(read_prompts(HELD_OUT).texts[-64:]), SamplingParams(temperature=0.0, max_tokens=128))
+        state = llm.watchdog()
+    (watched,) = state.watched
+    assert watched.measured.drafts == WINDOW
+    told = [record.getMessage() for record in caplog.records if "fell" in record.getMessage()]
+    if drafter == "Healthy":
+        assert not told and not state.departed
+    else:
+        assert state.departed and min(departure.position for departure in watched.departures) == 1
+        (warning,) = told
+        assert "peagle (K=4, temperature 0)" in warning and "run one token at a time" in warning
+
+
+@needs_head
+def test_a_prefix_hit_taken_as_it_is_fails(check: Check, tmp_path: Path) -> None:
+    """Whole blocks are shared, and the token after them is not: it is what the last cached row of the head was of.
+
+    That is one row of many, so only what follows such a prefix at once can tell: each prompt goes one token past it,
+    and one round is counted.
+    """
+    tokenizer, texts = Tokenizer(BUNDLED / "model"), []
+    for ending, length, text in itertools.product((" self", "\n", "\n\n", "["), (16, 32), read_prompts(HELD_OUT).texts):
+        shared = tokenizer.encode(text)[:length]
+        longer = tokenizer.wrapped.decode(shared) + ending
+        if len(ids := tokenizer.encode(longer)) == length + 1 and ids[:length] == shared:
+            texts.append(longer)
+    prompts, path = tmp_path / "prompts.jsonl", tmp_path / "acceptance.json"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    asked = expectation(check, path, "--prompts", str(prompts), "--max-tokens", "2")
+    assert check("Healthy", *asked)[0] == 0
+    code, told = check("NoRerun", *asked)
+    assert code == 1 and "keys that a prefix hit brought" in told["suspect"]
+    assert check("NoRerun", *asked, "--no-enable-prefix-caching")[0] == 0, "it is the hits that do it"

@@ -13,10 +13,11 @@ import pytest
 from outrider import LLM, SamplingParams
 from outrider.bench.acceptance import measure
 from outrider.bench.prompts import HELD_OUT, PromptSet, read_prompts
-from outrider.core.acceptance import departures, read_records, suspect
+from outrider.core.acceptance import RECORDS, departures, read_records, suspect
 from outrider.draft.base import DraftContext
 from outrider.draft.ngram import Ngram
-from outrider.load.hub import BUNDLED
+from outrider.load.checkpoint import fingerprint
+from outrider.load.hub import BUNDLED, BUNDLED_HEADS
 from outrider.tensors import Draft
 
 RECORDED = next(
@@ -58,6 +59,24 @@ def acceptance(method: str) -> Any:
 
 def test_ngram_acceptance_is_as_recorded() -> None:
     assert departures(RECORDED, acceptance("ngram")) == []
+
+
+@pytest.mark.parametrize("method", ["peagle", "eagle3"])
+def test_head_acceptance_is_as_recorded(method: str) -> None:
+    """Of each head at the K of its record, greedy; the other temperatures on record are read and no more."""
+    head = BUNDLED_HEADS / method
+    if not (head / RECORDS).is_file():
+        pytest.skip(f"there is no {head / RECORDS}")
+    records = read_records(head / RECORDS)
+    assert {record.setting.head for record in records} == {fingerprint(head)}, "another head: record acceptance anew"
+    assert {record.setting.model for record in records} == {fingerprint(BUNDLED / "model")}
+    expected = next(record for record in records if record.setting.temperature == 0.0)
+    prompts, setting = read_prompts(HELD_OUT), expected.setting
+    assert prompts.hash == setting.prompts, "the prompts changed: record acceptance anew"
+    drafting = {"method": method, **setting.draft_options}
+    with LLM(device="cpu", dtype=setting.dtype, speculative_config=drafting) as llm:
+        report = measure(llm, prompts, SamplingParams(temperature=0.0, max_tokens=setting.max_tokens))
+    assert departures(expected, report) == []
 
 
 @pytest.mark.parametrize(("wrong", "first"), [("Collapsing", 1), ("Shifted", 0)])
