@@ -26,8 +26,8 @@ def moving_average(values, width):
 
 COMMANDS = [
     ["explain", "--draft", FOR_BUNDLED],
-    ["generate", "--prompt", "def read_json(path):", "--max-tokens", "100"],
-    ["generate", "--chat", EDIT, "-k", "8", "--max-tokens", "200", "--compare"],
+    ["generate", "--prompt", "def read_json(path):", "--max-tokens", "200", "--compare"],
+    ["generate", "--chat", EDIT, "--max-tokens", "200", "--compare"],
 ]
 
 

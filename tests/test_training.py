@@ -23,11 +23,13 @@ import torch
 import typer
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from checkpoints import Case, program, prompt, reference, write, write_tokenizer
 from checkpoints import run as run_cases
 from outrider import LLM, SamplingParams
 from outrider.cli import main as cli
+from outrider.core.acceptance import read_records
 from outrider.draft.base import DraftContext
 from outrider.errors import CheckpointError, OptionError
 from outrider.tensors import Draft
@@ -611,7 +613,18 @@ def test_the_command_trains_a_head_for_the_bundled_model(
 
     data = periodic(tmp_path / "data.jsonl", documents=4)
     flags = ["--data", str(data), "--out", str(tmp_path / "head"), "--max-length", "64", "--batch-tokens", "64"]
-    flags += ["--steps", "1", "--num-layers", "1", "--device", "cpu", "--draft-vocab-size", "32"]
+    flags += [
+        "--steps",
+        "1",
+        "--num-layers",
+        "1",
+        "--device",
+        "cpu",
+        "--draft-vocab-size",
+        "32",
+        "--accept-prompts",
+        "0",
+    ]
     code, out, _ = outrider("--method", PEagle.name, *flags, "--json")
     figures = json.loads(out)
     assert code == 0 and figures["steps"] == 1 and figures["tokens"] == 64
@@ -631,11 +644,17 @@ def test_documented_commands_know_today_s_flags() -> None:
         group.commands[words[0]].make_context(words[0], words[1:])  # type: ignore[attr-defined]
 
 
-def test_acceptance_is_measured_on_the_finished_head(target: Path, tmp_path: Path) -> None:
-    def measure(head: Path) -> dict[str, Any]:
-        assert (head / "model.safetensors").exists()
-        return {"rates": [0.5]}
-
-    options = small(METHODS[0], target, periodic(tmp_path / "data.jsonl", documents=4), tmp_path / "head", steps=1)
-    assert train(options, measure=measure)["acceptance"] == {"rates": [0.5]}
-    assert json.loads((tmp_path / "head" / "acceptance.json").read_text()) == {"rates": [0.5]}
+def test_acceptance_is_recorded_beside_the_finished_head(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"token_ids": [9 + i, *range(10, 130)]}) + "\n" for i in range(3)))
+    head = tmp_path / "head"
+    lengths = ["--max-length", "128", "--batch-tokens", "128", "--steps", "1"]
+    common = ["--accept-prompts", "2", "--num-speculative-tokens", "2", "--ttt-steps", "2", "--device", "cpu", "--json"]
+    asked = ["train", "--method", "eagle3", "--data", str(data), "--out", str(head), *lengths, *common]
+    done = CliRunner().invoke(cli.app, asked, catch_exceptions=False)
+    assert done.exit_code == 0
+    (record,) = read_records(head / "acceptance.json")
+    assert record.drafts == json.loads(done.stdout)["acceptance"]["drafts"] > 0
+    again = ["accept", "--draft", str(head), "-k", "2", "--num-prompts", "2", "--json"]
+    compared = CliRunner().invoke(cli.app, again, catch_exceptions=False)
+    assert compared.exit_code == 0 and json.loads(compared.stdout)["passed"] is True

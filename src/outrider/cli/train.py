@@ -5,29 +5,62 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from outrider import env
+from outrider.bench.acceptance import measure, setting_of_run
+from outrider.bench.prompts import HELD_OUT, read_prompts
 from outrider.cli.common import Json, Model, counting, err, out, print_json, table
 from outrider.cli.flags import with_flags
+from outrider.core.acceptance import RECORDS, Expectation, write_record
+from outrider.core.sampling import SamplingParams
+from outrider.engine.llm import LLM
 from outrider.train import run
 from outrider.train.options import TrainOptions
 
 
 @with_flags(TrainOptions, "options", skip=("model",))
-def train(options: TrainOptions, model: Model = None, as_json: Json = False) -> None:
+def train(
+    options: TrainOptions,
+    model: Model = None,
+    accept_prompts: Annotated[
+        int, typer.Option(min=0, help="held-out code prompts on which acceptance is recorded beside the head; 0: none")
+    ] = 64,
+    as_json: Json = False,
+) -> None:
     """Train a draft head for a target and write it in the speculators format."""
     silent = as_json or env.process()[0] > 0
     with counting("continuations", quiet=silent or options.on_policy is None) as count, _training(silent) as report:
         figures = run.train(replace(options, model=model), report, count)
     if env.process()[0] > 0:
         return
+    if accept_prompts and "head" in figures:
+        with counting("prompts", quiet=as_json) as count:
+            figures["acceptance"] = _record_acceptance(replace(options, model=model), accept_prompts, count)
     if as_json:
         print_json(figures)
     else:
         _print(figures)
+
+
+def _record_acceptance(
+    options: TrainOptions, num_prompts: int, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    """Runs the new head on the prompts that `outrider accept` takes unasked, and leaves acceptance.json beside it."""
+    assert options.out is not None
+    head, prompts = Path(options.out), read_prompts(HELD_OUT).first(num_prompts)
+    sampling = SamplingParams(temperature=0.0, max_tokens=128)
+    config = {"model": str(head), "num_speculative_tokens": options.num_speculative_tokens}
+    with LLM(options.model, device=options.device, speculative_config=config) as llm:
+        setting = setting_of_run(llm, prompts, sampling)
+        report = measure(llm, prompts, sampling, progress)
+    if report.drafts:
+        write_record(head / RECORDS, Expectation.of(setting, report))
+    return report.to_dict()
 
 
 @contextmanager

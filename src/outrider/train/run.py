@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,7 @@ BUNDLED_NAME = "outrider-bundled"
 """What a head says its target is where that is the bundled model."""
 
 MASK_TOKEN = "<|mask|>"
-ON_POLICY, METRICS, ACCEPTANCE = "on_policy.jsonl", "metrics.json", "acceptance.json"
-
-Measure = Callable[[Path], Mapping[str, Any]]
-"""Measures the acceptance of the head in a directory, in a form that `outrider accept` compares with."""
+ON_POLICY, METRICS = "on_policy.jsonl", "metrics.json"
 
 Counting = Callable[[int, int], None]
 
@@ -47,12 +44,11 @@ def train(
     options: TrainOptions,
     report: Report | None = None,
     generated: Counting | None = None,  # on-policy continuations finished, and in all
-    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Trains a head and writes it to `options.out`; returns the final figures.
 
     The directory receives config.json and model.safetensors (the head), log.jsonl, metrics.json, checkpoint.pt, with
-    on-policy data on_policy.jsonl, and with `measure` acceptance.json. Raises OptionError, CheckpointError or
+    on-policy data on_policy.jsonl. Raises OptionError, CheckpointError or
     DataError before the first step, each naming the value and the remedy.
     """
     method = find_objective(options.method)
@@ -63,7 +59,7 @@ def train(
         raise OptionError("say what to train on with --data FILE")
     world = World.join(options.device)
     try:
-        return _train(options, method, world, report, generated, measure)
+        return _train(options, method, world, report, generated)
     finally:
         world.leave()
 
@@ -74,7 +70,6 @@ def _train(
     world: World,
     report: Report | None,
     generated: Counting | None,
-    measure: Measure | None,
 ) -> dict[str, Any]:
     assert options.out is not None
     out, directory = Path(options.out), locate(options.model)
@@ -132,11 +127,6 @@ def _train(
             "options": asdict(options),
         }
         write_json(out / METRICS, figures)
-        if measure is not None:
-            del trainer, objective, teacher, head
-            gc.collect()
-            figures["acceptance"] = dict(measure(out))
-            write_json(out / ACCEPTANCE, figures["acceptance"])
     world.wait()
     return figures
 
