@@ -51,6 +51,20 @@ class StepTimes:
         return StepTimes(*(getattr(self, entry.name) - getattr(earlier, entry.name) for entry in fields(self)))
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine at one moment; counts are over its life."""
+
+    num_running: int
+    num_waiting: int
+    cache_usage: float  # share of the blocks that running requests hold, from 0 to 1
+    prefix_queries: int  # prompt tokens looked up in the prefix cache
+    prefix_hits: int  # of those, found
+    num_preemptions: int
+    num_steps: int
+    acceptance: AcceptanceReport
+
+
 @dataclass(slots=True)
 class _Flight:
     plan: StepPlan
@@ -79,8 +93,16 @@ class Engine:
         self.watchdog = Watchdog.of(self.resolved)
         """Holds acceptance against what is on record for the head, and warns when it falls."""
 
-    def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        max_drafts: int | None = None,
+    ) -> Request:
         """Queues a request and gives its record, to be read only.
+
+        `max_drafts`: verify at most this many drafts a step for it; left out, as many as the engine drafts.
 
         Raises PromptError, SamplingError, or InputError if the id is in use; nothing else is affected.
         """
@@ -99,6 +121,7 @@ class Engine:
             sampling=sampling,
             seed=seed,
             stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
+            max_drafts=max_drafts,
             watch=self.watchdog.watch(sampling),
         )
         self._busy = True
@@ -122,7 +145,9 @@ class Engine:
         vocab_size = self.resolved.runner.model_config.vocab_size
         for token in stop_ids or ():
             if token >= vocab_size:
-                raise SamplingError(f"stop token id {token} is outside the vocabulary of {vocab_size}: drop it")
+                raise SamplingError(
+                    f"stop token id {token} is outside the vocabulary of {vocab_size}: drop it", "stop_token_ids"
+                )
 
     def abort(self, request_id: str) -> None:
         """Drops a request wherever it is; unknown ids are ignored, since it may just have ended."""
@@ -158,6 +183,20 @@ class Engine:
     def acceptance(self) -> AcceptanceReport:
         """How drafts fared over the life of the engine."""
         return self._scheduler.acceptance.report()
+
+    def stats(self) -> EngineStats:
+        """What is under way and what has come of it, for metrics."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            cache_usage=scheduler.cache.usage,
+            prefix_queries=scheduler.cache.num_queried,
+            prefix_hits=scheduler.cache.num_hit,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self.times.steps,
+            acceptance=self.acceptance(),
+        )
 
     def step(self) -> list[tuple[TokenDelta, Request]]:
         """Submits a step and reads the oldest one due; what each request gained, and its record.
