@@ -39,7 +39,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients expect it. Ends on SIGTERM or Ctrl-C, after what is under way."""
     options = engine_options(engine, drafting, model, drafts=True)
-    verdict(resolve(options))  # what cannot be served is refused here, before a process is started for it
+    resolved = resolve(options)
+    verdict(resolved)  # what cannot be served is refused here, before a process is started for it
     try:
         from outrider.server.serve import Listening
         from outrider.server.serve import serve as run
@@ -60,4 +61,4 @@ def serve(
 
     if not as_json:
         err.print("[dim]loading the model, and preparing kernels (compiled on the first run only)[/]")
-    raise typer.Exit(run(options, server, told))
+    raise typer.Exit(run(options, resolved.directory, server, told))

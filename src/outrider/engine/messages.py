@@ -69,7 +69,6 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """The model is loaded and its kernels are compiled."""
 
     facts: Facts
-    directory: str  # of the tokenizer
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):

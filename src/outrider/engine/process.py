@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -33,7 +34,11 @@ from outrider.engine.messages import (
     ToEngine,
     WatchedRates,
 )
-from outrider.errors import InputError, OutriderError
+from outrider.errors import EngineDeadError, InputError, OutriderError
+
+logger = logging.getLogger("outrider")
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 SNAPSHOT_SECONDS = 0.1
 """Between two snapshots while there is work."""
@@ -52,6 +57,7 @@ def run(options: EngineOptions, address: str) -> None:
     """
     for name in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole group: it is the server that decides
         signal.signal(name, signal.SIG_IGN)
+    logging.basicConfig(format=LOG_FORMAT)
     context = zmq.Context()
     socket = connected(context, address)
     try:
@@ -60,7 +66,9 @@ def run(options: EngineOptions, address: str) -> None:
             _warm_up(engine)
             EngineProcess(engine, socket).serve()
     except Exception as error:
-        kind = type(error).__name__ if isinstance(error, OutriderError) else "EngineDeadError"
+        if isinstance(error, EngineDeadError) or not isinstance(error, OutriderError):
+            logger.exception("the engine failed")
+        kind = type(error).__name__ if isinstance(error, OutriderError) else EngineDeadError.__name__
         socket.send(msgspec.msgpack.encode(Failed(kind, str(error) or repr(error))))
         raise SystemExit(1) from error
     finally:
@@ -95,7 +103,7 @@ class EngineProcess:
         """Until `Quit` comes, or the parent is gone. Raises EngineDeadError if a step fails."""
         start = self.engine.stats()
         decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-        self._send(Ready(_facts(self.engine), str(self.engine.resolved.directory)))
+        self._send(Ready(_facts(self.engine)))
         last_told = 0.0
         while True:
             was_busy = self.engine.has_work

@@ -121,7 +121,7 @@ async def _detokenize(service: Service, request: Request) -> Response:
     """The text of token ids."""
     asked = parse(await request.body(), DetokenizeRequest)
     service.check_model(asked.model)
-    return json_response({"prompt": service.texts.decode(asked.tokens)})
+    return json_response({"prompt": service.texts.decode(asked.tokens, service.facts.vocab_size)})
 
 
 async def _models(service: Service, request: Request) -> Response:

@@ -93,8 +93,8 @@ class EngineClient:
         """Completions that the engine was given and has not ended."""
         return len(self._generations)
 
-    async def start(self) -> tuple[Facts, Path]:
-        """Waits until the model is loaded: what is served, and where its tokenizer is.
+    async def start(self) -> Facts:
+        """Waits until the model is loaded, and tells what is served.
 
         Raises what building an Engine raises, and EngineDeadError if the process ends without a word.
         """
@@ -107,7 +107,7 @@ class EngineClient:
         ready = await self._ready
         self._heard = time.monotonic()
         self._tasks.append(loop.create_task(self._watch()))
-        return ready.facts, Path(ready.directory)
+        return ready.facts
 
     async def run(self, generation: Generation) -> None:
         """Queues all completions of a generation, or none: InputError as `Engine.add` raises it."""
@@ -145,7 +145,8 @@ class EngineClient:
         if self._process.pid is not None and self._process.is_alive():
             asyncio.get_running_loop().remove_reader(self._process.sentinel)
             self._send(Quit())
-            await asyncio.to_thread(self._process.join, QUIT_SECONDS if self.alive else 0.0)
+            listens = self.alive and self._ready is not None and self._ready.done()
+            await asyncio.to_thread(self._process.join, QUIT_SECONDS if listens else 0.0)
             if self._process.is_alive():
                 self._process.kill()
                 await asyncio.to_thread(self._process.join)
@@ -214,9 +215,11 @@ class EngineClient:
     async def _watch(self) -> None:
         """The engine tells of itself at least every half second, unless a step takes longer."""
         while self.alive:
+            before = time.monotonic()
             await asyncio.sleep(CHECK_SECONDS)
-            silent = time.monotonic() - self._heard
-            if silent > self._timeout:
+            now = time.monotonic()
+            silent = now - self._heard
+            if silent > self._timeout and now - before < 2 * CHECK_SECONDS:  # else it is we who were held up
                 self._die(EngineDeadError(f"the engine has been silent for {silent:.0f} seconds: it hangs"))
                 self._process.kill()
 

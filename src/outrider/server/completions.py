@@ -125,7 +125,8 @@ async def _prompts(service: Service, asked: CompletionRequest) -> Prompts:
     prompts = await service.texts.prompts(asked.prompt)
     if not asked.echo:
         return prompts
-    return [(text if text is not None else service.texts.decode(ids), ids) for text, ids in prompts]
+    size = service.facts.vocab_size
+    return [(text if text is not None else service.texts.decode(ids, size), ids) for text, ids in prompts]
 
 
 def _head(service: Service, request: Request, prefix: str, kind: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -30,7 +30,7 @@ class ClientGoneError(HTTPException):
     """Nobody waits for the answer any more."""
 
     def __init__(self) -> None:
-        super().__init__(GONE)
+        super().__init__(GONE, "the client has gone")
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -60,6 +60,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 429, error_record(429, str(error), code="overloaded"), {"retry-after": str(error.retry_after)}
     if isinstance(error, EngineDeadError):
         return 503, error_record(503, str(error), code="engine_dead"), {}
+    if isinstance(error, ClientDisconnect):
+        error = ClientGoneError()
     if isinstance(error, HTTPException):
         code = {404: "not_found", 401: "invalid_api_key", 413: "body_too_large"}.get(error.status_code)
         headers = dict(error.headers or {})

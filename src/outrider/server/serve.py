@@ -7,16 +7,17 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from outrider import env
 from outrider.config import EngineOptions
 from outrider.engine.messages import Facts
+from outrider.engine.process import LOG_FORMAT
 from outrider.errors import EngineDeadError, OptionError
 from outrider.server.app import build
 from outrider.server.client import EngineClient
@@ -44,21 +45,23 @@ class Listening:
     facts: Facts
 
 
-def serve(engine: EngineOptions, options: ServerOptions, told: Callable[[Listening], None]) -> int:
+def serve(engine: EngineOptions, directory: Path, options: ServerOptions, told: Callable[[Listening], None]) -> int:
     """Serves until told to end by SIGTERM or SIGINT: exit code 0, or 1 if the engine died.
 
-    Raises what building an Engine raises, and OptionError for an address that cannot be had.
+    `directory`: of the checkpoint and its tokenizer. Raises what building an Engine raises, and OptionError for an
+    address that cannot be had.
     """
     keys = options.keys(env.api_key())
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     for name in ("httpx", "asyncio", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with contextlib.closing(_bound(options)) as listener:
-        return asyncio.run(_serve(engine, options, keys, listener, told))
+        return asyncio.run(_serve(engine, directory, options, keys, listener, told))
 
 
 async def _serve(
     engine: EngineOptions,
+    directory: Path,
     options: ServerOptions,
     keys: tuple[str, ...],
     listener: socket.socket,
@@ -70,16 +73,15 @@ async def _serve(
     for end in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(end, stopped.set)
     try:
-        started = loop.create_task(client.start())
-        waiting = loop.create_task(stopped.wait())
+        started: asyncio.Future[Any] = asyncio.gather(client.start(), asyncio.to_thread(Texts, directory))
+        waiting: asyncio.Future[Any] = loop.create_task(stopped.wait())
         await asyncio.wait({started, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if not started.done():
             started.cancel()
             return 0
-        facts, directory = started.result()
+        facts, texts = started.result()
         name = options.served_model_name or _name(engine.model)
-        texts = Texts(directory, facts.vocab_size)
         service = Service(client, facts, texts, Metrics(client, facts, name), name, options.max_waiting)
         app = build(service, keys, options.max_body_bytes, options.root_path)
         config = uvicorn.Config(

@@ -50,6 +50,7 @@ class Service:
         max_drafts = None
         if asked.speculative is not None:
             max_drafts = asked.speculative.max_drafts(self.facts.num_speculative_tokens)
+        self._check_count(params.n)
         self._check_room(1)
         self._num_arriving += 1
         try:
@@ -57,10 +58,7 @@ class Service:
         finally:
             self._num_arriving -= 1
         count = len(encoded) * params.n
-        if count > self._capacity:
-            raise InputError(
-                f"{count} completions are asked for, prompts times n: this server takes at most {self._capacity}", "n"
-            )
+        self._check_count(count)
         self._check_room(count)
         generation = Generation(
             encoded,
@@ -79,6 +77,12 @@ class Service:
     def _capacity(self) -> int:
         """Most completions that run and wait at once."""
         return self.facts.max_num_seqs + self.max_waiting
+
+    def _check_count(self, count: int) -> None:
+        if count > self._capacity:
+            raise InputError(
+                f"{count} completions are asked for, prompts times n: this server takes at most {self._capacity}", "n"
+            )
 
     def _check_room(self, count: int) -> None:
         if not self.client.alive:

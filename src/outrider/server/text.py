@@ -25,9 +25,8 @@ class Texts:
     thread that encodes, and one for the event loop, which decodes a few tokens at a time.
     """
 
-    def __init__(self, directory: Path, vocab_size: int) -> None:
-        """Loads it; `vocab_size`: the model's. Raises CheckpointError."""
-        self._num_tokens = vocab_size
+    def __init__(self, directory: Path) -> None:
+        """Loads it. Raises CheckpointError."""
         self.decoder = Tokenizer(directory)
         self._encoder = Tokenizer(directory)
         self._thread = ThreadPoolExecutor(1, "outrider-encode")
@@ -61,11 +60,11 @@ class Texts:
         arguments = as_template_arguments(template_arguments)
         return await self._run(lambda: self._encoder.render_chat(plain, **arguments))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included. PromptError for one that is none."""
+    def decode(self, ids: Sequence[int], vocab_size: int) -> str:
+        """The text of token ids, special tokens included. PromptError for one outside the model's vocabulary."""
         for token in ids:
-            if not 0 <= token < self._num_tokens:
-                raise PromptError(f"token id {shortened(str(token))} is outside the vocabulary of {self._num_tokens}")
+            if not 0 <= token < vocab_size:
+                raise PromptError(f"token id {shortened(str(token))} is outside the vocabulary of {vocab_size}")
         return self.decoder.decode(ids, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
