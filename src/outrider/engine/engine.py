@@ -13,8 +13,9 @@ from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import StepPlan
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
+from outrider.engine.prompts import check_stop_ids, check_token_ids
 from outrider.engine.watchdog import Watchdog
-from outrider.errors import EngineDeadError, PromptError, SamplingError
+from outrider.errors import EngineDeadError
 from outrider.oracle import Choice, choose
 from outrider.runner.base import Pending
 from outrider.runner.registry import RUNNERS
@@ -107,8 +108,9 @@ class Engine:
         Raises PromptError, SamplingError, or InputError if the id is in use; nothing else is affected.
         """
         self._check_alive()
-        self._check_prompt(prompt)
-        self._check_stop_ids(sampling.stop_token_ids)
+        vocab_size = self.resolved.runner.model_config.vocab_size
+        check_token_ids(prompt, vocab_size)
+        check_stop_ids(sampling, vocab_size)
         number = self._num_requests + 1
         seed = sampling.seed
         if seed is None:
@@ -132,22 +134,6 @@ class Engine:
         finally:
             self._busy = False
         return request
-
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
-        vocab_size = self.resolved.runner.model_config.vocab_size
-        for index, token in enumerate(prompt):
-            if not 0 <= token < vocab_size:
-                raise PromptError(
-                    f"token id {token} is outside the vocabulary of {vocab_size}, at index {index} of the prompt"
-                )
-
-    def _check_stop_ids(self, stop_ids: Sequence[int] | None) -> None:
-        vocab_size = self.resolved.runner.model_config.vocab_size
-        for token in stop_ids or ():
-            if token >= vocab_size:
-                raise SamplingError(
-                    f"stop token id {token} is outside the vocabulary of {vocab_size}: drop it", "stop_token_ids"
-                )
 
     def abort(self, request_id: str) -> None:
         """Drops a request wherever it is; unknown ids are ignored, since it may just have ended."""

@@ -65,12 +65,6 @@ class Facts(msgspec.Struct, frozen=True):
     passed_over: list[dict[str, str]]  # runner, part, feature, reason
 
 
-class Ready(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """The model is loaded and its kernels are compiled."""
-
-    facts: Facts
-
-
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """The engine could not be made, or failed in a step; its process ends."""
 
@@ -135,6 +129,13 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     num_steps: int
     acceptance: AcceptanceReport
     watched: tuple[WatchedRates, ...]  # empty: nothing is on record for what is served
+
+
+class Ready(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """The model is loaded and its kernels are compiled."""
+
+    facts: Facts
+    snapshot: Snapshot
 
 
 class Progress(msgspec.Struct, array_like=True, frozen=True, tag=True):

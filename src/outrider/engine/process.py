@@ -103,7 +103,7 @@ class EngineProcess:
         """Until `Quit` comes, or the parent is gone. Raises EngineDeadError if a step fails."""
         start = self.engine.stats()
         decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-        self._send(Ready(_facts(self.engine)))
+        self._send(Ready(_facts(self.engine), self._snapshot(start)))
         last_told = 0.0
         while True:
             was_busy = self.engine.has_work

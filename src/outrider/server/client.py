@@ -39,7 +39,7 @@ from outrider.engine.messages import (
     ToEngine,
 )
 from outrider.engine.process import run
-from outrider.errors import EngineDeadError, OptionError, OutriderError, PromptError
+from outrider.errors import EngineDeadError, OptionError, OutriderError
 from outrider.oracle import RefusedError
 from outrider.server.generation import Generation
 
@@ -73,7 +73,7 @@ class EngineClient:
         self._heard = 0.0
         self._ready: asyncio.Future[Ready] | None = None
         self.snapshot: Snapshot | None = None
-        """The newest there is."""
+        """The newest there is; there is one once the engine is ready."""
         self.cause_of_death: OutriderError | None = None
         self.on_death: Callable[[], None] = lambda: None
         """Called once, when the engine is found dead or hung, after all that wait for it were told."""
@@ -105,6 +105,7 @@ class EngineClient:
         loop.add_reader(self._process.sentinel, self._exited)
         self._tasks.append(loop.create_task(self._listen()))
         ready = await self._ready
+        self.snapshot = ready.snapshot
         self._heard = time.monotonic()
         self._tasks.append(loop.create_task(self._watch()))
         return ready.facts
@@ -119,15 +120,11 @@ class EngineClient:
             request.id = f"{number}-{completion.output.index}"
             sampling = asdict(request.sampling)
             prompts.append(Prompt(request.id, list(request.prompt), sampling, request.max_drafts))
-        try:
-            message = msgspec.msgpack.encode(Add(number, prompts))
-        except OverflowError:
-            raise PromptError("a token id is outside the vocabulary: it takes more than 64 bits") from None
         self._answers[number] = answer = asyncio.get_running_loop().create_future()
         for prompt in prompts:
             self._generations[prompt.id] = generation
         try:
-            self._socket.send(message)
+            self._send(Add(number, prompts))
             await answer
         except BaseException:
             self.abort(generation)

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from outrider.core.sampling import SamplingParams
 from outrider.engine.messages import Facts
+from outrider.engine.prompts import check_stop_ids, check_token_ids
 from outrider.errors import EngineDeadError, InputError, OverloadError
 from outrider.server.client import EngineClient
 from outrider.server.fields import Sampled, shortened
@@ -50,6 +51,7 @@ class Service:
         max_drafts = None
         if asked.speculative is not None:
             max_drafts = asked.speculative.max_drafts(self.facts.num_speculative_tokens)
+        check_stop_ids(params, self.facts.vocab_size)
         self._check_count(params.n)
         self._check_room(1)
         self._num_arriving += 1
@@ -59,6 +61,8 @@ class Service:
             self._num_arriving -= 1
         count = len(encoded) * params.n
         self._check_count(count)
+        for _, ids in encoded:
+            check_token_ids(ids, self.facts.vocab_size)
         self._check_room(count)
         generation = Generation(
             encoded,

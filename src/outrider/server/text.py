@@ -10,7 +10,7 @@ from typing import Any
 
 from outrider.core.sampling import SamplingParams
 from outrider.engine.detokenize import Detokenizer
-from outrider.engine.prompts import as_conversations, as_prompts, as_template_arguments, as_token_ids
+from outrider.engine.prompts import as_conversations, as_prompts, as_template_arguments, as_token_ids, check_token_ids
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
 from outrider.server.fields import shortened
@@ -62,9 +62,7 @@ class Texts:
 
     def decode(self, ids: Sequence[int], vocab_size: int) -> str:
         """The text of token ids, special tokens included. PromptError for one outside the model's vocabulary."""
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                raise PromptError(f"token id {shortened(str(token))} is outside the vocabulary of {vocab_size}")
+        check_token_ids(ids, vocab_size)
         return self.decoder.decode(ids, skip_special_tokens=False)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
