@@ -529,13 +529,6 @@ def test_draining_has_an_end(small: Callable[..., Any]) -> None:
         assert server.exit_code() == 0
 
 
-def test_an_engine_outlives_no_server(small: Callable[..., Any]) -> None:
-    with small() as server:
-        engine = server.engine
-        server.process.kill()
-        engine.wait(5)
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -554,3 +547,10 @@ def test_a_server_that_cannot_be(
 
     code, _, err = run(["serve", *arguments], capsys, monkeypatch)
     assert code == 2 and said in err.replace("\n", " ") and "Traceback" not in err
+
+
+def test_an_engine_outlives_no_server(server: Server) -> None:
+    """The last of this file: it kills the server of all the others."""
+    engine = server.engine
+    server.process.kill()
+    engine.wait(5)
