@@ -199,7 +199,10 @@ def test_stop_strings(server: Server, llm: LLM) -> None:
         assert choice["stop_reason"] == stop
         assert got["usage"]["completion_tokens"] == len(expected.outputs[0].token_ids)
         assert got["usage"]["speculative"] == expected.acceptance.to_dict(), "counted up to the stop, as offline"
+    before = server.metrics()["outrider:engine_steps_total"]
+    server.post("/v1/completions", prompt=PROMPTS[0], stop=stop, **ENDLESS)
     server.until("outrider:num_requests_running", 0.0)
+    assert server.metrics()["outrider:engine_steps_total"] - before < 100, "the engine was not told of the stop"
 
 
 def test_speculation_of_one_request(server: Server, llm: LLM) -> None:
