@@ -30,11 +30,11 @@ class Eagle3(HeadDrafter):
     def propose(self, context: DraftContext) -> Draft:
         batch, network = context.batch, self.network
         rows = self.rows(context, num_masks=0)
-        hidden = self.features(context).index_select(0, rows.source)
+        hidden = self.hidden(context, rows)
         normed, hidden = network(rows.batch.input_ids, hidden, rows.batch, self._cache)
         bonus = rows.guesses.view(-1, self.num_drafts)[:, 0]
         normed, hidden = normed.index_select(0, bonus), hidden.index_select(0, bonus)
-        position = context.slots.length.index_select(0, batch.slot).long()  # of the first guess
+        position = rows.position.view(-1, self.num_drafts)[:, 0].contiguous()  # of the first guess
         token, law = self.guess(normed, context, batch.slot, position)
         tokens, laws = [token], [law]
         for step, single in enumerate(self._singles(context, rows, position), start=1):

@@ -24,7 +24,9 @@ from outrider.draft.base import (
 from outrider.draft.network import HeadNetwork
 from outrider.errors import CheckpointError, OptionError, nearest
 from outrider.kernels.draft_rows import DRAFT_ROWS
+from outrider.kernels.gather_rows import GATHER_ROWS
 from outrider.kernels.sample import GUMBEL_ARGMAX
+from outrider.kernels.temper import TEMPER
 from outrider.layers.parameter import Allocator
 from outrider.load.checkpoint import load_weights
 from outrider.load.heads import HeadConfig, canonical, read_head, vocabulary_map
@@ -56,6 +58,8 @@ class Rows:
     batch: StepBatch  # the step's, with the rows' own positions, lengths and cache slots
     source: Tensor  # [rows] int64, the target's query token whose feature a row takes
     guesses: Tensor  # [B * K] int64, the rows that give the guesses
+    slot: Tensor  # [B * K] int64, whose guess each is
+    position: Tensor  # [B * K] int64, of the token guessed
     length: Tensor  # [B] int32, how many guesses the head has positions for; 0 inside a prompt
 
 
@@ -86,7 +90,8 @@ class HeadDrafter(Drafter):
             )
         self._argmax = options.draft_sample == ARGMAX
         self.network = HeadNetwork(self.config, self.limit, Allocator.on(target.device, target.dtype))
-        self._draft_rows, self._sample = DRAFT_ROWS.on(target.device), GUMBEL_ARGMAX.on(target.device)
+        self._draft_rows, self._gather = DRAFT_ROWS.on(target.device), GATHER_ROWS.on(target.device)
+        self._temper, self._sample = TEMPER.on(target.device), GUMBEL_ARGMAX.on(target.device)
         self._cache: Sequence[LayerCache] = ()
         self._ids: Tensor | None = None  # [draft vocabulary] int64, the target's tokens; None: the same vocabulary
 
@@ -174,7 +179,7 @@ class HeadDrafter(Drafter):
     def rows(self, context: DraftContext, num_masks: int) -> Rows:
         """The rows of every request: those that now stand, and behind them `num_masks` of the mask token."""
         batch = context.batch
-        query_start, seq_lens, length, input_ids, source, positions, cache_slot, guesses = self._draft_rows(
+        query_start, seq_lens, length, input_ids, source, positions, cache_slot, *by_guess = self._draft_rows(
             context.slots,
             batch,
             context.committed,
@@ -192,13 +197,15 @@ class HeadDrafter(Drafter):
             positions=positions,
             cache_slot=cache_slot,
         )
-        return Rows(own, source, guesses, length)
+        guesses, slot, position = by_guess
+        return Rows(own, source, guesses, slot, position, length)
 
-    def features(self, context: DraftContext) -> Tensor:
-        """[T, H], the target's features of the step's query tokens, projected."""
+    def hidden(self, context: DraftContext, rows: Rows, mask_row: Tensor | None = None) -> Tensor:
+        """[rows, H], the target's features projected, each row's own; `mask_row` [1, H] where there is none."""
         features = context.target.features
         assert features is not None, "the runner was told of the taps"
-        return self.network.project(features)
+        gathered: Tensor = self._gather(self.network.project(features), mask_row, rows.source)
+        return gathered
 
     def guess(
         self,
@@ -213,12 +220,8 @@ class HeadDrafter(Drafter):
         more alike both distributions, the likelier both draw the same token (Daliri, Musco and Suresh, 2024).
         """
         slots = context.slots
-        temperature = slots.temperature.index_select(0, slot)
-        if self._argmax:
-            temperature = torch.zeros_like(temperature)
-        scale = torch.where(temperature == 0, 1.0, temperature)
-        logits = self.network.logits(normed / scale[:, None].to(normed.dtype))
-        seed = slots.seed.index_select(0, slot)
+        tempered, temperature, seed = self._temper(normed, slots.temperature, slots.seed, slot, self._argmax)
+        logits = self.network.logits(tempered)
         tokens: Tensor = self._sample(logits, temperature, seed, position, context.noise, self._ids)
         return tokens, self._law(logits, tokens) if slots.draft_logits is not None else None
 

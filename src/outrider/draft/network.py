@@ -16,6 +16,7 @@ from torch import Tensor
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.draft.base import TargetParts
 from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights
+from outrider.kernels.join_input import JOIN_INPUT
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.linear import Linear
@@ -50,19 +51,20 @@ class FirstLayer:
         self.mlp = GatedMLP(width, layer.intermediate_size, layer.mlp_bias, allocator)
         unbiased = self.attention.out.bias is None and self.mlp.down.bias is None
         self._fused = unbiased and allocator.device.type in DECODER_LAYER.kernels
+        self._join = JOIN_INPUT.on(allocator.device)
         self._stack: LayerStack | None = None  # this layer on the cache of the last step
         self._stacked: LayerCache | None = None
 
     def __call__(
-        self, token: Tensor, hidden: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache
+        self, ids: Tensor, embedding: Embedding, hidden: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
-        """token and hidden [T, H] -> what is to be added to the residual stream, and that stream, [T, H] each.
+        """ids [T], hidden [T, H] -> what is to be added to the residual stream, and that stream, [T, H] each.
 
         `hidden` becomes the stream unless its norm does.
         """
-        normed = self.hidden_norm(hidden)
-        residual = normed.clone() if self.norm_before_residual else hidden
-        joined = torch.cat((self.token_norm(token), normed), dim=-1)
+        norms = self.token_norm.weight, self.hidden_norm.weight, self.hidden_norm.eps
+        joined: Tensor = self._join(ids, embedding.weight, hidden, *norms)
+        residual = joined[:, hidden.shape[1] :].contiguous() if self.norm_before_residual else hidden
         if self._fused:
             if self._stack is None or self._stacked is not cache:
                 self._stack, self._stacked = self._stack_on(cache), cache
@@ -167,11 +169,11 @@ class HeadNetwork:
         Keys and values of the rows are written. `hidden` is overwritten.
         """
         assert self.embedding is not None, "the head was not given its weights"
-        x, residual = self.first(self.embedding(ids), hidden, batch, self.rope, cache[0])
+        x, residual = self.first(ids, self.embedding, hidden, batch, self.rope, cache[0])
         if self.rest:
             if self._cache is not cache:  # the same at every step: layers are bound to it once
                 self._cache, self._cache_of_rest = cache, cache[1:]
-            x = self.rest.run(0, len(self.rest), x, residual, batch, self.rope, self._cache_of_rest)
+            x = self.rest.run(x, residual, batch, self.rope, self._cache_of_rest)
         normed = self.norm.add(x, residual)
         return normed, normed if self.config.norm_output else residual
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from outrider.cache.layout import LayerCache
@@ -32,7 +31,6 @@ class PEagle(HeadDrafter):
     def __init__(self, options: DraftOptions, target: TargetFacts) -> None:
         super().__init__(options, target)
         self._mask_row: Tensor | None = None  # [1, H]
-        self._guess_place = torch.arange(self.num_drafts, device=target.device)
 
     def prepare(
         self,
@@ -45,14 +43,10 @@ class PEagle(HeadDrafter):
         self._mask_row = self.network.mask_row()
 
     def propose(self, context: DraftContext) -> Draft:
-        slot, count = context.batch.slot, self.num_drafts
         assert self._mask_row is not None, "the head was not given its weights"
-        rows = self.rows(context, num_masks=count - 1)
-        hidden = torch.cat((self.features(context), self._mask_row)).index_select(0, rows.source)
+        rows = self.rows(context, num_masks=self.num_drafts - 1)
+        hidden = self.hidden(context, rows, self._mask_row)
         normed, _ = self.network(rows.batch.input_ids, hidden, rows.batch, self._cache)
-        position = context.slots.length.index_select(0, slot)[:, None] + self._guess_place  # [B, K], of the guesses
-        tokens, law = self.guess(
-            normed.index_select(0, rows.guesses), context, slot.repeat_interleave(count), position.flatten()
-        )
-        shape = (slot.shape[0], count)
+        tokens, law = self.guess(normed.index_select(0, rows.guesses), context, rows.slot, rows.position)
+        shape = (len(rows.length), self.num_drafts)
         return Draft(tokens.view(shape), rows.length, None if law is None else law.view(*shape, -1))

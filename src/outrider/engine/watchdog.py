@@ -44,7 +44,7 @@ TOLERANCE = 0.5
 
 Half, as what was measured lies far on either side. With the bundled P-EAGLE head (K=4), windows of the very prompts on
 record lose up to 0.14 of a figure, prose given to that model of code 0.27, the first rounds of texts cut off after
-16 tokens 0.47; a head run one token at a time, blind mask rows and stale features lose 0.85 and more of the first ratio.
+16 tokens 0.47; a head run one token at a time, blind mask rows and stale features lose 0.85 or more of a ratio.
 What costs less than half, as taps a layer off do, only `outrider accept` tells, with prompts that are the record's.
 """
 

@@ -32,6 +32,8 @@ _OUTPUTS = 32  # that are summed at once, in two tiles a tile of tokens
 _HEIGHTS = (1, 2, 4, 8, LANES)
 _TILE = 1024  # bytes of one
 _TASK = 1 << 15, 1 << 20  # bytes of weights in a task: at least, cheap to hand out, and at most, long enough to stream
+_AHEAD = 2 * _STEP  # inputs, from where weights are asked for to where they are used
+_SHORT = 1024  # inputs: one token does better without asking for the next rows where these are longer
 _SMALL = 1 << 14  # activations, some two microseconds' packing
 _PANEL = 1 << 20  # bytes of packed activations that are used against all weights before the next: they stay in cache
 
@@ -152,23 +154,37 @@ def _sum_tiles(
         _tile_call(emitter, "tilezero", tile)
     bases = weight, emitter.plus(weight, apart, stride)
 
-    def step(index: Int, none: list[Vector]) -> list[Vector]:
-        for tile, start in zip(_WEIGHTS, bases, strict=True):
-            base = emitter.plus(start, index, 2)
-            if height * width <= LANES:  # memory is the limit, and a row of weights is the stream to follow
-                for row in range(LANES):
-                    emitter.prefetch(emitter.plus(base, row, stride), 2, 64)
-            _tile_call(emitter, "tileloadd64", tile, emitter.pointer(base, 0, _BYTE), stride)
-        for part in range(2):
-            for t in range(width):
-                base = emitter.plus(emitter.plus(packed, index, 4 * height), panel, t)
-                place = emitter.pointer(base, part * 64 * height, _BYTE)
-                _tile_call(emitter, "tileloadd64", _TOKENS[t], place, size.type(4 * height))
-            for o, t, tile in sums:
-                _tile_call(emitter, "tdpbf16ps", tile, _WEIGHTS[o], _TOKENS[t])
-        return none
+    def steps(start: Int, stop: Int, further: Int | None) -> None:
+        """Adds inputs start:stop, asking for weights ahead and so many bytes further, or not at all."""
 
-    emitter.loop(0, size, _STEP, step, [])
+        def step(index: Int, none: list[Vector]) -> list[Vector]:
+            for tile, first in zip(_WEIGHTS, bases, strict=True):
+                base = emitter.plus(first, index, 2)
+                for row in range(LANES if further is not None else 0):
+                    emitter.prefetch(emitter.plus(builder.add(base, further), row, stride), 2, _AHEAD)
+                _tile_call(emitter, "tileloadd64", tile, emitter.pointer(base, 0, _BYTE), stride)
+            for part in range(2):
+                for t in range(width):
+                    base = emitter.plus(emitter.plus(packed, index, 4 * height), panel, t)
+                    place = emitter.pointer(base, part * 64 * height, _BYTE)
+                    _tile_call(emitter, "tileloadd64", _TOKENS[t], place, size.type(4 * height))
+                for o, t, tile in sums:
+                    _tile_call(emitter, "tdpbf16ps", tile, _WEIGHTS[o], _TOKENS[t])
+            return none
+
+        emitter.loop(start, stop, _STEP, step, [])
+
+    if height * width <= LANES:
+        # memory is the limit, and a row of weights is the stream to follow; it ends in the rows of the next outputs
+        end = builder.sub(size, size.type(_AHEAD))
+        end = builder.select(builder.icmp_signed("<", end, size.type(0)), size.type(0), end)
+        wrap = emitter.times(stride, LANES - 1 if gated else 2 * LANES - 1)
+        if height == 1:
+            wrap = builder.select(builder.icmp_signed("<", size, size.type(_SHORT)), wrap, size.type(0))
+        steps(0, end, size.type(0))
+        steps(end, size, wrap)
+    else:
+        steps(0, size, None)
     for index, (_, _, tile) in enumerate(sums):
         place = emitter.pointer(scratch, index * _TILE, _BYTE)
         _tile_call(emitter, "tilestored64", tile, place, size.type(4 * height))

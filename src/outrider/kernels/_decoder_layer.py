@@ -7,8 +7,8 @@ from numba import carray
 
 from outrider.kernels._amx import alone, fits, pack, products, small, tile_height
 from outrider.kernels._attention import area, attend, join, plan
-from outrider.kernels._numba import LANES, NO, YES, address, keep
-from outrider.kernels._threads import PHASE, enter, leave, parallel
+from outrider.kernels._numba import LANES, NO, YES, address, copy_row, keep
+from outrider.kernels._threads import PHASE, add, enter, leave, parallel
 from outrider.kernels.activation import gate_rows
 from outrider.kernels.linear import FEW, few_rows
 from outrider.kernels.native import compiled, pointer
@@ -52,6 +52,16 @@ def _linear(
         few_rows(phase, x, weight, bias, out, rows, inputs, outputs, kind, threads)
     leave(phase)
     return phase + PHASE
+
+
+@compiled()
+def _copy_rows(tickets: int, x: int, out: int, stride: int, rows: int, size: int) -> None:
+    """Takes rows, one at a time; those of `out` lie `stride` bytes apart."""
+    while True:
+        row = add(tickets, 1)
+        if row >= rows:
+            break
+        copy_row(x + row * size * 4, out + row * stride, size)
 
 
 @compiled()
@@ -99,6 +109,8 @@ def _layer(
     wide: int,
     query: int,
     packed: int,
+    tap: int,
+    tap_stride: int,
     result: int,
 ) -> None:
     """Phase by phase; each is a kernel of the ops that the layer is made of."""
@@ -113,6 +125,11 @@ def _layer(
             norm_rows(phase, residual, NO, input_norm, kind, normed, tokens, hidden, eps)
         else:
             norm_rows(phase, x, residual, input_norm, kind, normed, tokens, hidden, eps)
+        leave(phase)
+        phase += PHASE
+    if tap != 0:
+        enter(phase)
+        _copy_rows(phase, residual, tap, tap_stride, tokens, hidden)
         leave(phase)
         phase += PHASE
     phase = _linear(phase, packed, reads, qkv, qkv_bias, wide, tokens, inputs, both, NO, kind, tiles, threads)
@@ -194,6 +211,7 @@ def whole(tiles: int, tokens: int, inputs: int, hidden: int, heads: int, both: i
 def layers_kernel(
     layers: int,
     count: int,
+    tap_stride: int,
     x: int,
     residual: int,
     kind: int,
@@ -224,11 +242,12 @@ def layers_kernel(
 
     A layer without input_norm is one alone, and x [tokens, inputs] what its q, k and v are made of.
 
-    `layers` [count, 11] int64 holds for each the addresses of its weights and of its keys and values, in
-    `decoder_layer`'s order, 0 for none. Tokens pass through a layer some hundreds at a time: what lies between two
-    products stays in the caches, in memory that is used again.
+    `layers` [count, 12] int64 holds for each the addresses of its weights and of its keys and values, in
+    `decoder_layer`'s order, 0 for none, and that of where to copy the stream that enters it, in rows of tap_stride
+    bytes. Tokens pass through a layer some hundreds at a time: what lies between two products stays in the caches, in
+    memory that is used again.
     """
-    table = carray(pointer(layers), (count, 11), np.int64)
+    table = carray(pointer(layers), (count, 12), np.int64)
     both, most = (num_heads + 2 * num_kv_heads) * head_dim, max(num_heads * head_dim, width)
     sizes = (hidden, max(both, 2 * width), most, max(most, inputs))
     block = min(tokens, max(_BLOCK[1] // (sum(sizes) * 4) // 32 * 32, _BLOCK[0]))
@@ -248,13 +267,14 @@ def layers_kernel(
                 areas = np.empty(tasks[-1, 1] * area(head_dim), np.uint8)
             phases[:] = 0
             at = begin * hidden * 4
-            input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, keys, values = table[layer]
+            input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, keys, values, tap = table[layer]
             weights = (input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down, kind, tiles)
             cache = (rope, positions + begin * 8, keys, values, cache_kind, cache_slot + begin * 8)
             reads = (address(tasks), tasks[-1, 0], address(areas), tasks[-1, 1], block_table, max_blocks, block_size)
             shape = (num_heads, num_kv_heads, head_dim, scale, end - begin, tasks[-1, 3], inputs, hidden, width)
             start = (address(phases), threads, x + begin * inputs * 4 if x != 0 else x, residual + at)
-            parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory, result + at))
+            tapped = (tap + begin * tap_stride if tap != 0 else tap, tap_stride)
+            parallel(_layer, threads, (*start, *weights, eps, *cache, *reads, *shape, *memory, *tapped, result + at))
         x = result  # read by the next layer before it writes there
     keep(tasks)
     keep(areas)

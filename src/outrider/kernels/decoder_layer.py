@@ -89,6 +89,23 @@ class LayerWeights(NamedTuple):
     down: Tensor
 
 
+def take_taps(layer: int, x: Tensor | None, residual: Tensor, taps: Sequence[int], features: Tensor | None) -> None:
+    """Writes the stream that enters a layer, the residual and what the layer before has yet to add, where it is tapped.
+
+    features [T, len(taps) * H], None where nothing is tapped.
+    """
+    if features is None:
+        return
+    width = residual.shape[1]
+    for place, tap in enumerate(taps):
+        if tap == layer:
+            out = features[:, place * width : (place + 1) * width]
+            if x is None:
+                out.copy_(residual)
+            else:
+                torch.add(residual, x, out=out)
+
+
 class LayerStack:
     """Layers of one shape with their caches, ready to be run one after the other in one call.
 
@@ -112,7 +129,7 @@ class LayerStack:
                 assert given is None or given.is_contiguous()
         self._eps, self._num_heads, self._scale = eps, num_heads, scale
         self._table = np.array(
-            [[0 if tensor is None else tensor.data_ptr() for tensor in one] for one in self._layers], np.int64
+            [[*(0 if tensor is None else tensor.data_ptr() for tensor in one), 0] for one in self._layers], np.int64
         )
         self._heads, self._width, self._kind = len(first.qkv), first.down.shape[1], KIND[first.qkv.dtype]
         self._inputs = first.qkv.shape[1]
@@ -133,21 +150,36 @@ class LayerStack:
         block_table: Tensor,
         query_start: Tensor,
         seq_lens: Tensor,
+        taps: Sequence[int] = (),
+        features: Tensor | None = None,
     ) -> Tensor:
-        """Runs layers first:last, at least one. x is what the layer before gave; see `decoder_layer`."""
+        """Runs layers first:last, at least one. x is what the layer before gave; see `decoder_layer`.
+
+        `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
+        """
         (tokens, hidden), (rows, max_blocks) = residual.shape, block_table.shape
         tiles = _amx.AVAILABLE and self._kind == BFLOAT16
         if not whole(tiles, tokens, self._inputs, hidden, self._num_heads * self._head_dim, self._heads, self._width):
-            for *weights, keys, values in self._layers[first:last]:
+            for index, (*weights, keys, values) in enumerate(self._layers[first:last], start=first):
+                take_taps(index, x, residual, taps, features)
                 at = (rope, positions, keys, values, cache_slot, block_table, query_start, seq_lens)
                 x = decoder_layer_by_ops(x, residual, *weights, self._eps, *at, self._num_heads, self._scale)
             assert x is not None
             return x
         assert residual.is_contiguous() and (x is None or x.is_contiguous()) and block_table.is_contiguous()
         result = torch.empty_like(residual)
+        stride = 0
+        if features is not None:
+            assert features.is_contiguous() and features.dtype == torch.float32
+            stride = features.shape[1] * 4
+            self._table[:, -1] = 0
+            for place, tap in enumerate(taps):
+                if first <= tap < last:
+                    self._table[tap, -1] = features.data_ptr() + place * hidden * 4
         layers_kernel(
             self._table.ctypes.data + first * self._table.strides[0],
             last - first,
+            stride,
             0 if x is None else x.data_ptr(),
             residual.data_ptr(),
             self._kind,

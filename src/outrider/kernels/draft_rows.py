@@ -25,13 +25,14 @@ from outrider.kernels.op import Example, Op
 from outrider.kernels.step_inputs import assemble_reference, example_slots, locate
 from outrider.tensors import Slots, StepBatch, Verdict
 
-Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Rows = tuple[Tensor, ...]
 """query_start [B+1] int32, seq_lens [B] int32, length [B] int32; input_ids, source, positions, cache_slot, all
-[num_rows] int64; logits_index [B * num_drafts] int64.
+[num_rows] int64; logits_index, guess_slot, guess_position, all [B * num_drafts] int64.
 
 source: the step's query token whose feature the row takes; T for a mask row. length: how many of num_drafts guesses
 have a position below `limit`, 0 inside a prompt. logits_index: the rows that give the guesses, request by request,
-the bonus row first, then the num_masks mask rows; indices past them repeat the last.
+the bonus row first, then the num_masks mask rows; indices past them repeat the last. guess_slot and guess_position:
+whose guess each is, and where it would stand, the first of a request right behind its last committed token.
 """
 
 
@@ -68,12 +69,17 @@ def draft_rows_reference(
     guess = torch.arange(num_drafts, device=committed.device).clamp(max=num_masks)
     bonus = query_start[:-1] + committed - 1
     logits_index = (bonus[:, None] + guess).clamp(0, num_rows - 1).long().flatten()
-    return query_start, (start + count).int(), length, input_ids, source, positions, cache_slot, logits_index
+    drafts = torch.arange(num_drafts, device=committed.device)
+    guess_slot = batch.slot.repeat_interleave(num_drafts)
+    guess_position = (slots.length[batch.slot].long()[:, None] + drafts).flatten()
+    rows = input_ids, source, positions, cache_slot, logits_index, guess_slot, guess_position
+    return query_start, (start + count).int(), length, *rows
 
 
 @compiled()
 def _draft_rows_kernel(
     tokens_at: int,
+    committed_length_at: int,
     slot_at: int,
     query_start_at: int,
     seq_lens_at: int,
@@ -101,10 +107,13 @@ def _draft_rows_kernel(
     logits_start = carray(pointer(logits_start_at), (size + 1,), np.int32)
     committed = carray(pointer(committed_at), (size,), np.int32)
     num_rows = num_query + size * num_masks
-    wide = carray(pointer(wide_at), (4 * num_rows + size * num_drafts,), np.int64)
+    committed_length = carray(pointer(committed_length_at), (num_slots,), np.int32)
+    wide = carray(pointer(wide_at), (4 * num_rows + 3 * size * num_drafts,), np.int64)
     input_ids, source = wide[:num_rows], wide[num_rows : 2 * num_rows]
     positions, cache_slot = wide[2 * num_rows : 3 * num_rows], wide[3 * num_rows : 4 * num_rows]
-    logits_index = wide[4 * num_rows :]
+    by_guess = wide[4 * num_rows :]
+    logits_index, guess_slot = by_guess[: size * num_drafts], by_guess[size * num_drafts : 2 * size * num_drafts]
+    guess_position = by_guess[2 * size * num_drafts :]
     narrow = carray(pointer(narrow_at), (3 * size + 1,), np.int32)
     query_start, seq_lens, length = narrow[: size + 1], narrow[size + 1 : 2 * size + 1], narrow[2 * size + 1 :]
 
@@ -132,6 +141,8 @@ def _draft_rows_kernel(
         length[row] = min(max(limit - (start + stand - 1), 0), num_drafts) if speaks else 0
         for guess in range(num_drafts):
             logits_index[row * num_drafts + guess] = min(max(bonus + min(guess, num_masks), 0), num_rows - 1)
+            guess_slot[row * num_drafts + guess] = slot[row]
+            guess_position[row * num_drafts + guess] = committed_length[slot[row]] + guess
     for i in range(at, num_rows):
         input_ids[i], source[i], positions[i], cache_slot[i] = 0, 0, 0, -1
 
@@ -150,10 +161,11 @@ def draft_rows_cpu(
     size, num_query = batch.slot.shape[0], batch.input_ids.shape[0]
     num_rows = num_query + size * num_masks
     assert slots.tokens.is_contiguous() and batch.block_table.is_contiguous() and committed.dtype == torch.int32
-    wide = torch.empty(4 * num_rows + size * num_drafts, dtype=torch.int64)
+    wide = torch.empty(4 * num_rows + 3 * size * num_drafts, dtype=torch.int64)
     narrow = torch.empty(3 * size + 1, dtype=torch.int32)
     _draft_rows_kernel(
         slots.tokens.data_ptr(),
+        slots.length.data_ptr(),
         batch.slot.data_ptr(),
         batch.query_start.data_ptr(),
         batch.seq_lens.data_ptr(),
@@ -173,9 +185,8 @@ def draft_rows_cpu(
         mask_token,
         block_size,
     )
-    input_ids, source, positions, cache_slot, logits_index = wide.split_with_sizes([num_rows] * 4 + [size * num_drafts])
-    query_start, seq_lens, length = narrow.split_with_sizes([size + 1, size, size])
-    return query_start, seq_lens, length, input_ids, source, positions, cache_slot, logits_index
+    by_row_and_guess = wide.split_with_sizes([num_rows] * 4 + [size * num_drafts] * 3)
+    return *narrow.split_with_sizes([size + 1, size, size]), *by_row_and_guess
 
 
 def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:

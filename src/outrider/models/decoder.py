@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights, take_taps
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMLP
@@ -82,21 +82,25 @@ class LayerRun(Sequence[DecoderLayer]):
 
     def run(
         self,
-        first: int,
-        last: int,
         x: Tensor | None,
         residual: Tensor,
         batch: StepBatch,
         rope: Tensor,
         cache: Sequence[LayerCache],
+        taps: Sequence[int] = (),
+        features: Tensor | None = None,
     ) -> Tensor:
-        """Layers first:last, at least one, from what the layer before gave to what the last one gives."""
+        """From what the layer before gave, None for nothing, to what the last one gives; see `DecoderLayer`.
+
+        `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
+        """
         if self._fused:
             if self._stack is None or self._stacked is not cache:
                 self._stack, self._stacked = self._stack_on(cache), cache
             where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
-            return self._stack(first, last, x, residual, rope, *where)
-        for layer, layer_cache in zip(self._layers[first:last], cache[first:last], strict=True):
+            return self._stack(0, len(self._layers), x, residual, rope, *where, taps, features)
+        for index, (layer, layer_cache) in enumerate(zip(self._layers, cache, strict=True)):
+            take_taps(index, x, residual, taps, features)
             x = layer(x, residual, batch, rope, layer_cache)
         assert x is not None, "one layer at least"
         return x
@@ -115,27 +119,6 @@ class LayerRun(Sequence[DecoderLayer]):
     def __getitem__(self, index: slice) -> Sequence[DecoderLayer]: ...
     def __getitem__(self, index: int | slice) -> DecoderLayer | Sequence[DecoderLayer]:
         return self._layers[index]
-
-
-class _Taps:
-    """Copies the residual stream where a drafter asked for it."""
-
-    def __init__(self, taps: Sequence[int], residual: Tensor) -> None:
-        tokens, self._width = residual.shape
-        self._taps = taps
-        self.features = residual.new_empty(tokens, len(taps) * self._width) if taps else None
-
-    def take(self, index: int, x: Tensor | None, residual: Tensor) -> None:
-        """The stream that enters layer `index`: the residual, and what the layer before has yet to add to it."""
-        if self.features is None or index not in self._taps:
-            return
-        for place, tap in enumerate(self._taps):
-            if tap == index:
-                out = self.features[:, place * self._width : (place + 1) * self._width]
-                if x is None:
-                    out.copy_(residual)
-                else:
-                    torch.add(residual, x, out=out)
 
 
 class Decoder:
@@ -179,15 +162,11 @@ class Decoder:
         side in the order given. Tap i is what layer i reads, so 0 is the embedding, and the number of layers what the
         final norm reads.
         """
-        residual, x, first = self.embedding(batch.input_ids), None, 0
-        tapped = _Taps(taps, residual)
-        for last in sorted({*taps, len(self.layers)}):
-            if last > first:
-                x = self.layers.run(first, last, x, residual, batch, self.rope, cache)
-            tapped.take(last, x, residual)
-            first = last
-        assert x is not None, "a config has one layer at least"
-        return self.norm.add(x, residual), tapped.features
+        residual = self.embedding(batch.input_ids)
+        features = residual.new_empty(len(residual), len(taps) * residual.shape[1]) if taps else None
+        x = self.layers.run(None, residual, batch, self.rope, cache, taps, features)
+        take_taps(len(self.layers), x, residual, taps, features)
+        return self.norm.add(x, residual), features
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, H] -> [L, V] float32."""
