@@ -6,17 +6,22 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 from outrider.bench.prompts import EDITS, HELD_OUT, read_prompts
 from outrider.cli.main import app
+from servers import Server, serving
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SERVED = "http://localhost:8000"
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "examples")]),
@@ -32,7 +37,7 @@ def commands() -> list[str]:
     """Every `outrider ...` line of the documents' shell blocks."""
     lines = [line for document in DOCUMENTS for block in blocks(document, "sh") for line in block.splitlines()]
     plain = [re.sub(r"^(\w+=\S+ )+", "", line.split("  #")[0]).strip() for line in lines]
-    return sorted({line for line in plain if line.startswith("outrider ")})
+    return sorted({line for line in plain if line.startswith("outrider ") and not line.startswith("outrider serve")})
 
 
 @pytest.mark.parametrize("command", commands())
@@ -47,6 +52,44 @@ def test_documented_command_runs(command: str) -> None:
     assert done.stdout
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("served") / "log") as server:
+        yield server
+
+
+def requests() -> list[str]:
+    """Every curl line of the documents that asks a server of ours."""
+    lines = [line for document in DOCUMENTS for block in blocks(document, "sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("curl ") and SERVED in line]
+
+
+@pytest.mark.parametrize("command", requests())
+def test_documented_request_is_answered(command: str, server: Server) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl on this machine")
+    arguments = shlex.split(command.replace(SERVED, server.url))
+    done = subprocess.run([*arguments, "-sS", "--fail-with-body"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout, done.stdout + done.stderr
+
+
+def test_documented_clients_are_answered(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    clients = [block for document in DOCUMENTS for block in blocks(document, "python") if SERVED in block]
+    assert clients
+    for block in clients:
+        exec(compile(block.replace(SERVED, server.url), "client", "exec"), {"__name__": "example"})
+        assert capsys.readouterr().out.strip()
+
+
+def test_documented_ways_to_serve_parse() -> None:
+    lines = [line for document in DOCUMENTS for block in blocks(document, "sh") for line in block.splitlines()]
+    serving_lines = [line.split("  #")[0] for line in lines if line.startswith("outrider serve")]
+    assert len(serving_lines) >= 2
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    for line in serving_lines:
+        command.make_context("serve", shlex.split(line)[2:])
+
+
 def test_documents_hold_commands_at_all() -> None:
     assert len(commands()) >= 4
 
@@ -55,6 +98,8 @@ def test_documents_hold_commands_at_all() -> None:
 def test_documented_python_runs(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     for block in blocks(document, "python"):
+        if SERVED in block:
+            continue
         exec(compile(block, str(document), "exec"), {"__name__": "example"})
 
 
@@ -65,8 +110,6 @@ def test_example_runs(name: str) -> None:
 
 def test_demo_commands_parse() -> None:
     """The demo itself is a README command; here its commands are held against today's flags."""
-    import typer
-
     demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
     group = typer.main.get_command(app)
     for command in demo["COMMANDS"]:

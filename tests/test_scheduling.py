@@ -279,7 +279,11 @@ class Workload:
             else:
                 assert (gained, request.finish_reason) == (tokens, reason)
                 assert (request.stop_token is not None) == (reason is FinishReason.STOP)
-            total += request.acceptance.report()
+            report = request.acceptance.report()
+            if request.max_drafts is not None:
+                assert report.drafted <= report.drafts * request.max_drafts, "more drafts than the request allows"
+                assert not any(report.per_position[request.max_drafts :])
+            total += report
         assert total == self.scheduler.acceptance.report()
 
 
@@ -321,6 +325,7 @@ def random_requests(rng: random.Random, max_model_len: int) -> list[Request]:
             sampling=SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens),
             seed=rng.choice([0, 0, number]),
             stop_ids=stop_ids,
+            max_drafts=(None, 9, 1, 0)[number % 4],
             cache_salt=rng.choice(["", "", "other"]),
         )
         requests.append(request)

@@ -7,6 +7,9 @@ import os
 RUNNER = "OUTRIDER_RUNNER"
 """Runner to use where the `runner` option is "auto"."""
 
+API_KEY = "OUTRIDER_API_KEY"
+"""Key that clients of `outrider serve` must send, beside those given by its options."""
+
 PROCESS = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 """What torchrun tells each of the processes it starts."""
 
@@ -14,6 +17,11 @@ PROCESS = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 def runner() -> str | None:
     """The runner named in the environment, if any."""
     return os.environ.get(RUNNER) or None
+
+
+def api_key() -> str | None:
+    """The server's API key named in the environment, if any."""
+    return os.environ.get(API_KEY) or None
 
 
 def process() -> tuple[int, int, int]:

@@ -4,6 +4,7 @@
     +-- InputError (ValueError)      what one request asked for; other requests go on
     |   +-- PromptError              empty, too long, token ids out of range
     |   +-- SamplingError            a sampling value or a contradiction between two
+    |   +-- FieldError               a field of a request to the server: unknown, of the wrong type, not offered
     |   +-- DataError                a line of training data, with its file and number
     +-- OptionError (ValueError)     what the engine was asked to be
     |   +-- UnsupportedError         no runner serves the configuration; holds every reason
@@ -11,6 +12,7 @@
     |   +-- UnknownArchitectureError a config.json naming a model this engine does not have
     +-- CapacityError (RuntimeError) the memory given cannot hold one sequence
     +-- EngineDeadError (RuntimeError) the engine failed earlier and cannot go on
+    +-- OverloadError (RuntimeError) more is waiting than the server takes; later it will go
 
 Messages are lower case, name the value, and end with the remedy.
 """
@@ -28,6 +30,11 @@ class OutriderError(Exception):
 class InputError(OutriderError, ValueError):
     """One request is wrong; the engine and all other requests are unharmed."""
 
+    def __init__(self, message: str = "", field: str | None = None) -> None:
+        """`field`: what of the request is at fault, where it is one thing."""
+        super().__init__(message)
+        self.field = field
+
 
 class PromptError(InputError):
     """A prompt that cannot be run."""
@@ -35,6 +42,10 @@ class PromptError(InputError):
 
 class SamplingError(InputError):
     """A sampling value out of its range, or two that contradict each other."""
+
+
+class FieldError(InputError):
+    """A request to the server names a field that is unknown, not offered, or of the wrong type."""
 
 
 class DataError(InputError):
@@ -63,6 +74,14 @@ class CapacityError(OutriderError, RuntimeError):
 
 class EngineDeadError(OutriderError, RuntimeError):
     """The engine failed earlier; its cause is chained. Build a new one."""
+
+
+class OverloadError(OutriderError, RuntimeError):
+    """As many requests wait as may. `retry_after`: seconds until it is worth asking again."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from outrider import __version__
-from outrider.cli import accept, bench, explain, generate, train
+from outrider.cli import accept, bench, explain, generate, serve, train
 from outrider.cli.common import err, print_json
 from outrider.errors import OutriderError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
 app.command("accept")(accept.accept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate, zip_longest
@@ -69,6 +70,16 @@ class AcceptanceReport:
             tuple(a + b for a, b in pairs),
         )
 
+    def since(self, earlier: AcceptanceReport) -> AcceptanceReport:
+        """What came after an earlier report of the same tally."""
+        pairs = zip_longest(self.per_position, earlier.per_position, fillvalue=0)
+        return AcceptanceReport(
+            self.drafts - earlier.drafts,
+            self.drafted - earlier.drafted,
+            self.accepted - earlier.accepted,
+            tuple(a - b for a, b in pairs),
+        )
+
     def to_dict(self) -> dict[str, object]:
         """The JSON shape of `--json` and of the server."""
         return {
@@ -108,6 +119,18 @@ class AcceptanceTally:
             self._rounds.extend([0] * missing)
         self._drafted += num_drafted
         self._rounds[num_accepted] += 1
+
+    @classmethod
+    def of(cls, drafted: int, rounds: Sequence[int]) -> AcceptanceTally:
+        """A tally from the `counts` of another, which may be of another process."""
+        tally = cls()
+        tally._drafted, tally._rounds = drafted, list(rounds)
+        return tally
+
+    @property
+    def counts(self) -> tuple[int, tuple[int, ...]]:
+        """Tokens drafted, and rounds by how many drafts stood."""
+        return self._drafted, tuple(self._rounds)
 
     def report(self) -> AcceptanceReport:
         """The counts so far."""

@@ -31,6 +31,7 @@ class Request:
     sampling: SamplingParams
     seed: int = 0  # its own, resolved
     stop_ids: tuple[int, ...] = ()  # every token that ends it, the model's end-of-text included unless ignored
+    max_drafts: int | None = None  # most drafts verified a step, fewer than the engine drafts; None: all of them
     cache_salt: str = ""  # cached prefixes are shared only between requests of one salt
 
     arrival: int = -1  # order of arrival, from the scheduler

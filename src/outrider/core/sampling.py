@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, Self
 
@@ -66,9 +66,9 @@ class SamplingParams:
         known = [entry.name for entry in fields(cls)]
         for name in named:
             if name in NOT_OFFERED:
-                raise SamplingError(f"sampling parameter {name} is not offered yet: drop it")
+                raise SamplingError(f"sampling parameter {name} is not offered yet: drop it", name)
             if name not in known:
-                raise SamplingError(f"unknown sampling parameter: {name} ({nearest(name, known)})")
+                raise SamplingError(f"unknown sampling parameter: {name} ({nearest(name, known)})", name)
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -91,7 +91,8 @@ class SamplingParams:
         self._whole("min_tokens", 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError(
-                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}: no output can satisfy both"
+                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}: no output can satisfy both",
+                "min_tokens",
             )
         self._check_stops()
         if self.temperature < GREEDY_BELOW:
@@ -100,14 +101,16 @@ class SamplingParams:
     def _check_stops(self) -> None:
         assert isinstance(self.stop, tuple) and isinstance(self.stop_token_ids, tuple)
         if any(not isinstance(text, str) or not text for text in self.stop):
-            raise SamplingError(f"stop must hold non-empty strings: {self.stop!r}")
+            raise SamplingError(f"stop must hold non-empty strings: {self.stop!r}", "stop")
         if self.stop and not self.detokenize:
-            raise SamplingError("stop strings need detokenize=True: give stop_token_ids instead, or detokenize")
+            raise SamplingError("stop strings need detokenize=True: give stop_token_ids instead, or detokenize", "stop")
         ids = [_whole_or_none(token) for token in self.stop_token_ids]
         if any(token is None or token < 0 for token in ids):
-            raise SamplingError(f"stop_token_ids must be token ids of 0 or more: {self.stop_token_ids!r}")
+            raise SamplingError(
+                f"stop_token_ids must be token ids of 0 or more: {self.stop_token_ids!r}", "stop_token_ids"
+            )
         if len(set(ids)) > MAX_STOP_IDS:
-            raise SamplingError(f"stop_token_ids holds {len(ids)} ids; give at most {MAX_STOP_IDS}")
+            raise SamplingError(f"stop_token_ids holds {len(ids)} ids; give at most {MAX_STOP_IDS}", "stop_token_ids")
         self._set("stop_token_ids", tuple(ids))
 
     def _set(self, name: str, value: object) -> None:
@@ -122,21 +125,27 @@ class SamplingParams:
                 return tuple(value)
         except TypeError:
             pass
-        raise SamplingError(f"{name} must be a list of {what}: {value!r}")
+        raise SamplingError(f"{name} must be a list of {what}: {value!r}", name)
 
     def _whole(self, name: str, least: int, unset: int | None = None) -> None:
         value = getattr(self, name)
         number = _whole_or_none(value)
         if number is None or (number != unset and not least <= number < 2**63):
-            raise SamplingError(f"{name} must be a whole number of {least} or more: {value!r}")
+            raise SamplingError(f"{name} must be a whole number of {least} or more: {value!r}", name)
         self._set(name, number)
 
     def _within(self, name: str, low: float, high: float, *, open_below: bool = False) -> None:
         value = getattr(self, name)
         number = _number(value)
         if not low <= number <= high or (open_below and number == low):  # nan is in no range
-            raise SamplingError(f"{name} must be a number in {'(' if open_below else '['}{low:g}, {high:g}]: {value!r}")
+            raise SamplingError(
+                f"{name} must be a number in {'(' if open_below else '['}{low:g}, {high:g}]: {value!r}", name
+            )
         self._set(name, number)
+
+    def of_completion(self, index: int) -> SamplingParams:
+        """Those of one of the `n` completions: a seed is for the first, and each further one has the next."""
+        return self if self.seed is None or not index else replace(self, seed=(self.seed + index) % 2**63)
 
     @property
     def greedy(self) -> bool:

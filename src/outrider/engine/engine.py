@@ -13,8 +13,9 @@ from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import StepPlan
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
+from outrider.engine.prompts import check_stop_ids, check_token_ids
 from outrider.engine.watchdog import Watchdog
-from outrider.errors import EngineDeadError, PromptError, SamplingError
+from outrider.errors import EngineDeadError
 from outrider.oracle import Choice, choose
 from outrider.runner.base import Pending
 from outrider.runner.registry import RUNNERS
@@ -51,6 +52,20 @@ class StepTimes:
         return StepTimes(*(getattr(self, entry.name) - getattr(earlier, entry.name) for entry in fields(self)))
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine at one moment; counts are over its life."""
+
+    num_running: int
+    num_waiting: int
+    cache_usage: float  # share of the blocks that running requests hold, from 0 to 1
+    prefix_queries: int  # prompt tokens looked up in the prefix cache
+    prefix_hits: int  # of those, found
+    num_preemptions: int
+    num_steps: int
+    acceptance: AcceptanceReport
+
+
 @dataclass(slots=True)
 class _Flight:
     plan: StepPlan
@@ -79,14 +94,23 @@ class Engine:
         self.watchdog = Watchdog.of(self.resolved)
         """Holds acceptance against what is on record for the head, and warns when it falls."""
 
-    def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        max_drafts: int | None = None,
+    ) -> Request:
         """Queues a request and gives its record, to be read only.
+
+        `max_drafts`: verify at most this many drafts a step for it; left out, as many as the engine drafts.
 
         Raises PromptError, SamplingError, or InputError if the id is in use; nothing else is affected.
         """
         self._check_alive()
-        self._check_prompt(prompt)
-        self._check_stop_ids(sampling.stop_token_ids)
+        vocab_size = self.resolved.runner.model_config.vocab_size
+        check_token_ids(prompt, vocab_size)
+        check_stop_ids(sampling, vocab_size)
         number = self._num_requests + 1
         seed = sampling.seed
         if seed is None:
@@ -99,6 +123,7 @@ class Engine:
             sampling=sampling,
             seed=seed,
             stop_ids=tuple(dict.fromkeys((*eos, *sampling.stop_token_ids))),
+            max_drafts=max_drafts,
             watch=self.watchdog.watch(sampling),
         )
         self._busy = True
@@ -109,20 +134,6 @@ class Engine:
         finally:
             self._busy = False
         return request
-
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
-        vocab_size = self.resolved.runner.model_config.vocab_size
-        for index, token in enumerate(prompt):
-            if not 0 <= token < vocab_size:
-                raise PromptError(
-                    f"token id {token} is outside the vocabulary of {vocab_size}, at index {index} of the prompt"
-                )
-
-    def _check_stop_ids(self, stop_ids: Sequence[int] | None) -> None:
-        vocab_size = self.resolved.runner.model_config.vocab_size
-        for token in stop_ids or ():
-            if token >= vocab_size:
-                raise SamplingError(f"stop token id {token} is outside the vocabulary of {vocab_size}: drop it")
 
     def abort(self, request_id: str) -> None:
         """Drops a request wherever it is; unknown ids are ignored, since it may just have ended."""
@@ -158,6 +169,20 @@ class Engine:
     def acceptance(self) -> AcceptanceReport:
         """How drafts fared over the life of the engine."""
         return self._scheduler.acceptance.report()
+
+    def stats(self) -> EngineStats:
+        """What is under way and what has come of it, for metrics."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            cache_usage=scheduler.cache.usage,
+            prefix_queries=scheduler.cache.num_queried,
+            prefix_hits=scheduler.cache.num_hit,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self.times.steps,
+            acceptance=self.acceptance(),
+        )
 
     def step(self) -> list[tuple[TokenDelta, Request]]:
         """Submits a step and reads the oldest one due; what each request gained, and its record.

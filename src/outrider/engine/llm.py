@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Self
 
 from outrider.config import EngineOptions
@@ -241,8 +240,7 @@ class LLM:
                 outputs.append(parent)
                 for index in range(params.n):
                     request_id = f"{number}-{index}"
-                    own = params if params.seed is None else replace(params, seed=(params.seed + index) % 2**63)
-                    request = self._engine.add(request_id, ids, own)
+                    request = self._engine.add(request_id, ids, params.of_completion(index))
                     output = CompletionOutput(index, "", [])
                     completion = Completion(request, parent, output, inbox, eos)
                     completions[request_id] = self._completions[request_id] = completion

@@ -46,6 +46,24 @@ def as_token_ids(ids: Any) -> list[int]:
     return [operator.index(item) for item in items]
 
 
+def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises PromptError for the first token of a prompt that the model does not have."""
+    for index, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise PromptError(
+                f"token id {_short(token)} is outside the vocabulary of {vocab_size}, at index {index} of the prompt"
+            )
+
+
+def check_stop_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raises SamplingError for a stop token that the model does not have."""
+    for token in sampling.stop_token_ids or ():
+        if token >= vocab_size:
+            raise SamplingError(
+                f"stop token id {_short(token)} is outside the vocabulary of {vocab_size}: drop it", "stop_token_ids"
+            )
+
+
 def as_conversations(messages: Any) -> list[Messages]:
     """One conversation or several. PromptError for what is none."""
     several = messages if isinstance(messages, Sequence) and not isinstance(messages, (str, bytes)) else None

@@ -60,6 +60,7 @@ class Roster:
             most=len(request.tokens),
             end=request.most_tokens(self.options.max_model_len),
             room=len(table.blocks) * self.options.block_size,
+            max_drafts=self._max_drafts(request),
         )
         self.running.append(seat)
         self.seats[request.id] = seat
@@ -127,6 +128,10 @@ class Roster:
         del self.seats[seat.request.id]
         if seat.num_planned < seat.num_known:
             self.num_prefilling -= 1
+
+    def _max_drafts(self, request: Request) -> int:
+        most = self.options.num_drafts
+        return most if request.max_drafts is None else min(most, request.max_drafts)
 
     def _vacate(self, seat: Seat) -> None:
         self.cache.free(seat.table)

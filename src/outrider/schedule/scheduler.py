@@ -190,7 +190,7 @@ class Scheduler:
 
     def _plan_decodes(self, sketch: Sketch) -> None:
         """One token and the waiting drafts for every request past its prompt, oldest first."""
-        limit, lookahead, most_drafts = self.options.max_model_len, self.options.lookahead, self.options.num_drafts
+        limit, lookahead = self.options.max_model_len, self.options.lookahead
         running = self._roster.running
         budget = self._draft_budget()
         index = 0
@@ -202,7 +202,9 @@ class Scheduler:
             most = seat.most
             if seat.least >= seat.end or most >= limit:  # what is under way may well end it
                 continue
-            num_drafts = min(most_drafts if seat.num_under_way else seat.num_drafts, budget, limit - most - 1)
+            num_drafts = min(seat.max_drafts, budget, limit - most - 1)
+            if not seat.num_under_way:
+                num_drafts = min(num_drafts, seat.num_drafts)
             needed = most + num_drafts + lookahead
             if seat.room < needed and seat.room < limit:
                 fitting = self._make_room(seat, num_drafts, sketch)

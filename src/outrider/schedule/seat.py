@@ -27,6 +27,7 @@ class Seat:
     most: int  # ... and at most
     end: int  # the length at which the request ends, prompt included
     room: int  # positions its blocks have room for
+    max_drafts: int  # most drafts a row of it may verify
     num_drafts: int = 0  # drafts waiting, as of the last row that landed
     num_under_way: int = 0  # its rows in plans not yet applied
     closed: bool = False  # finished or aborted; lingers until nothing is under way

@@ -56,3 +56,21 @@ def test_json_shape() -> None:
         "acceptance_length": 2.5,
     }
     assert [reason.value for reason in FinishReason] == ["stop", "length", "abort"]
+
+
+def test_a_tally_crosses_processes_whole() -> None:
+    tally = AcceptanceTally(3)
+    for num_drafted, num_accepted in ((3, 3), (3, 0), (2, 1)):
+        tally.record(num_drafted, num_accepted)
+    assert AcceptanceTally.of(*tally.counts).report() == tally.report()
+    assert AcceptanceTally.of(*AcceptanceTally(3).counts).report() == AcceptanceReport(0, 0, 0, (0, 0, 0))
+
+
+def test_what_came_after_an_earlier_report() -> None:
+    tally = AcceptanceTally(2)
+    tally.record(2, 2)
+    earlier = tally.report()
+    tally.record(2, 1)
+    tally.record(3, 3)
+    assert tally.report().since(earlier) == AcceptanceReport(2, 5, 4, (2, 1, 1))
+    assert earlier + tally.report().since(earlier) == tally.report()

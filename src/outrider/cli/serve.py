@@ -1,0 +1,64 @@
+"""`outrider serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+from rich.markup import escape
+
+from outrider.cli.common import (
+    Drafting,
+    Json,
+    Model,
+    drafting_flags,
+    engine_flags,
+    engine_options,
+    err,
+    out,
+    say_if_unfaithful,
+)
+from outrider.cli.flags import with_flags
+from outrider.config import EngineOptions, resolve
+from outrider.engine.engine import verdict
+from outrider.errors import OptionError
+from outrider.server.options import ServerOptions
+
+server_flags = with_flags(ServerOptions, "server")
+
+
+@engine_flags
+@drafting_flags
+@server_flags
+def serve(
+    engine: EngineOptions,
+    drafting: Drafting,
+    server: ServerOptions,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients expect it. Ends on SIGTERM or Ctrl-C, after what is under way."""
+    options = engine_options(engine, drafting, model, drafts=True)
+    resolved = resolve(options)
+    verdict(resolved)  # what cannot be served is refused here, before a process is started for it
+    try:
+        from outrider.server.serve import Listening
+        from outrider.server.serve import serve as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "outrider":
+            raise
+        raise OptionError(f"serving needs {error.name}: install it with pip install 'outrider[serve]'") from None
+
+    def told(listening: Listening) -> None:
+        facts = listening.facts
+        say_if_unfaithful(facts.faithful, facts.verifier)
+        if as_json:
+            typer.echo(json.dumps({"url": listening.url, "model": listening.model}))
+            return
+        drafts = f"drafting {facts.method}, {facts.num_speculative_tokens} tokens a round; " if facts.method else ""
+        out.print(f"serving [bold]{escape(listening.model)}[/] on [bold green]{listening.url}[/]")
+        out.print(f"[dim]{drafts}runner {facts.runner}; Ctrl-C ends it after what is under way[/]")
+
+    if not as_json:
+        err.print("[dim]loading the model, and preparing kernels (compiled on the first run only)[/]")
+    raise typer.Exit(run(options, resolved.directory, server, told))

@@ -1,0 +1,212 @@
+"""The engine in a process of its own, so that nothing a server does with text or sockets keeps a step waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import parent_process
+
+import msgspec
+import zmq
+
+from outrider.config import EngineOptions
+from outrider.core.output import FinishReason
+from outrider.core.sampling import SamplingParams
+from outrider.engine.engine import Engine, EngineStats
+from outrider.engine.messages import (
+    Add,
+    Delta,
+    End,
+    Facts,
+    Failed,
+    FromEngine,
+    Progress,
+    Prompt,
+    Quit,
+    Ready,
+    Refused,
+    Snapshot,
+    Taken,
+    ToEngine,
+    WatchedRates,
+)
+from outrider.errors import EngineDeadError, InputError, OutriderError
+
+logger = logging.getLogger("outrider")
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+SNAPSHOT_SECONDS = 0.1
+"""Between two snapshots while there is work."""
+
+ALIVE_SECONDS = 0.5
+"""Between two signs of life of an engine that has nothing to do."""
+
+WARM_UP_TOKENS = 8
+WARM_UP = "warm-up"
+
+
+def run(options: EngineOptions, address: str) -> None:
+    """The process's whole life: build the engine, say so, serve until told to quit or until the parent is gone.
+
+    What goes wrong is told to the client; the exit code is 1 then.
+    """
+    for name in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole group: it is the server that decides
+        signal.signal(name, signal.SIG_IGN)
+    logging.basicConfig(format=LOG_FORMAT)
+    context = zmq.Context()
+    socket = connected(context, address)
+    try:
+        engine = Engine(options)
+        with contextlib.closing(engine):
+            _warm_up(engine)
+            EngineProcess(engine, socket).serve()
+    except Exception as error:
+        if isinstance(error, EngineDeadError) or not isinstance(error, OutriderError):
+            logger.exception("the engine failed")
+        kind = type(error).__name__ if isinstance(error, OutriderError) else EngineDeadError.__name__
+        socket.send(msgspec.msgpack.encode(Failed(kind, str(error) or repr(error))))
+        raise SystemExit(1) from error
+    finally:
+        context.destroy(linger=1000)
+
+
+def connected(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """The engine's end of the wire. Nothing is dropped and no step waits: what is under way is bounded elsewhere."""
+    socket = context.socket(zmq.DEALER)
+    socket.set_hwm(0)
+    socket.connect(address)
+    return socket
+
+
+def _warm_up(engine: Engine) -> None:
+    """A few tokens first: kernels are compiled, once a machine, or read from their cache, and pages touched."""
+    limit = engine.resolved.runner.max_model_len
+    params = SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True)
+    engine.add(WARM_UP, [0] * min(4, limit - 1), params)
+    while engine.has_work:
+        engine.step()
+
+
+@dataclass(slots=True)
+class EngineProcess:
+    """The loop around `Engine.step` that takes what came in between two steps and sends what they brought."""
+
+    engine: Engine
+    socket: zmq.Socket[bytes]
+
+    def serve(self) -> None:
+        """Until `Quit` comes, or the parent is gone. Raises EngineDeadError if a step fails."""
+        start = self.engine.stats()
+        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+        self._send(Ready(_facts(self.engine), self._snapshot(start)))
+        last_told = 0.0
+        while True:
+            was_busy = self.engine.has_work
+            for message in self._received(0 if was_busy else ALIVE_SECONDS):
+                if not self._take(decoder.decode(message)):
+                    return
+            deltas = self._step() if self.engine.has_work else []
+            now, busy = time.monotonic(), self.engine.has_work
+            since = now - last_told
+            fell_idle = (was_busy or bool(deltas)) and not busy
+            due = fell_idle or since >= (SNAPSHOT_SECONDS if busy else ALIVE_SECONDS)
+            if due:
+                last_told = now
+            if due or deltas:
+                self._send(Progress(deltas, self._snapshot(start) if due else None))
+
+    def _received(self, seconds: float) -> Iterator[bytes]:
+        """What has come; waits so long for the first. Ends the process if the parent is gone."""
+        poller = zmq.Poller()
+        poller.register(self.socket, zmq.POLLIN)
+        parent = parent_process()
+        if parent is not None:
+            poller.register(parent.sentinel, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll(int(seconds * 1000)))
+            if parent is not None and parent.sentinel in ready:
+                raise SystemExit(1)
+            if self.socket not in ready:
+                return
+            yield self.socket.recv()
+            seconds = 0
+
+    def _take(self, message: ToEngine) -> bool:
+        """Does what a message asks; False if that is to quit."""
+        if isinstance(message, Quit):
+            return False
+        if isinstance(message, End):
+            for request_id in message.ids:
+                self.engine.finish(request_id, message.reason)
+        else:
+            self._add(message)
+        return True
+
+    def _add(self, message: Add) -> None:
+        added: list[Prompt] = []
+        try:
+            for prompt in message.prompts:
+                self.engine.add(prompt.id, prompt.tokens, prompt.params(), prompt.max_drafts)
+                added.append(prompt)
+        except InputError as error:
+            for prompt in added:
+                self.engine.finish(prompt.id, FinishReason.ABORT)
+            self._send(Refused(message.number, type(error).__name__, str(error), error.field))
+        else:
+            self._send(Taken(message.number))
+
+    def _step(self) -> list[Delta]:
+        deltas = []
+        for gained, request in self.engine.step():
+            drafted, rounds = request.acceptance.counts
+            deltas.append(Delta(*gained, request.num_cached, drafted, rounds))
+        return deltas
+
+    def _snapshot(self, start: EngineStats) -> Snapshot:
+        stats = self.engine.stats()
+        watched = tuple(
+            WatchedRates(one.temperature, one.expected.rates, one.measured.rates, bool(one.departures))
+            for one in self.engine.watchdog.state().watched
+        )
+        return Snapshot(
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            cache_usage=stats.cache_usage,
+            prefix_queries=stats.prefix_queries - start.prefix_queries,
+            prefix_hits=stats.prefix_hits - start.prefix_hits,
+            num_preemptions=stats.num_preemptions - start.num_preemptions,
+            num_steps=stats.num_steps - start.num_steps,
+            acceptance=stats.acceptance.since(start.acceptance),
+            watched=watched,
+        )
+
+    def _send(self, message: FromEngine) -> None:
+        self.socket.send(msgspec.msgpack.encode(message))
+
+
+def _facts(engine: Engine) -> Facts:
+    resolved, choice = engine.resolved, engine.choice
+    runner = resolved.runner
+    verdict = choice.to_dict()
+    return Facts(
+        max_model_len=runner.max_model_len,
+        max_num_seqs=runner.max_num_seqs,
+        vocab_size=runner.model_config.vocab_size,
+        eos_token_ids=list(resolved.eos_token_ids),
+        num_blocks=runner.memory.num_blocks,
+        block_size=runner.block_size,
+        method=resolved.method,
+        num_speculative_tokens=runner.draft_options.num_speculative_tokens,
+        verifier=runner.verifier.name,
+        faithful=runner.verifier.faithful,
+        dtype=str(runner.dtype).removeprefix("torch."),
+        device=str(runner.device),
+        runner=verdict["runner"],
+        forced=verdict["forced"],
+        passed_over=verdict["passed_over"],
+    )

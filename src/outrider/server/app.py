@@ -1,0 +1,154 @@
+"""The HTTP application: which path is answered by what."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from outrider import __version__
+from outrider.errors import FieldError
+from outrider.server import completions
+from outrider.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from outrider.server.guard import Guard
+from outrider.server.metrics import CONTENT_TYPE
+from outrider.server.responses import error_record, error_response, json_response
+from outrider.server.service import Service
+
+Answer = Callable[[Service, Request], Awaitable[Response]]
+
+
+def build(service: Service, keys: Sequence[str], max_body_bytes: int, root_path: str) -> FastAPI:
+    """The application of one engine. `keys`: what clients must send one of; none lets everybody in."""
+    app = FastAPI(
+        title="outrider",
+        version=__version__,
+        root_path=root_path,
+        docs_url=None,  # the page would load its code from elsewhere
+        redoc_url=None,
+    )
+    app.add_middleware(Guard, keys=keys, max_body_bytes=max_body_bytes, counted=service.metrics.answered)
+    app.add_exception_handler(Exception, _failed)
+    app.add_exception_handler(HTTPException, _failed)
+    posts: tuple[tuple[str, Answer, type[BaseModel]], ...] = (
+        ("/v1/completions", completions.complete, CompletionRequest),
+        ("/v1/chat/completions", completions.chat, ChatRequest),
+        ("/tokenize", _tokenize, TokenizeRequest),
+        ("/detokenize", _detokenize, DetokenizeRequest),
+    )
+    for path, answer, record in posts:
+        _add(app, service, path, "POST", answer, _body_of(record))
+    gets: tuple[tuple[str, Answer], ...] = (
+        ("/v1/models", _models),
+        ("/v1/models/{model:path}", _model),
+        ("/health", _health),
+        ("/version", _version),
+        ("/metrics", _metrics),
+    )
+    for path, answer in gets:
+        _add(app, service, path, "GET", answer, {})
+    return app
+
+
+def _add(app: FastAPI, service: Service, path: str, method: str, answer: Answer, extra: dict[str, Any]) -> None:
+    async def route(request: Request) -> Response:
+        try:
+            return await answer(service, request)
+        except Exception as error:
+            return error_response(error)
+
+    app.add_api_route(
+        path,
+        route,
+        methods=[method],
+        name=answer.__name__.removeprefix("_"),
+        summary=(answer.__doc__ or "").strip(),
+        response_model=None,
+        openapi_extra=extra,
+        responses={400: {"description": "what is wrong, in OpenAI's shape of an error"}},
+    )
+
+
+def _body_of(record: type[BaseModel]) -> dict[str, Any]:
+    """A request body for the OpenAPI document: requests are read by us, so that errors are in OpenAI's shape."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(record)}}}}
+
+
+def _inlined(record: type[BaseModel]) -> dict[str, Any]:
+    """The record's JSON schema with every definition where it is used."""
+    schema = record.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolved(part: Any) -> Any:
+        if isinstance(part, dict):
+            if "$ref" in part:
+                return resolved(definitions[part["$ref"].rpartition("/")[2]])
+            return {name: resolved(value) for name, value in part.items()}
+        return [resolved(each) for each in part] if isinstance(part, list) else part
+
+    inlined: dict[str, Any] = resolved(schema)
+    return inlined
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """For what no route of ours caught: unknown paths and methods, and faults."""
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        said = f"there is no {request.method} {request.url.path[:80]} here"
+        return json_response(error_record(error.status_code, said), error.status_code, dict(error.headers or {}))
+    return error_response(error)
+
+
+async def _tokenize(service: Service, request: Request) -> Response:
+    """The token ids of a text, or of a conversation under the chat template."""
+    asked = parse(await request.body(), TokenizeRequest)
+    service.check_model(asked.model)
+    if (asked.prompt is None) == (asked.messages is None):
+        raise FieldError("give either prompt or messages", "prompt")
+    if asked.prompt is not None:
+        ids = await service.texts.encode(asked.prompt, asked.add_special_tokens)
+    else:
+        ids = await service.texts.conversation(asked.messages)
+    pieces = {"token_strs": service.texts.pieces(ids)} if asked.return_token_strs else {}
+    return json_response({"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, **pieces})
+
+
+async def _detokenize(service: Service, request: Request) -> Response:
+    """The text of token ids."""
+    asked = parse(await request.body(), DetokenizeRequest)
+    service.check_model(asked.model)
+    return json_response({"prompt": service.texts.decode(asked.tokens, service.facts.vocab_size)})
+
+
+async def _models(service: Service, request: Request) -> Response:
+    """What is served, and by which runner."""
+    return json_response({"object": "list", "data": [service.model_record()]})
+
+
+async def _model(service: Service, request: Request) -> Response:
+    """One model."""
+    service.check_model(request.path_params["model"])
+    return json_response(service.model_record())
+
+
+async def _health(service: Service, request: Request) -> Response:
+    """200 while requests are taken, 503 when the engine is dead or the server is going down."""
+    if not service.client.alive:
+        return json_response(error_record(503, "the engine is dead", code="engine_dead"), 503)
+    if service.draining:
+        return json_response(error_record(503, "the server is going down", code="draining"), 503)
+    return json_response({"status": "ok"})
+
+
+async def _version(service: Service, request: Request) -> Response:
+    """The version of outrider."""
+    return json_response({"version": __version__})
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    """Prometheus metrics."""
+    return Response(service.metrics.page(), media_type=CONTENT_TYPE)

@@ -1,0 +1,263 @@
+"""The engine's process as the server sees it: requests out, tokens in, and whether it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from outrider import errors
+from outrider.config import EngineOptions
+from outrider.core.output import FinishReason
+from outrider.engine.messages import (
+    Add,
+    Delta,
+    End,
+    Facts,
+    Failed,
+    FromEngine,
+    Progress,
+    Prompt,
+    Quit,
+    Ready,
+    Refused,
+    Snapshot,
+    Taken,
+    ToEngine,
+)
+from outrider.engine.process import run
+from outrider.errors import EngineDeadError, OptionError, OutriderError
+from outrider.oracle import RefusedError
+from outrider.server.generation import Generation
+
+logger = logging.getLogger("outrider")
+
+CHECK_SECONDS = 0.25
+"""Between two looks at whether the engine has shown a sign of life."""
+
+QUIT_SECONDS = 5.0
+"""Time for the process to end by itself when told to."""
+
+
+class EngineClient:
+    """Starts the engine's process, and speaks with it from one event loop."""
+
+    def __init__(self, options: EngineOptions, timeout: float) -> None:
+        """`timeout`: seconds of silence after which the engine counts as hung. `start` does the work."""
+        self._options, self._timeout = options, timeout
+        self._directory = Path(tempfile.mkdtemp(prefix="outrider-"))  # readable by this user alone
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=run, args=(options, f"ipc://{self._directory}/engine"), name="outrider-engine", daemon=True
+        )
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._generations: dict[str, Generation] = {}  # by the engine's id of each completion under way
+        self._answers: dict[int, asyncio.Future[None]] = {}
+        self._numbers = itertools.count()
+        self._heard = 0.0
+        self._ready: asyncio.Future[Ready] | None = None
+        self.snapshot: Snapshot | None = None
+        """The newest there is; there is one once the engine is ready."""
+        self.cause_of_death: OutriderError | None = None
+        self.on_death: Callable[[], None] = lambda: None
+        """Called once, when the engine is found dead or hung, after all that wait for it were told."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be run."""
+        return self.cause_of_death is None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process."""
+        return self._process.pid
+
+    @property
+    def num_under_way(self) -> int:
+        """Completions that the engine was given and has not ended."""
+        return len(self._generations)
+
+    async def start(self) -> Facts:
+        """Waits until the model is loaded, and tells what is served.
+
+        Raises what building an Engine raises, and EngineDeadError if the process ends without a word.
+        """
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        self._socket.bind(f"ipc://{self._directory}/engine")
+        self._process.start()
+        loop.add_reader(self._process.sentinel, self._exited)
+        self._tasks.append(loop.create_task(self._listen()))
+        ready = await self._ready
+        self.snapshot = ready.snapshot
+        self._heard = time.monotonic()
+        self._tasks.append(loop.create_task(self._watch()))
+        return ready.facts
+
+    async def run(self, generation: Generation) -> None:
+        """Queues all completions of a generation, or none: InputError as `Engine.add` raises it."""
+        self._check_alive()
+        number = next(self._numbers)
+        prompts = []
+        for completion in generation.completions:
+            request = completion.request
+            request.id = f"{number}-{completion.output.index}"
+            sampling = asdict(request.sampling)
+            prompts.append(Prompt(request.id, list(request.prompt), sampling, request.max_drafts))
+        self._answers[number] = answer = asyncio.get_running_loop().create_future()
+        for prompt in prompts:
+            self._generations[prompt.id] = generation
+        try:
+            self._send(Add(number, prompts))
+            await answer
+        except BaseException:
+            self.abort(generation)
+            raise
+        finally:
+            self._answers.pop(number, None)
+
+    def abort(self, generation: Generation) -> None:
+        """Drops what of a generation is still under way, before the engine's next step."""
+        ids = [completion.request.id for completion in generation.completions]
+        self._end([request_id for request_id in ids if self._generations.pop(request_id, None)], FinishReason.ABORT)
+
+    async def close(self) -> None:
+        """Ends the process, in its own time or by force, and the wire. Idempotent."""
+        if self._process.pid is not None and self._process.is_alive():
+            asyncio.get_running_loop().remove_reader(self._process.sentinel)
+            self._send(Quit())
+            listens = self.alive and self._ready is not None and self._ready.done()
+            await asyncio.to_thread(self._process.join, QUIT_SECONDS if listens else 0.0)
+            if self._process.is_alive():
+                self._process.kill()
+                await asyncio.to_thread(self._process.join)
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _check_alive(self) -> None:
+        if self.cause_of_death is not None:
+            raise EngineDeadError("the engine is dead: the server is going down") from self.cause_of_death
+
+    def _send(self, message: ToEngine) -> None:
+        """Never waits: the wire holds any number of messages."""
+        self._socket.send(msgspec.msgpack.encode(message))
+
+    def _end(self, ids: Sequence[str], reason: FinishReason) -> None:
+        if ids and self.alive:
+            self._send(End(list(ids), reason))
+
+    async def _listen(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._socket.recv())
+            self._heard = time.monotonic()
+            try:
+                self._take(message)
+            except Exception as error:  # of ours: nobody must wait for what was lost with it
+                logger.exception("a message of the engine could not be taken in")
+                self._die(EngineDeadError(f"the server could not take in what the engine sent: {error!r}"))
+
+    def _take(self, message: FromEngine) -> None:
+        if isinstance(message, Progress):
+            if message.snapshot is not None:
+                self.snapshot = message.snapshot
+            self._hand_out(message.deltas)
+        elif isinstance(message, Taken | Refused):
+            answer = self._answers.get(message.number)
+            if answer is None or answer.done():
+                return
+            if isinstance(message, Taken):
+                answer.set_result(None)
+            else:
+                answer.set_exception(_rebuilt(message.error, message.message, message.field))
+        elif isinstance(message, Ready):
+            assert self._ready is not None
+            self._ready.set_result(message)
+        else:
+            assert isinstance(message, Failed)
+            self._die(_rebuilt(message.error, message.message))
+
+    def _hand_out(self, deltas: Iterable[Delta]) -> None:
+        stopped = []
+        for delta in deltas:
+            generation = self._generations.get(delta.id)
+            if generation is None:
+                continue  # aborted, and the engine did not know yet
+            if generation.take(delta):
+                stopped.append(delta.id)
+            elif delta.finish_reason is None:
+                continue
+            del self._generations[delta.id]
+        self._end(stopped, FinishReason.STOP)
+
+    async def _watch(self) -> None:
+        """The engine tells of itself at least every half second, unless a step takes longer."""
+        while self.alive:
+            before = time.monotonic()
+            await asyncio.sleep(CHECK_SECONDS)
+            now = time.monotonic()
+            silent = now - self._heard
+            if silent > self._timeout and now - before < 2 * CHECK_SECONDS:  # else it is we who were held up
+                self._die(EngineDeadError(f"the engine has been silent for {silent:.0f} seconds: it hangs"))
+                self._process.kill()
+
+    def _exited(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        asyncio.get_running_loop().call_later(CHECK_SECONDS, self._mourn)  # its last words may still be on the wire
+
+    def _mourn(self) -> None:
+        self._process.join(0)
+        code = self._process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        self._die(EngineDeadError(f"the engine's process {how}"))
+
+    def _die(self, cause: OutriderError) -> None:
+        """Tells everybody who waits, once."""
+        if not self.alive:
+            return
+        self.cause_of_death = cause
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(cause)
+            return
+        logger.error("the engine failed: %s", cause)
+        self.fail(EngineDeadError("the engine failed: the request cannot be finished"))
+        self.on_death()
+
+    def fail(self, error: OutriderError) -> None:
+        """Ends everything under way with an error."""
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)
+        generations = set(self._generations.values())
+        self._end(list(self._generations), FinishReason.ABORT)
+        self._generations.clear()
+        for generation in generations:
+            generation.fail(error)
+
+
+def _rebuilt(name: str, message: str, field: str | None = None) -> OutriderError:
+    """An error of the other process, of the same class where it is one of the tree's that a message makes."""
+    kind: Any = getattr(errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, OutriderError)):
+        return OptionError(message) if name == RefusedError.__name__ else EngineDeadError(message)
+    rebuilt: OutriderError = kind(message, field) if issubclass(kind, errors.InputError) else kind(message)
+    return rebuilt

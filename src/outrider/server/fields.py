@@ -1,0 +1,259 @@
+"""The fields of requests: what is taken, what is not offered and may only be given as if it were left out.
+
+An unknown field, one of the wrong type and one that asks for what the engine lacks are each refused with its name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from outrider.core.sampling import SamplingParams
+from outrider.errors import FieldError, nearest
+
+NOTHING: tuple[Any, ...] = (None,)
+_NONE_OR_EMPTY: tuple[Any, ...] = (None, [], {}, "")
+_NEITHER = (None, False)
+
+NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (None,),
+    "allowed_token_ids": _NONE_OR_EMPTY,
+    "audio": NOTHING,
+    "bad_words": _NONE_OR_EMPTY,
+    "best_of": (None, 1),
+    "cache_salt": NOTHING,
+    "chat_template": NOTHING,
+    "continue_final_message": _NEITHER,
+    "documents": _NONE_OR_EMPTY,
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none"),
+    "functions": _NONE_OR_EMPTY,
+    "length_penalty": (None, 1),
+    "logit_bias": _NONE_OR_EMPTY,
+    "logits_processors": _NONE_OR_EMPTY,
+    "logprobs": _NEITHER,
+    "metadata": _NONE_OR_EMPTY,
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": NOTHING,
+    "presence_penalty": (None, 0),
+    "priority": (None, 0),
+    "prompt_embeds": NOTHING,
+    "prompt_logprobs": NOTHING,
+    "reasoning_effort": NOTHING,
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": _NEITHER,
+    "structured_outputs": NOTHING,
+    "suffix": _NONE_OR_EMPTY,
+    "tool_choice": (None, "none", "auto"),
+    "tools": _NONE_OR_EMPTY,
+    "top_logprobs": (None, 0),
+    "truncate_prompt_tokens": NOTHING,
+    "use_beam_search": _NEITHER,
+    "verbosity": NOTHING,
+    "web_search_options": NOTHING,
+}
+"""Fields of OpenAI's and vLLM's that ask for what the engine lacks, and the values that ask for nothing."""
+
+_ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_texts = {"type": "array", "items": {"type": "string"}}
+Prompts = Annotated[
+    Any,
+    WithJsonSchema({"anyOf": [{"type": "string"}, _texts, _ids, {"type": "array", "items": _ids}]}),
+    Field(description="text, token ids, or a list of either"),
+]
+Conversation = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["role", "content"],
+                "properties": {
+                    "role": {"enum": ["system", "user", "assistant"]},
+                    "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+                },
+            },
+        }
+    ),
+]
+Stop = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _texts, {"type": "null"}]})]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Record):
+    """What a stream brings beside the text."""
+
+    include_usage: bool = Field(False, description="a last chunk with the usage of the whole request")
+
+
+class Speculative(_Record):
+    """How far drafts may run ahead for this request alone; the text is the same with any."""
+
+    enabled: bool = Field(True, description="false: no draft of this request is verified")
+    num_speculative_tokens: int | None = Field(None, ge=1, description="most drafts a step, up to the server's")
+
+    def max_drafts(self, most: int) -> int | None:
+        """The engine's limit for it; FieldError for more than the server drafts."""
+        if not self.enabled:
+            if self.num_speculative_tokens is not None:
+                raise FieldError(
+                    "speculative.num_speculative_tokens contradicts speculative.enabled false: leave one out",
+                    "speculative.num_speculative_tokens",
+                )
+            return 0
+        wanted = self.num_speculative_tokens
+        if wanted is not None and wanted > most:
+            raise FieldError(
+                f"speculative.num_speculative_tokens {wanted} is more than the {most} that this server drafts a round",
+                "speculative.num_speculative_tokens",
+            )
+        return wanted
+
+
+class Sampled(_Record):
+    """What both kinds of completion take; null is as if left out."""
+
+    model: str | None = None
+    n: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
+    stop: Stop = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(None, description="token ids beside the text")
+    speculative: Speculative | None = None
+    user: str | None = Field(None, description="who asks; kept nowhere")
+
+    def sampling(self, **defaults: Any) -> SamplingParams:
+        """The engine's sampling parameters. SamplingError names what is wrong."""
+        names = SamplingParams.__dataclass_fields__
+        given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        return SamplingParams(**{**defaults, **given})
+
+    def check(self) -> None:
+        """What no field shows by itself."""
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options is for streams: leave it out, or set stream", "stream_options")
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(Sampled):
+    """The body of `/v1/completions`."""
+
+    prompt: Prompts
+    echo: bool | None = Field(None, description="the prompt's text before the completion's")
+
+
+class ChatRequest(Sampled):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Conversation
+    max_completion_tokens: int | None = Field(None, ge=1)
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: Annotated[bool | None, Field(description="true, as it always is")] = None
+
+    def sampling(self, **defaults: Any) -> SamplingParams:
+        """As for any; an answer may be as long as there is room for unless `max_completion_tokens` says less."""
+        longest = self.max_completion_tokens
+        if longest is not None:
+            if self.max_tokens not in (None, longest):
+                raise FieldError(
+                    f"max_completion_tokens {longest} contradicts max_tokens {self.max_tokens}: give one",
+                    "max_completion_tokens",
+                )
+            defaults["max_tokens"] = longest
+        return super().sampling(**{"max_tokens": None, **defaults})
+
+    def check(self) -> None:
+        """What no field shows by itself."""
+        super().check()
+        if self.add_generation_prompt is False:
+            raise FieldError("add_generation_prompt false is not offered: leave it out", "add_generation_prompt")
+
+
+class TokenizeRequest(_Record):
+    """The body of `/tokenize`: a text, or a conversation under the model's chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Conversation = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Record):
+    """The body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+Asked = TypeVar("Asked", bound=BaseModel)
+
+
+def parse(body: bytes, record: type[Asked]) -> Asked:
+    """A request body as its record. FieldError for the first thing that is wrong with it."""
+    try:
+        given = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FieldError(f"the body is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise FieldError("the body must be a JSON object")
+    known = record.model_fields
+    for name in list(given):
+        if name in known:
+            continue
+        if name not in NOT_OFFERED:
+            raise FieldError(f"unknown field: {shortened(name)} ({nearest(name, known)})", shortened(name))
+        if not _asks_for_nothing(given.pop(name), NOT_OFFERED[name]):
+            raise FieldError(f"{name} is not offered: leave it out", name)
+    try:
+        return record.model_validate(given)
+    except ValidationError as error:
+        raise _told(error) from None
+
+
+def _asks_for_nothing(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether it is one of them; 1 is not True here, but 0.0 is 0."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
+
+
+def _told(error: ValidationError) -> FieldError:
+    """The first of pydantic's complaints, in our words."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return FieldError(f"{name} is missing", name)
+    if first["type"] == "extra_forbidden":
+        return FieldError(f"unknown field: {shortened(name)}", shortened(name))
+    said = "must be a whole number" if first["type"].startswith("int_") else first["msg"]
+    said = said.replace("Input should be", "must be")
+    return FieldError(f"{name} {said}: {shortened(repr(first['input']))}", name)
+
+
+def shortened(text: str) -> str:
+    """A value for a message: what a client sends may be of any length."""
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,132 @@
+"""Answers that stop working when the client has gone, and errors in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from outrider.errors import EngineDeadError, InputError, OverloadError
+
+logger = logging.getLogger("outrider")
+
+JSON = "application/json"
+GONE = 499
+"""For the log: the client did not wait for an answer."""
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+Made = TypeVar("Made")
+
+
+class ClientGoneError(HTTPException):
+    """Nobody waits for the answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__(GONE, "the client has gone")
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON, encoded by msgspec."""
+    return Response(msgspec.json.encode(content), status, headers, JSON)
+
+
+def event(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def error_record(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's shape of an error."""
+    default = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": _TYPES.get(status, default), "param": param, "code": code}}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, record and headers of what went wrong. What is not the client's doing is logged, and not told."""
+    if isinstance(error, InputError):
+        return 400, error_record(400, str(error), error.field), {}
+    if isinstance(error, OverloadError):
+        return 429, error_record(429, str(error), code="overloaded"), {"retry-after": str(error.retry_after)}
+    if isinstance(error, EngineDeadError):
+        return 503, error_record(503, str(error), code="engine_dead"), {}
+    if isinstance(error, ClientDisconnect):
+        error = ClientGoneError()
+    if isinstance(error, HTTPException):
+        code = {404: "not_found", 401: "invalid_api_key", 413: "body_too_large"}.get(error.status_code)
+        headers = dict(error.headers or {})
+        return error.status_code, error_record(error.status_code, error.detail, code=code), headers
+    logger.error("a request failed", exc_info=error)
+    return 500, error_record(500, "the server failed; its log says more"), {}
+
+
+def error_response(error: Exception) -> Response:
+    """An answer that says what went wrong."""
+    status, record, headers = describe(error)
+    return json_response(record, status, headers)
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _first(work: asyncio.Task[Made], receive: Receive) -> Made:
+    """What the work gives, unless the client goes first: then the work is cancelled. Raises ClientGoneError then."""
+    watch = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise ClientGoneError
+    finally:
+        for task in (work, watch):
+            task.cancel()
+        await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Made]) -> Made:
+    """What the work gives, unless the client disconnects first: then it is cancelled, and ClientGoneError raised."""
+    return await _first(asyncio.ensure_future(work), request.receive)
+
+
+class EventStream(Response):
+    """Server-sent events. They end when the client has gone; `closed` is called whatever happens."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], closed: Callable[[], None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._closed = events, closed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends them as they come. An error becomes the last event: the status has been sent by then."""
+        try:
+            await _first(asyncio.ensure_future(self._send(send)), receive)
+        except ClientGoneError:
+            pass
+        finally:
+            self._closed()
+            await self._events.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for chunk in self._events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Exception as error:
+            chunk = event(describe(error)[1])
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,119 @@
+"""What the routes share: the engine, the tokenizer, the metrics, and how a request becomes a generation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from outrider.core.sampling import SamplingParams
+from outrider.engine.messages import Facts
+from outrider.engine.prompts import check_stop_ids, check_token_ids
+from outrider.errors import EngineDeadError, InputError, OverloadError
+from outrider.server.client import EngineClient
+from outrider.server.fields import Sampled, shortened
+from outrider.server.generation import Generation
+from outrider.server.metrics import Metrics
+from outrider.server.text import Texts
+
+Prompts = list[tuple[str | None, list[int]]]
+"""Each with its text, where it was given as text."""
+
+
+@dataclass(slots=True)
+class Service:
+    """One engine, served."""
+
+    client: EngineClient
+    facts: Facts
+    texts: Texts
+    metrics: Metrics
+    model_name: str
+    max_waiting: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    _num_arriving: int = 0  # requests whose prompts are being encoded
+
+    def check_model(self, name: str | None) -> None:
+        """Raises 404 for a model that is not served."""
+        if name is not None and name != self.model_name:
+            raise HTTPException(404, f"the model {shortened(name)!r} does not exist: this server has {self.model_name}")
+
+    async def begin(self, asked: Sampled, prompts: Awaitable[Prompts], params: SamplingParams) -> Generation:
+        """Queues a request's completions. `prompts` is awaited only if there may be room.
+
+        Raises OverloadError, InputError as the engine does, EngineDeadError.
+        """
+        arrival = time.monotonic()
+        max_drafts = None
+        if asked.speculative is not None:
+            max_drafts = asked.speculative.max_drafts(self.facts.num_speculative_tokens)
+        check_stop_ids(params, self.facts.vocab_size)
+        self._check_count(params.n)
+        self._check_room(1)
+        self._num_arriving += 1
+        try:
+            encoded = await prompts
+        finally:
+            self._num_arriving -= 1
+        count = len(encoded) * params.n
+        self._check_count(count)
+        for _, ids in encoded:
+            check_token_ids(ids, self.facts.vocab_size)
+        self._check_room(count)
+        generation = Generation(
+            encoded,
+            params,
+            self.texts,
+            self.metrics,
+            eos_token_ids=self.facts.eos_token_ids,
+            verifier=self.facts.verifier,
+            max_drafts=max_drafts,
+            arrival=arrival,
+        )
+        await self.client.run(generation)
+        return generation
+
+    @property
+    def _capacity(self) -> int:
+        """Most completions that run and wait at once."""
+        return self.facts.max_num_seqs + self.max_waiting
+
+    def _check_count(self, count: int) -> None:
+        if count > self._capacity:
+            raise InputError(
+                f"{count} completions are asked for, prompts times n: this server takes at most {self._capacity}", "n"
+            )
+
+    def _check_room(self, count: int) -> None:
+        if not self.client.alive:
+            raise EngineDeadError("the engine is dead: the server is going down")
+        under_way = self.client.num_under_way + self._num_arriving
+        if under_way + count > self._capacity:
+            raise OverloadError(
+                f"{under_way} completions are under way, and at most {self._capacity} may be: try again later",
+                self.metrics.retry_after(),
+            )
+
+    def model_record(self) -> dict[str, Any]:
+        """The model as `/v1/models` lists it, with the oracle's verdict."""
+        facts = self.facts
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "outrider",
+            "max_model_len": facts.max_model_len,
+            "dtype": facts.dtype,
+            "device": facts.device,
+            "runner": facts.runner,
+            "forced": facts.forced,
+            "passed_over": facts.passed_over,
+            "method": facts.method,
+            "num_speculative_tokens": facts.num_speculative_tokens,
+            "verifier": facts.verifier,
+            "faithful": facts.faithful,
+        }

@@ -1,0 +1,92 @@
+"""What every request passes first, without an engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from outrider.server.guard import Guard
+from outrider.server.responses import error_response
+
+LIMIT = 1000
+
+
+def ask(method: str, path: str, keys: tuple[str, ...] = (), **given: Any) -> tuple[httpx.Response, list[Any]]:
+    """An answer of an application that echoes bodies, and what was counted."""
+    app, counted = FastAPI(), []
+
+    async def echo(request: Request) -> Response:
+        try:
+            return Response(await request.body())
+        except Exception as error:
+            return error_response(error)
+
+    for path_ in ("/health", "/metrics", "/version", "/v1/echo", "/tokenize"):
+        app.add_api_route(path_, echo, methods=["GET", "POST"])
+    app.add_middleware(Guard, keys=keys, max_body_bytes=LIMIT, counted=lambda *one: counted.append(one))
+
+    async def sent() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+            return await client.request(method, path, **given)
+
+    return asyncio.run(sent()), counted
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Bearer first2", "Basic first", "first", "Bearer é"])
+def test_a_wrong_key_lets_nobody_in(header: str) -> None:
+    headers = {"authorization": header.encode()} if header else {}
+    answer, counted = ask("GET", "/v1/echo", ("first", "second"), headers=headers)
+    assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert answer.headers["www-authenticate"] == "Bearer" and "first" not in answer.text
+    assert counted == [("GET", "other", 401)]
+
+
+@pytest.mark.parametrize("key", ["first", "second"])
+def test_each_of_the_keys_lets_in(key: str) -> None:
+    answer, counted = ask("GET", "/v1/echo", ("first", "second"), headers={"authorization": f"bearer {key}"})
+    assert answer.status_code == 200 and counted == [("GET", "/v1/echo", 200)]
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/version"])
+def test_probes_need_no_key(path: str) -> None:
+    assert ask("GET", path, ("first",))[0].status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/openapi.json", "/nothing", "//health", "/health/"])
+def test_everything_else_does(path: str) -> None:
+    assert ask("GET", path, ("first",))[0].status_code == 401
+
+
+async def _chunks(size: int) -> AsyncIterator[bytes]:
+    for _ in range(size // 100):
+        yield b"x" * 100
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize(("size", "status"), [(LIMIT, 200), (LIMIT + 100, 413)])
+def test_bodies_have_a_limit(size: int, status: int, stated: bool) -> None:
+    answer, _ = ask("POST", "/v1/echo", content=b"x" * size if stated else _chunks(size))
+    assert answer.status_code == status
+    assert len(answer.content) == size if status == 200 else answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_a_request_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "outrider.access"):
+        answer, _ = ask("POST", "/v1/echo?q=hidden", content=b"secret", headers={"x-request-id": "a-1"})
+    assert answer.headers["x-request-id"] == "a-1"
+    (line,) = caplog.messages
+    assert line.startswith("method=POST route=/v1/echo status=200 seconds=") and line.endswith("request_id=a-1")
+
+
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "a\tb", "é"])
+def test_an_odd_request_id_is_replaced(sent: str) -> None:
+    answer, _ = ask("GET", "/health", headers={"x-request-id": sent.encode()})
+    assert answer.headers["x-request-id"] != sent and len(answer.headers["x-request-id"]) == 32

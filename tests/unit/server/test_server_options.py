@@ -1,0 +1,43 @@
+"""The server's options: each wrong value is refused with its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outrider.errors import OptionError
+from outrider.server.options import ServerOptions
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"port": -1}, "port must be a number from 0 to 65535: -1"),
+        ({"port": "80"}, "port must be a whole number"),
+        ({"max_waiting": -1}, "max_waiting"),
+        ({"max_body_bytes": 0}, "max_body_bytes"),
+        ({"drain_timeout": 0.0}, "drain_timeout"),
+        ({"engine_timeout": float("nan")}, "engine_timeout"),
+        ({"drain_timeout": float("inf")}, "drain_timeout"),
+        ({"root_path": "x"}, "root_path"),
+    ],
+)
+def test_wrong_values(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        ServerOptions(**given)
+
+
+def test_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one\n\n two \n")
+    assert ServerOptions().keys(None) == ()
+    assert ServerOptions(api_key="a").keys("b") == ("a", "b")
+    assert ServerOptions(api_key_file=str(path)).keys(None) == ("one", "two")
+    path.write_text("\n")
+    with pytest.raises(OptionError, match="holds no key"):
+        ServerOptions(api_key_file=str(path)).keys(None)
+    for wrong in ("", "é", "a\nb"):
+        with pytest.raises(OptionError, match="printable ASCII"):
+            ServerOptions(api_key=wrong).keys(None)
