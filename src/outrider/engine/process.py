@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 
 import msgspec
@@ -47,7 +47,6 @@ ALIVE_SECONDS = 0.5
 """Between two signs of life of an engine that has nothing to do."""
 
 WARM_UP_TOKENS = 8
-WARM_UP = "warm-up"
 
 
 def run(options: EngineOptions, address: str) -> None:
@@ -84,10 +83,15 @@ def connected(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Sock
 
 
 def _warm_up(engine: Engine) -> None:
-    """A few tokens first: kernels are compiled, once a machine, or read from their cache, and pages touched."""
-    limit = engine.resolved.runner.max_model_len
-    params = SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True)
-    engine.add(WARM_UP, [0] * min(4, limit - 1), params)
+    """A few tokens first: kernels are compiled, once a machine, or read from their cache, and pages touched.
+
+    One text is greedy, one is sampled in every way there is.
+    """
+    prompt = [0] * min(4, engine.resolved.runner.max_model_len - 1)
+    greedy = SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True)
+    sampled = replace(greedy, temperature=1.0, top_p=0.9, top_k=5, min_p=0.01)
+    for number, params in enumerate((greedy, sampled)):
+        engine.add(f"warm-up-{number}", prompt, params)
     while engine.has_work:
         engine.step()
 

@@ -23,6 +23,9 @@ from outrider.engine.process import EngineProcess, connected
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
 
 
+# A machine's first run compiles kernels, which takes a while: hence two minutes below.
+
+
 class Wire:
     """The client's end."""
 
@@ -34,7 +37,7 @@ class Wire:
         self.socket.send(msgspec.msgpack.encode(message))
 
     def receive(self) -> FromEngine:
-        assert self.socket.poll(20_000), "the engine is silent"
+        assert self.socket.poll(120_000), "the engine is silent"
         return msgspec.msgpack.decode(self.socket.recv(), type=FromEngine)
 
     def until(self, kind: type[Any]) -> Any:
@@ -76,7 +79,7 @@ def wire(path: Path, tmp_path: Path) -> Iterator[Wire]:
         yield wire
     finally:
         wire.send(Quit())
-        thread.join(20)
+        thread.join(120)
         context.destroy(linger=0)
     assert not thread.is_alive()
     assert not engine.has_work
