@@ -1,4 +1,4 @@
-"""What the bundled draft heads are worth at batch 1: P-EAGLE, EAGLE-3 and n-gram at several K, runs in turn.
+"""What the bundled draft heads are worth at batch 1: P-EAGLE and EAGLE-3 at several K, runs in turn.
 
     python benchmarks/drafting_cpu.py
 
@@ -84,11 +84,11 @@ def measure(settings: dict[str, tuple[str, int]], num_prompts: int, max_tokens: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-prompts", type=int, default=24)
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=["peagle", "eagle3", "ngram"])
-    parser.add_argument("-k", "--num-speculative-tokens", nargs="+", type=int, default=[2, 3, 4, 5, 6, 7])
+    parser.add_argument("--methods", nargs="+", default=["peagle", "eagle3"])
+    parser.add_argument("-k", "--num-speculative-tokens", nargs="+", type=int, default=[3, 4, 5, 6, 7])
     options = parser.parse_args()
     settings = {
         f"{method}-{drafts}": (method, drafts)

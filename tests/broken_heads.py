@@ -1,11 +1,13 @@
 """Draft heads run in the ways in which other engines got them wrong. Nothing crashes: only acceptance falls.
 
-Each stands in for a method of `METHODS`, so that a check can be shown to notice it.
+Each stands in for a method of `METHODS`, or is named as `broken_heads:Class`, so that a check can be shown to notice
+it: by name and options it is the right one.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,16 @@ from outrider.tensors import Draft
 def masked(rows: Rows, context: DraftContext) -> Tensor:
     """[rows] bool, which are mask rows."""
     return rows.source == context.batch.input_ids.shape[0]
+
+
+class Healthy(PEagle):
+    """Run as it should be: what shows that the others fail for their fault, and not for standing in."""
+
+
+class NoRerun(PEagle):
+    """Takes what is cached for a prefix as it is, though its last row was made for another next token."""
+
+    rerun: ClassVar[int] = 0
 
 
 class Sequential(PEagle):

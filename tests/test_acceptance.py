@@ -206,17 +206,16 @@ def test_figures_are_printed(
 # The bundled P-EAGLE head, run rightly and wrongly.
 
 HEAD = BUNDLED_HEADS / "peagle"
-needs_head = pytest.mark.skipif(not HEAD.is_dir(), reason=f"there is no {HEAD}")
 
 Check = Callable[..., tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture
 def check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Check:
-    """`accept` with the bundled head, run by a class of `wrong_heads`."""
+    """`accept` with the bundled head, run by a class of `broken_heads`."""
 
     def call(drafter: str, *arguments: str) -> tuple[int, dict[str, Any]]:
-        command = ["accept", "--draft", f"wrong_heads:{drafter}", "-k", "4", "--kv-cache-memory", str(200 << 20)]
+        command = ["accept", "--draft", f"broken_heads:{drafter}", "-k", "4", "--kv-cache-memory", str(200 << 20)]
         monkeypatch.setattr(sys, "argv", ["outrider", *command, *arguments, "--json"])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -235,9 +234,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 # drafter, prompts, first position to fall, cause. A tap one layer off is close to the right one: more prompts show it.
 CONTROLS = {
     "one token at a time": ("Sequential", 48, 1, "collapsed: the parallel head is run one token at a time"),
-    "masks blind to the context": ("BlindMasks", 48, 1, "collapsed: mask rows do not see the context"),
-    "stale features": ("StaleFeatures", 48, 1, "collapsed: mask rows .* stale features of rejected tokens"),
-    "taps off by one": ("ShiftedTaps", 128, None, "every position fell somewhat, .*features tapped a layer off"),
+    "masks blind to the context": ("Blind", 48, 1, "collapsed: mask rows do not see the context"),
+    "stale features": ("Stale", 48, 1, "collapsed: mask rows .* stale features of rejected tokens"),
+    "taps off by one": ("TapsOffByOne", 128, None, "every position fell somewhat, .*features tapped a layer off"),
 }
 
 
@@ -248,7 +247,6 @@ def expectation(check: Check, path: Path, *prompts: str) -> tuple[str, ...]:
     return (*prompts, "--expect", str(path))
 
 
-@needs_head
 def test_a_healthy_head_passes(check: Check, recorded: dict[int, Path]) -> None:
     asked = expectation(check, recorded[48], "--num-prompts", "48")
     code, told = check("Healthy", *asked)
@@ -256,7 +254,6 @@ def test_a_healthy_head_passes(check: Check, recorded: dict[int, Path]) -> None:
     assert told["rates"][0] >= 0.675 and told["acceptance_length"] >= 2.33, "vLLM's own figures for P-EAGLE"
 
 
-@needs_head
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_head_run_wrongly_fails(control: str, check: Check, recorded: dict[int, Path]) -> None:
     drafter, count, first, cause = CONTROLS[control]
@@ -268,7 +265,6 @@ def test_a_head_run_wrongly_fails(control: str, check: Check, recorded: dict[int
     assert re.search(cause, told["suspect"])
 
 
-@needs_head
 @pytest.mark.parametrize("drafter", ["Healthy", "Sequential"])
 def test_the_engine_warns_of_a_head_run_wrongly(
     drafter: str, check: Check, recorded: dict[int, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -276,7 +272,7 @@ def test_the_engine_warns_of_a_head_run_wrongly(
     expectation(check, recorded[48], "--num-prompts", "48")
     head = Path(shutil.copytree(HEAD, tmp_path / "head"))
     shutil.copy(recorded[48], head / "acceptance.json")
-    drafting = {"method": f"wrong_heads:{drafter}", "model": str(head), "num_speculative_tokens": 4}
+    drafting = {"method": f"broken_heads:{drafter}", "model": str(head), "num_speculative_tokens": 4}
     with LLM(speculative_config=drafting, kv_cache_memory=200 << 20) as llm:
         llm.generate(list(read_prompts(HELD_OUT).texts[-64:]), SamplingParams(temperature=0.0, max_tokens=128))
         state = llm.watchdog()
@@ -291,7 +287,6 @@ def test_the_engine_warns_of_a_head_run_wrongly(
         assert "peagle (K=4, temperature 0)" in warning and "run one token at a time" in warning
 
 
-@needs_head
 def test_a_prefix_hit_taken_as_it_is_fails(check: Check, tmp_path: Path) -> None:
     """Whole blocks are shared, and the token after them is not: it is what the last cached row of the head was of.
 

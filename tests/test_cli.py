@@ -14,7 +14,7 @@ from heads import TAPS, head_tensors, tiny_head
 from outrider.cli import main as cli
 from outrider.cli.common import Drafting
 from outrider.draft.registry import FOR_BUNDLED, names_head
-from outrider.load.hub import BUNDLED, BUNDLED_HEADS
+from outrider.load.hub import BUNDLED
 
 SHORT = ["--max-tokens", "12"]
 
@@ -107,8 +107,7 @@ def test_generate_says_how_it_drafts(outrider: Any, tiny: Callable[..., Path]) -
 
 
 def test_the_bundled_model_drafts_with_its_own_head(outrider: Any) -> None:
-    has_head = (BUNDLED_HEADS / "peagle").is_dir()
-    assert (FOR_BUNDLED == "peagle") == has_head and FOR_BUNDLED in ("peagle", "ngram")
+    assert FOR_BUNDLED == "peagle"
     _, out, _ = outrider("generate", "--prompt", "import os\n", "--json", *SHORT)
     assert json.loads(out)["method"] == FOR_BUNDLED
     _, out, _ = outrider("explain", "-k", "3", "--json")

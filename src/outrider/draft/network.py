@@ -15,7 +15,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.draft.base import TargetParts
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights
+from outrider.kernels.decoder_layer import LayerStack
 from outrider.kernels.join_input import JOIN_INPUT
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
@@ -24,7 +24,7 @@ from outrider.layers.mlp import GatedMLP
 from outrider.layers.norm import RMSNorm
 from outrider.layers.parameter import Allocator, Weights
 from outrider.load.heads import NUM_TAPS, HeadConfig
-from outrider.models.decoder import DecoderLayer, LayerRun
+from outrider.models.decoder import DecoderLayer, LayerRun, can_fuse, fused_weights
 from outrider.tensors import StepBatch
 
 
@@ -49,8 +49,7 @@ class FirstLayer:
         )
         self.mlp_norm = RMSNorm(width, eps, allocator)
         self.mlp = GatedMLP(width, layer.intermediate_size, layer.mlp_bias, allocator)
-        unbiased = self.attention.out.bias is None and self.mlp.down.bias is None
-        self._fused = unbiased and allocator.device.type in DECODER_LAYER.kernels
+        self._fused = can_fuse(self.attention, self.mlp, allocator.device)
         self._join = JOIN_INPUT.on(allocator.device)
         self._stack: LayerStack | None = None  # this layer on the cache of the last step
         self._stacked: LayerCache | None = None
@@ -74,18 +73,7 @@ class FirstLayer:
         return self.mlp(self.mlp_norm.add(mixed, residual)), residual
 
     def _stack_on(self, cache: LayerCache) -> LayerStack:
-        attention, mlp = self.attention, self.mlp
-        weights = LayerWeights(
-            None,
-            attention.qkv.weight,
-            attention.qkv.bias,
-            attention.q_norm.weight if attention.q_norm else None,
-            attention.k_norm.weight if attention.k_norm else None,
-            attention.out.weight,
-            self.mlp_norm.weight,
-            mlp.gate_up.weight,
-            mlp.down.weight,
-        )
+        attention, weights = self.attention, fused_weights(None, self.attention, self.mlp_norm, self.mlp)
         return LayerStack([weights], [cache], self.mlp_norm.eps, attention.num_heads, attention.head_dim**-0.5)
 
     def weights(self, prefix: str) -> Weights:

@@ -18,7 +18,7 @@ from outrider.draft.none import NoDrafter
 from outrider.draft.peagle import PEagle
 from outrider.errors import OptionError, nearest
 from outrider.load.heads import read_head
-from outrider.load.hub import BUNDLED_HEADS, HEAD_FILES, locate
+from outrider.load.hub import HEAD_FILES, locate
 
 METHODS: dict[str, type[Drafter]] = {method.name: method for method in (NoDrafter, Ngram, Eagle3, PEagle)}
 
@@ -28,7 +28,7 @@ WITHOUT_WEIGHTS = Ngram.name
 NO_DRAFTS = NoDrafter.name
 """The method that drafts nothing: what turns speculation off."""
 
-FOR_BUNDLED = PEagle.name if (BUNDLED_HEADS / PEagle.name / "config.json").is_file() else WITHOUT_WEIGHTS
+FOR_BUNDLED = PEagle.name
 """The method that serves the bundled model where none is named."""
 
 SAID_BY_HEAD = ("model", "parallel_drafting")

@@ -20,6 +20,26 @@ from outrider.models.config import ModelConfig
 from outrider.tensors import StepBatch
 
 
+def can_fuse(attention: Attention, mlp: GatedMLP, device: torch.device) -> bool:
+    """Whether the device has a kernel for a whole layer of these; it knows no biases but those of q, k and v."""
+    return attention.out.bias is None and mlp.down.bias is None and device.type in DECODER_LAYER.kernels
+
+
+def fused_weights(input_norm: RMSNorm | None, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP) -> LayerWeights:
+    """A layer's parameters as that kernel takes them."""
+    return LayerWeights(
+        input_norm.weight if input_norm else None,
+        attention.qkv.weight,
+        attention.qkv.bias,
+        attention.q_norm.weight if attention.q_norm else None,
+        attention.k_norm.weight if attention.k_norm else None,
+        attention.out.weight,
+        mlp_norm.weight,
+        mlp.gate_up.weight,
+        mlp.down.weight,
+    )
+
+
 class DecoderLayer:
     """Attention and MLP, each normalised on the way in and added to the residual stream."""
 
@@ -37,9 +57,7 @@ class DecoderLayer:
         )
         self.mlp_norm = RMSNorm(config.hidden_size, eps, allocator)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias, allocator)
-        unbiased = self.attention.out.bias is None and self.mlp.down.bias is None
-        self.is_fused = unbiased and allocator.device.type in DECODER_LAYER.kernels
-        """Whether the device has a kernel for the whole layer; it knows no biases but those of q, k and v."""
+        self.is_fused = can_fuse(self.attention, self.mlp, allocator.device)
 
     def __call__(self, x: Tensor | None, residual: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
         """[T, H] to be added to the residual stream; `x`, what the layer before gave, is added first, in place."""
@@ -49,18 +67,7 @@ class DecoderLayer:
 
     def fused_weights(self) -> LayerWeights:
         """The parameters as that kernel takes them."""
-        attention, mlp = self.attention, self.mlp
-        return LayerWeights(
-            self.input_norm.weight,
-            attention.qkv.weight,
-            attention.qkv.bias,
-            attention.q_norm.weight if attention.q_norm else None,
-            attention.k_norm.weight if attention.k_norm else None,
-            attention.out.weight,
-            self.mlp_norm.weight,
-            mlp.gate_up.weight,
-            mlp.down.weight,
-        )
+        return fused_weights(self.input_norm, self.attention, self.mlp_norm, self.mlp)
 
     def weights(self, prefix: str) -> Weights:
         return (
