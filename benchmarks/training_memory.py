@@ -3,8 +3,9 @@
     python benchmarks/training_memory.py --out docs/training_memory
     python benchmarks/training_memory.py --device cpu --lengths 256 512 --speed-length 256 --speed-tokens 512 --steps 4
 
-Writes OUT.json, and OUT.svg where matplotlib is installed. The target is the bundled model with its positions raised:
-cost does not depend on what it says. Speed is that of many rows of one length; memory that of a step of one row.
+Writes OUT.json, row by row, and OUT.svg where matplotlib is installed. The target is the bundled model with its
+positions raised: cost does not depend on what it says. Speed is that of many rows of one length; memory that of a step
+of one row.
 """
 
 from __future__ import annotations
@@ -106,25 +107,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
-    shared = {"device": options.device, "steps": options.steps, "compile": options.compile}
-    speed, memory = [], []
+    shared: dict[str, Any] = {"device": options.device, "steps": options.steps, "compile": options.compile}
+    result = {**provenance(torch.device(options.device)), "speed": [], "memory": []}
+
+    def add(kind: str, row: dict[str, Any]) -> None:
+        result[kind].append(row)
+        options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         target = stretched(folder, max(*options.lengths, options.speed_length))
         for method in sorted(OBJECTIVES):
-            speed.append(measure(folder, target, method, options.speed_length, options.speed_tokens, **shared))
+            add("speed", measure(folder, target, method, options.speed_length, options.speed_tokens, **shared))
         shared["steps"] = 2
-        for method, objective in sorted(OBJECTIVES.items()):
+        for method, objective in sorted(OBJECTIVES.items(), reverse=True):
             for partitions in options.partitions if objective.parallel else [1]:
                 for length in options.lengths:
-                    memory.append(measure(folder, target, method, length, length, partitions=partitions, **shared))
-    result = {**provenance(torch.device(options.device)), "speed": speed, "memory": memory}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+                    add("memory", measure(folder, target, method, length, length, partitions=partitions, **shared))
     if find_spec("matplotlib") is None:
         print(f"no plot: matplotlib is not installed; the figures are in {options.out.with_suffix('.json')}")
     else:
-        plot(memory, options.out.with_suffix(".svg"))
+        plot(result["memory"], options.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -146,12 +146,16 @@ def gradients(objective: Objective, batch: Batch, truth: Truth) -> tuple[dict[st
     return found, sums
 
 
+@pytest.mark.parametrize("unreached_weight", [1.0, 0.25])
 @pytest.mark.parametrize("num_segments", [2, 3, 6])
-def test_partitioned_gradients_are_the_unpartitioned_ones(target: Path, num_segments: int) -> None:
+def test_partitioned_gradients_are_the_unpartitioned_ones(
+    target: Path, num_segments: int, unreached_weight: float
+) -> None:
     results = []
     for partitions in (1, num_segments):
         method = PEagle.name
-        objective, teacher = objective_of(method, target, stratum=4, partitions=partitions, num_layers=2)
+        options = {"partitions": partitions, "unreached_weight": unreached_weight}
+        objective, teacher = objective_of(method, target, stratum=4, num_layers=2, **options)
         objective.head.double()
         objective._rope = objective._rope.double()
         batch = two_documents()
@@ -190,6 +194,27 @@ def test_gradients_are_those_of_the_plain_loss(target: Path, method: str) -> Non
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-12, rtol=1e-8, msg=name)
+
+
+def test_drafts_behind_a_wrong_one_weigh_as_told(target: Path) -> None:
+    objective, teacher = objective_of(PEagle.name, target, num_layers=1, unreached_weight=0.25)
+    batch = two_documents()
+    truth = teacher.truth(batch, None)
+    elements = objective.elements(batch, truth, torch.rand(batch.tokens.shape))
+    index = torch.arange(elements.start[-1])
+    right = torch.rand(elements.anchor.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    objective.agreement = lambda *_: right  # type: ignore[method-assign]
+    share = objective.share(torch.empty(0), truth, elements, index)
+    assert share is not None
+    for row in range(len(right)):
+        wrong = set()
+        for anchor, depth, agrees, found in zip(
+            *(x[row].tolist() for x in (elements.anchor, elements.depth, right, share)), strict=True
+        ):
+            assert found == (0.25 if anchor in wrong else 1.0), (row, anchor, depth)
+            if not agrees:
+                wrong.add(anchor)
+    assert {0.25, 1.0} <= set(share.flatten().tolist())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -596,7 +621,14 @@ def test_wrong_options_are_named_before_the_first_step(target: Path, tmp_path: P
 
 
 def test_wrong_values_are_named() -> None:
-    for wrong in ({"steps": 0}, {"lr": 0.0}, {"keep_rate": 1.5}, {"lr_decay": "step"}, {"generate_only": True}):
+    for wrong in (
+        {"steps": 0},
+        {"lr": 0.0},
+        {"keep_rate": 1.5},
+        {"unreached_weight": 1.5},
+        {"lr_decay": "step"},
+        {"generate_only": True},
+    ):
         with pytest.raises(OptionError, match=next(iter(wrong))):
             TrainOptions(**wrong)  # type: ignore[arg-type]
 

@@ -72,10 +72,22 @@ class Objective(ABC):
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss of elements `index` [N], whose streams are `hidden` [B, N, H], and its sums [3, depths]."""
         depth, trained = elements.depth[:, index].flatten(), elements.trained[:, index].flatten()
-        scale = weights[depth] * trained
         normed = self.head.norm(hidden).flatten(0, 1)
         weight, row = self.head.lm_head.weight, elements.row[:, index].flatten()
+        share = self.share(normed, truth, elements, index)
+        scale = weights[depth] * trained * (1 if share is None else share.flatten())
         total, divergence, agrees = self._divergence(normed, weight, truth.logits, row, scale)
         counted = torch.stack((divergence * trained, (agrees & trained).to(divergence), trained.to(divergence)))
         sums = torch.zeros(3, self.num_depths, dtype=divergence.dtype, device=divergence.device)
         return total, sums.index_add_(1, depth, counted)
+
+    def share(self, normed: Tensor, truth: Truth, elements: Elements, index: Tensor) -> Tensor | None:
+        """[B, N] further weights of elements `index`, whose normed streams are `normed` [B * N, H]; None: 1 each."""
+        return None
+
+    @torch.no_grad()
+    def agreement(self, normed: Tensor, truth: Truth, elements: Elements, index: Tensor) -> Tensor:
+        """[B, N] bool, whether the most likely tokens of draft and target are the same."""
+        row = elements.row[:, index]
+        weight, scale = self.head.lm_head.weight, torch.zeros_like(row.flatten(), dtype=normed.dtype)
+        return self._divergence(normed, weight, truth.logits, row.flatten(), scale)[2].view_as(row)

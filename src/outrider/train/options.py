@@ -60,6 +60,9 @@ class TrainOptions:
     mask_token_id: int | None = option(None, "parallel heads: token of undrafted places; left out: <|mask|>")
     k_train: int = option(8, "parallel heads: depths trained, more than K")
     keep_rate: float = option(0.8, "parallel heads: share of a depth's elements that the next one keeps")
+    unreached_weight: float = option(
+        1.0, "parallel heads: weight of the loss of drafts behind a wrong one, which no verifier comes to"
+    )
     partitions: int = option(1, "parallel heads: segments a row is run in, to save memory")
     ttt_steps: int = option(7, "sequential heads: steps of the training-time test")
     step_decay: float = option(0.8, "sequential heads: weight of a step's loss beside the last one's")
@@ -93,6 +96,8 @@ class TrainOptions:
         for name in ("keep_rate", "step_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise OptionError(f"{name} must be in (0, 1]: {getattr(self, name)}")
+        if not 0 <= self.unreached_weight <= 1:
+            raise OptionError(f"unreached_weight must be in [0, 1]: {self.unreached_weight}")
         choices = {"lr_decay": DECAYS, "layer_type": LAYER_TYPES, "dtype": EXPORT_DTYPES, "optimizer": OPTIMIZERS}
         for name, known in choices.items():
             value = getattr(self, name)

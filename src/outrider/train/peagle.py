@@ -87,6 +87,19 @@ class PEagle(Objective):
             sums.append(counted)
         return torch.stack(sums).sum(0)
 
+    def share(self, normed: Tensor, truth: Truth, elements: Elements, index: Tensor) -> Tensor | None:
+        """`unreached_weight` for the drafts that no verifier would come to: an earlier one of their anchor is wrong."""
+        if self._options.unreached_weight == 1:
+            return None
+        right = self.agreement(normed, truth, elements, index)
+        anchor, depth = elements.anchor[:, index], elements.depth[:, index]
+        num_rows, length = truth.drafted.shape
+        at = depth * length + anchor
+        table = torch.ones(num_rows, self.num_depths * length, dtype=torch.int64, device=at.device)
+        chains = table.scatter(1, at, right.long()).view(num_rows, self.num_depths, length).cumprod(1).flatten(1)
+        reached = (depth == 0) | chains.gather(1, (at - length).clamp(min=0)).bool()
+        return torch.where(reached, 1.0, self._options.unreached_weight)
+
     def _segment(
         self, batch: Batch, truth: Truth, elements: Elements, weights: Tensor, segment: _Segment
     ) -> tuple[Tensor, Tensor]:
