@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from outrider.kernels import _amx, activation, attention, linear, norm, rope
-from outrider.kernels._decoder_layer import layers_kernel, whole
+from outrider.kernels._decoder_layer import whole
+from outrider.kernels._layer_stack import layers_kernel
 from outrider.kernels._numba import BFLOAT16, CACHES, KIND, LANES
 from outrider.kernels._threads import num_threads
 from outrider.kernels.op import Example, Op
