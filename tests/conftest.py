@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ import pytest
 import torch
 
 import checkpoints
+
+SERVING = ("fastapi", "httpx", "msgspec", "openai", "prometheus_client", "uvicorn", "zmq")
+LACKING = [name for name in SERVING if find_spec(name) is None]
+NEED_SERVING = ("test_server*.py", "test_*_api.py", "test_playground.py", "test_serving*.py", "test_manners.py")
+collect_ignore_glob = [*NEED_SERVING, "unit/server/*", "unit/engine/test_engine_process.py"] if LACKING else []
+
+
+def pytest_report_header() -> list[str]:
+    """A machine that runs the `gpu` tests need not be able to serve."""
+    return [f"the server's tests are left out: {', '.join(LACKING)} not installed"] if LACKING else []
 
 
 def pytest_configure() -> None:
