@@ -88,7 +88,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         line = [row for row in rows if (row["method"], row["partitions"]) == (method, partitions)]
         label = method if partitions == 1 else f"{method}, {partitions} partitions"
         axes.plot([row["max_length"] for row in line], [row["peak_memory"] / MIB for row in line], "o-", label=label)
+    lengths = sorted({row["max_length"] for row in rows})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_xlabel("sequence length (tokens), one row a step")
     axes.set_ylabel("peak memory (MiB)")
     axes.grid(alpha=0.3)
