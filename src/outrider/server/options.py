@@ -11,6 +11,9 @@ from outrider.errors import OptionError
 OPEN_PATHS = frozenset({"/health", "/version", "/metrics"})
 """What needs no API key: a probe has none."""
 
+TOOL_CALL_PARSERS = ("hermes", "llama")
+REASONING_PARSERS = ("think",)
+
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
@@ -26,6 +29,12 @@ class ServerOptions:
     drain_timeout: float = option(60.0, "seconds that requests under way have to end after SIGTERM")
     engine_timeout: float = option(120.0, "seconds without a sign of life after which the engine counts as hung")
     root_path: str = option("", "path under which a proxy shows the server")
+    tool_call_parser: str | None = option(
+        None, "how the model writes tool calls, hermes or llama; left out: as its chat template does, if that is clear"
+    )
+    reasoning_parser: str | None = option(
+        None, "think: tell what the model writes in <think> tags apart from its answer"
+    )
 
     def __post_init__(self) -> None:
         for name, value, wanted in wrong_types(self):
@@ -39,6 +48,10 @@ class ServerOptions:
         for name in ("drain_timeout", "engine_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise OptionError(f"{name} must be a number of seconds above 0: {getattr(self, name)}")
+        for name, known in (("tool_call_parser", TOOL_CALL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise OptionError(f"{name} must be {' or '.join(known)}: {value!r}")
         if self.root_path and not self.root_path.startswith("/"):
             raise OptionError(f"root_path must begin with a slash: {self.root_path!r}")
 
