@@ -100,8 +100,9 @@ class Dialect:
         """The name of the parser of calls; None: requests with tools are refused."""
         self.reasons = reasoning_parser is not None
         """Whether reasoning is told apart."""
-        vocabulary = tokenizer.wrapped.get_vocab()
-        self._closing_token: int | None = vocabulary.get(CLOSE)
+        added = tokenizer.wrapped.added_tokens_decoder.values()
+        self._special = frozenset(token.content for token in added if token.special)
+        self._closing_token: int | None = tokenizer.wrapped.get_vocab().get(CLOSE)
 
     def _rendered(self, messages: Sequence[dict[str, Any]], **more: Any) -> str:
         """What the template writes; nothing where it refuses."""
@@ -151,8 +152,7 @@ class Dialect:
         tags: tuple[str, ...] = TAGS if self.reasons else ()
         if with_tools and self.tool_call_parser is not None:
             tags += PARSERS[self.tool_call_parser].tags
-        special = {token.content for token in self._tokenizer.wrapped.added_tokens_decoder.values() if token.special}
-        return next((tag for tag in tags if tag in special), None)
+        return next((tag for tag in tags if tag in self._special), None)
 
     def reply(self, prompt: Sequence[int], tool_names: Collection[str], most_calls: int | None) -> ReplyParser:
         """What reads a completion of this prompt; with no tools, no calls are looked for."""
