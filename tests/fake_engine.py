@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from outrider.core.output import FinishReason
+from outrider.core.request import Request
 from outrider.engine.messages import Delta, Facts
 from outrider.errors import EngineDeadError
 from outrider.server.app import build
@@ -87,8 +88,10 @@ class FakeClient:
         """Tokens a step."""
         self.fails_after: int | None = None
         """Steps after which the engine dies."""
+        self.asked: list[Request] = []
+        """Every completion it was to write, newest last."""
         self.prompts: list[str] = []
-        """What it was asked, special tokens included, newest last."""
+        """Their prompts as text, special tokens included."""
 
     @property
     def num_under_way(self) -> int:
@@ -110,6 +113,7 @@ class FakeClient:
         eos = tokenizer.wrapped.eos_token_id
         for number, completion in enumerate(generation.completions):
             request = completion.request
+            self.asked.append(request)
             self.prompts.append(tokenizer.decode(request.prompt, skip_special_tokens=False))
             said = self.says[min(number, len(self.says) - 1)]
             tokens = [*tokenizer.wrapped.encode(said, add_special_tokens=False), eos]

@@ -339,6 +339,31 @@ def test_token_ids_of_a_stream_with_calls(hermes: Fake) -> None:
     assert ids == whole.token_ids and len(ids) == len(says.encode()) + 1
 
 
+def test_completions_through_the_openai_package(hermes: Fake) -> None:
+    hermes.engine.says, hermes.engine.fails_after = ["One STOP", "Two STOP"], None
+    hermes.engine.asked.clear()
+    asked: dict[str, Any] = {"model": "fake", "prompt": "Count: ", "n": 2, "seed": 7, "stop": "STOP", "echo": True}
+    whole = hermes.client.completions.create(**asked)
+    assert [choice.text for choice in whole.choices] == ["Count: One ", "Count: Two "]
+    assert [choice.finish_reason for choice in whole.choices] == ["stop", "stop"]
+    first, second = (request.sampling for request in hermes.engine.asked)
+    assert (first.seed, second.seed) == (7, 8), "as offline"
+    texts = ["", ""]
+    *chunks, last = hermes.client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in whole.choices] and all(chunk.usage is None for chunk in chunks)
+    assert last.choices == [] and last.usage == whole.usage
+    assert [request.sampling for request in hermes.engine.asked] == [first, second] * 2
+
+
+def test_a_seed_is_the_request_s(hermes: Fake) -> None:
+    hermes.engine.asked.clear()
+    hermes.chat("x", seed=11, temperature=0.3, top_p=0.8)
+    (request,) = hermes.engine.asked
+    assert (request.sampling.seed, request.sampling.temperature, request.sampling.top_p) == (11, 0.3, 0.8)
+
+
 def test_an_engine_that_dies_ends_a_stream_with_an_error(hermes: Fake) -> None:
     hermes.engine.says, hermes.engine.fails_after, hermes.engine.step = ["Hello there"], 2, 3
     with pytest.raises(openai.APIError, match="cannot be finished"):
@@ -347,12 +372,17 @@ def test_an_engine_that_dies_ends_a_stream_with_an_error(hermes: Fake) -> None:
 
 
 PLAIN = "{% for message in messages %}{{ message.role + message.content }}{% endfor %}"
+EMPTY_REASONING = HERMES_TEMPLATE.replace(
+    "{{- '<|' + message.role + '|>' }}",
+    "{{- '<|' + message.role + '|>' }}{% if message.tool_calls %}<think>\n\n</think>\n\n{% endif %}",
+)
 XML = HERMES_TEMPLATE.replace('{"name": "{{', "<function={{")
 
 
 def test_which_parser_fits_is_read_off_the_template(tmp_path_factory: pytest.TempPathFactory) -> None:
     for template, parser in (
         (HERMES_TEMPLATE, "hermes"),
+        (EMPTY_REASONING, "hermes"),
         (LLAMA_TEMPLATE, "llama"),
         (PLAIN, None),
         (XML, None),

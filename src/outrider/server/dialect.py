@@ -122,8 +122,8 @@ class Dialect:
         if not (self._shows_tools and self._shows_calls and called.startswith(asked)):
             return None
         for name in TOOL_CALL_PARSERS:
-            parser = PARSERS[name]([_NAME])
-            found = parser.feed(called.removeprefix(asked)) + parser.finish()
+            parser = ReplyParser(ThinkParser(), PARSERS[name]([_NAME]))  # Qwen3's writes empty reasoning before a call
+            found = parser.feed(called.removeprefix(asked), finished=True)
             if found and isinstance(found[0], ToolCall):
                 return name
         return None

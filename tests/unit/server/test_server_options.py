@@ -22,6 +22,8 @@ from outrider.server.options import ServerOptions
         ({"engine_timeout": float("nan")}, "engine_timeout"),
         ({"drain_timeout": float("inf")}, "drain_timeout"),
         ({"root_path": "x"}, "root_path"),
+        ({"tool_call_parser": "xml"}, "tool_call_parser must be hermes or llama: 'xml'"),
+        ({"reasoning_parser": ""}, "reasoning_parser must be think: ''"),
     ],
 )
 def test_wrong_values(given: dict[str, Any], said: str) -> None:
