@@ -60,6 +60,7 @@ HERMES: dict[str, tuple[str, list[Part]]] = {
     ),
     "other-order": ('<tool_call>{"arguments": {}, "name": "f"}</tool_call>', [ToolCall("f", "{}")]),
     "unicode": ('<tool_call>{"name": "f", "arguments": {"a": "né"}}</tool_call>', [ToolCall("f", '{"a": "né"}')]),
+    "backslash": (hermes('{"name": "f", "arguments": {"a": "C:\\\\"}}'), [ToolCall("f", '{"a": "C:\\\\"}')]),
     "after-a-bad-one": (f"<tool_call>oops {hermes(GOOD)}", ["<tool_call>oops", WEATHER]),
     "inside-a-bad-one": (f'<tool_call>{{"name": {hermes(GOOD)}', ['<tool_call>{"name": ', WEATHER]),
 }
@@ -76,6 +77,7 @@ MALFORMED = {
     "trailing-comma": hermes('{"name": "f", "arguments": {"a": 1,}}'),
     "nan": hermes('{"name": "f", "arguments": {"a": NaN}}'),
     "single-quotes": hermes("{'name': 'f', 'arguments': {}}"),
+    "open-string": hermes('{"name": "f", "arguments": {"a": "x}}'),
     "line-in-a-string": hermes('{"name": "f", "arguments": {"a": "x\ny"}}'),
     "crossed-brackets": hermes('{"name": "f", "arguments": {"a": [1}]}'),
     "half-a-surrogate": hermes('{"name": "f", "arguments": {"a": "\\ud800"}}'),
