@@ -98,6 +98,9 @@ class FakeClient:
         """Completions that run."""
         return len(self._tasks)
 
+    def check_alive(self) -> None:
+        """It lives, until a test has it fail."""
+
     async def run(self, generation: Generation) -> None:
         """Begins to write."""
         self._tasks[generation] = asyncio.get_running_loop().create_task(self._write(generation))

@@ -228,6 +228,17 @@ def test_llama_calls(llama: Fake) -> None:
     assert refused.value.param == "skip_special_tokens"
 
 
+def test_tags_that_are_special_tokens_are_read(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tags = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+    path = write_tokenizer(tmp_path_factory.mktemp("special"), HERMES_TEMPLATE, tags)
+    with fake_server(path, None, "think") as made:
+        fake = Fake(*made)
+        answer = fake.chat(f"<think>Hm.</think>{CALL}", tools=TOOLS)
+        message = answer.choices[0].message
+        assert message.reasoning == "Hm." and names_and_arguments(message) == [("get_weather", {"city": "Zürich"})]
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 1 + len("Hm.") + 1
+
+
 def assistant(**call: Any) -> Any:
     return {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", **call}]}
 

@@ -101,15 +101,26 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Made]) -> Made
     return await _first(asyncio.ensure_future(work), request.receive)
 
 
+def _error_event(error: Exception) -> bytes:
+    return event(describe(error)[1])
+
+
 class EventStream(Response):
     """Server-sent events. They end when the client has gone; `closed` is called whatever happens."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], closed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        closed: Callable[[], None],
+        failed: Callable[[Exception], bytes] | None = None,
+    ) -> None:
+        """`failed`: the last event, if something goes wrong; left out, the error as OpenAI writes one."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._closed = events, closed
+        self._failed = failed or _error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends them as they come. An error becomes the last event: the status has been sent by then."""
@@ -127,6 +138,6 @@ class EventStream(Response):
             async for chunk in self._events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:
-            chunk = event(describe(error)[1])
+            chunk = self._failed(error)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -47,7 +47,7 @@ async def respond(service: Service, request: Request) -> Response:
         service.client.abort(generation)
 
     if asked.stream:
-        return EventStream(_streamed(answer, generation), closed)
+        return EventStream(_streamed(answer, generation), closed, answer.failed)
     try:
         await unless_gone(request, drained(generation))
     finally:
@@ -92,6 +92,7 @@ class _Answer:
         self._record, self._service, self._generation, self._reply = record, service, generation, reply
         self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the last item, while text may be added to it
+        self._num_told = 0  # events
 
     def begun(self) -> Iterator[Event]:
         """What a stream begins with."""
@@ -115,11 +116,20 @@ class _Answer:
         response = {**self._record, **ending, "output": self._items, "usage": self._usage()}
         yield {"type": f"response.{response['status']}", "response": response}
 
-    def failed(self, error: Exception) -> Event:
-        """The last event of a stream that ended badly."""
+    def failed(self, error: Exception) -> bytes:
+        """What a stream ends with if it ends badly."""
         told = {"code": "server_error", "message": describe(error)[1]["error"]["message"]}
         response = {**self._record, "status": "failed", "error": told, "output": self._items}
-        return {"type": "response.failed", "response": response}
+        return self.told([{"type": "response.failed", "response": response}])
+
+    def told(self, events: Iterable[Event]) -> bytes:
+        """Events as they are sent, each with its name and number."""
+        lines = []
+        for one in events:
+            numbered = {**one, "sequence_number": self._num_told}
+            lines.append(f"event: {one['type']}\n".encode() + event(numbered))
+            self._num_told += 1
+        return b"".join(lines)
 
     def whole(self) -> dict[str, Any]:
         """The response of a generation that has ended."""
@@ -205,21 +215,8 @@ class _Answer:
 
 
 async def _streamed(answer: _Answer, generation: Generation) -> AsyncGenerator[bytes, None]:
-    count = 0
-
-    def told(events: Iterable[Event]) -> bytes:
-        nonlocal count
-        lines = []
-        for one in events:
-            lines.append(f"event: {one['type']}\n".encode() + event({**one, "sequence_number": count}))
-            count += 1
-        return b"".join(lines)
-
-    try:
-        yield told(answer.begun())
-        async for gain in generation.gains():
-            if lines := told(answer.gained(gain.text, gain.finish_reason is not None)):
-                yield lines
-        yield told(answer.ended())
-    except Exception as error:
-        yield told([answer.failed(error)])
+    yield answer.told(answer.begun())
+    async for gain in generation.gains():
+        if lines := answer.told(answer.gained(gain.text, gain.finish_reason is not None)):
+            yield lines
+    yield answer.told(answer.ended())

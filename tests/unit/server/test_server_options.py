@@ -16,14 +16,14 @@ from outrider.server.options import ServerOptions
     [
         ({"port": -1}, "port must be a number from 0 to 65535: -1"),
         ({"port": "80"}, "port must be a whole number"),
+        ({"tool_call_parser": "xml"}, "tool_call_parser must be hermes or llama: 'xml'"),
+        ({"reasoning_parser": ""}, "reasoning_parser must be think: ''"),
         ({"max_waiting": -1}, "max_waiting"),
         ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"drain_timeout": 0.0}, "drain_timeout"),
         ({"engine_timeout": float("nan")}, "engine_timeout"),
         ({"drain_timeout": float("inf")}, "drain_timeout"),
         ({"root_path": "x"}, "root_path"),
-        ({"tool_call_parser": "xml"}, "tool_call_parser must be hermes or llama: 'xml'"),
-        ({"reasoning_parser": ""}, "reasoning_parser must be think: ''"),
     ],
 )
 def test_wrong_values(given: dict[str, Any], said: str) -> None:
