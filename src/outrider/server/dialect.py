@@ -119,8 +119,6 @@ class Dialect:
     def _inferred(self, called: str) -> str | None:
         """The parser that reads back the call which the template wrote, if one does."""
         asked = self._rendered([_USER], add_generation_prompt=True)
-        if not (self._shows_tools and self._shows_calls and called.startswith(asked)):
-            return None
         for name in TOOL_CALL_PARSERS:
             parser = ReplyParser(ThinkParser(), PARSERS[name]([_NAME]))  # Qwen3's writes empty reasoning before a call
             found = parser.feed(called.removeprefix(asked), finished=True)
