@@ -76,6 +76,10 @@ def error_response(error: Exception) -> Response:
     return json_response(record, status, headers)
 
 
+def _error_event(error: Exception) -> bytes:
+    return event(describe(error)[1])
+
+
 async def _gone(receive: Receive) -> None:
     """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
@@ -101,10 +105,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Made]) -> Made
     return await _first(asyncio.ensure_future(work), request.receive)
 
 
-def _error_event(error: Exception) -> bytes:
-    return event(describe(error)[1])
-
-
 class EventStream(Response):
     """Server-sent events. They end when the client has gone; `closed` is called whatever happens."""
 
@@ -117,10 +117,10 @@ class EventStream(Response):
         failed: Callable[[Exception], bytes] | None = None,
     ) -> None:
         """`failed`: the last event, if something goes wrong; left out, the error as OpenAI writes one."""
+        self._failed = failed or _error_event
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._closed = events, closed
-        self._failed = failed or _error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends them as they come. An error becomes the last event: the status has been sent by then."""
