@@ -247,6 +247,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "empty-input": ({"input": []}, "input", "not empty"),
     "item": ({"input": [5]}, "input.0", "5"),
     "item-type": ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "item_reference"),
+    "item-type-list": ({"input": [{"type": ["message"]}]}, "input.0", "['message']"),
     "item-field": ({"input": [{"role": "user", "content": "x", "name": "b"}]}, "input.0", "name"),
     "role": ({"input": [{"role": "robot", "content": "x"}]}, "input", "robot"),
     "image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0", "only text"),

@@ -94,7 +94,7 @@ class ResponsesRequest(Sampling):
 def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
     """Adds an item: reasoning, text and calls of one answer are items of their own here, and one message there."""
     kind = item.get("type", "message") if isinstance(item, dict) else None
-    if not isinstance(item, dict) or kind not in _INSIDE:
+    if not isinstance(item, dict) or not isinstance(kind, str) or kind not in _INSIDE:
         shown = shortened(repr(kind if isinstance(item, dict) else item))
         raise PromptError(f"an item of input must be of type {', '.join(_INSIDE)}: {shown}", where)
     for name, value in item.items():
