@@ -211,7 +211,7 @@ class HermesParser(ToolCallParser):
 
 
 class LlamaParser(ToolCallParser):
-    """`{"name": ..., "parameters": {...}}` as the whole of an answer: Llama 3.1 and later.
+    """`{"name": ..., "parameters": {...}}` as the whole of an answer: Llama 3.1 and 3.2.
 
     `<|python_tag|>` may stand before it, and further calls may follow, with or without a semicolon between.
     """
