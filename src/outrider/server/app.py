@@ -13,11 +13,12 @@ from starlette.responses import Response
 
 from outrider import __version__
 from outrider.errors import FieldError
-from outrider.server import completions
+from outrider.server import chat, completions, responses_api
 from outrider.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from outrider.server.guard import Guard
 from outrider.server.metrics import CONTENT_TYPE
 from outrider.server.responses import error_record, error_response, json_response
+from outrider.server.responses_fields import ResponsesRequest
 from outrider.server.service import Service
 
 Answer = Callable[[Service, Request], Awaitable[Response]]
@@ -37,7 +38,8 @@ def build(service: Service, keys: Sequence[str], max_body_bytes: int, root_path:
     app.add_exception_handler(HTTPException, _failed)
     posts: tuple[tuple[str, Answer, type[BaseModel]], ...] = (
         ("/v1/completions", completions.complete, CompletionRequest),
-        ("/v1/chat/completions", completions.chat, ChatRequest),
+        ("/v1/chat/completions", chat.chat, ChatRequest),
+        ("/v1/responses", responses_api.respond, ResponsesRequest),
         ("/tokenize", _tokenize, TokenizeRequest),
         ("/detokenize", _detokenize, DetokenizeRequest),
     )

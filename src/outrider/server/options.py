@@ -8,6 +8,9 @@ from pathlib import Path
 from outrider.core.option import option, wrong_types
 from outrider.errors import OptionError
 
+TOOL_CALL_PARSERS = ("hermes", "llama")
+REASONING_PARSERS = ("think",)
+
 OPEN_PATHS = frozenset({"/health", "/version", "/metrics"})
 """What needs no API key: a probe has none."""
 
@@ -19,6 +22,12 @@ class ServerOptions:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every one the machine has")
     port: int = option(8000, "port to listen on; 0 takes a free one and says which")
     served_model_name: str | None = option(None, "name of the model to clients; left out: that of its directory")
+    tool_call_parser: str | None = option(
+        None, "how the model writes tool calls, hermes or llama; left out: as its chat template does, if that is clear"
+    )
+    reasoning_parser: str | None = option(
+        None, "think: tell what the model writes in <think> tags apart from its answer"
+    )
     api_key: str | None = option(None, "key that clients must send; OUTRIDER_API_KEY and --api-key-file hide it better")
     api_key_file: str | None = option(None, "file of keys, one a line; each of them lets a client in")
     max_waiting: int = option(256, "completions that may wait for a place to run; more are told to come back (429)")
@@ -32,6 +41,10 @@ class ServerOptions:
             raise OptionError(f"{name} must be {wanted}: {value!r}")
         if not 0 <= self.port <= 65535:
             raise OptionError(f"port must be a number from 0 to 65535: {self.port}")
+        for name, known in (("tool_call_parser", TOOL_CALL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise OptionError(f"{name} must be {' or '.join(known)}: {value!r}")
         if self.max_waiting < 0:
             raise OptionError(f"max_waiting must be a whole number of 0 or more: {self.max_waiting}")
         if self.max_body_bytes < 1:

@@ -76,6 +76,10 @@ def error_response(error: Exception) -> Response:
     return json_response(record, status, headers)
 
 
+def _error_event(error: Exception) -> bytes:
+    return event(describe(error)[1])
+
+
 async def _gone(receive: Receive) -> None:
     """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
@@ -106,7 +110,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], closed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        closed: Callable[[], None],
+        failed: Callable[[Exception], bytes] | None = None,
+    ) -> None:
+        """`failed`: the last event, if something goes wrong; left out, the error as OpenAI writes one."""
+        self._failed = failed or _error_event
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._closed = events, closed
@@ -127,6 +138,6 @@ class EventStream(Response):
             async for chunk in self._events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:
-            chunk = event(describe(error)[1])
+            chunk = self._failed(error)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -73,7 +73,8 @@ async def _serve(
     for end in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(end, stopped.set)
     try:
-        started: asyncio.Future[Any] = asyncio.gather(client.start(), asyncio.to_thread(Texts, directory))
+        loading = asyncio.to_thread(Texts, directory, options.tool_call_parser, options.reasoning_parser)
+        started: asyncio.Future[Any] = asyncio.gather(client.start(), loading)
         waiting: asyncio.Future[Any] = loop.create_task(stopped.wait())
         await asyncio.wait({started, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()

@@ -14,7 +14,7 @@ from outrider.engine.messages import Facts
 from outrider.engine.prompts import check_stop_ids, check_token_ids
 from outrider.errors import EngineDeadError, InputError, OverloadError
 from outrider.server.client import EngineClient
-from outrider.server.fields import Sampled, shortened
+from outrider.server.fields import Sampling, shortened
 from outrider.server.generation import Generation
 from outrider.server.metrics import Metrics
 from outrider.server.text import Texts
@@ -42,7 +42,7 @@ class Service:
         if name is not None and name != self.model_name:
             raise HTTPException(404, f"the model {shortened(name)!r} does not exist: this server has {self.model_name}")
 
-    async def begin(self, asked: Sampled, prompts: Awaitable[Prompts], params: SamplingParams) -> Generation:
+    async def begin(self, asked: Sampling, prompts: Awaitable[Prompts], params: SamplingParams) -> Generation:
         """Queues a request's completions. `prompts` is awaited only if there may be room.
 
         Raises OverloadError, InputError as the engine does, EngineDeadError.

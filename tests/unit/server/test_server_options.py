@@ -16,6 +16,8 @@ from outrider.server.options import ServerOptions
     [
         ({"port": -1}, "port must be a number from 0 to 65535: -1"),
         ({"port": "80"}, "port must be a whole number"),
+        ({"tool_call_parser": "xml"}, "tool_call_parser must be hermes or llama: 'xml'"),
+        ({"reasoning_parser": ""}, "reasoning_parser must be think: ''"),
         ({"max_waiting": -1}, "max_waiting"),
         ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"drain_timeout": 0.0}, "drain_timeout"),
