@@ -156,15 +156,32 @@ async def _drained(generation: Generation) -> None:
         pass
 
 
+def _told_of_tokens(gain: Gain, generation: Generation) -> dict[str, Any]:
+    """Where each token came from, when they came, and how the completion's drafts have fared up to here."""
+    tokens = [
+        {
+            "id": piece.token_id,
+            "text": piece.text,
+            "draft_position": 0 if piece.draft_position is None else piece.draft_position + 1,
+        }
+        for piece in gain.pieces
+    ]
+    acceptance = generation.completions[gain.index].request.acceptance.report()
+    return {"tokens": tokens, "seconds": generation.seconds(gain.index), "acceptance": acceptance.to_dict()}
+
+
 async def _events(generation: Generation, form: _Form) -> AsyncGenerator[bytes, None]:
     usage = {"usage": None} if form.asked.includes_usage else {}
     for choice in form.opening(generation):
         yield event({**form.head, "choices": [choice], **usage})
     async for gain in generation.gains():
-        if not (gain.text or gain.finish_reason or form.asked.return_token_ids):
+        if not (gain.text or gain.finish_reason or form.asked.return_token_ids or form.asked.returns_tokens):
             continue  # part of a character, or what may become a stop string
         stop_reason = generation.completions[gain.index].output.stop_reason if gain.finish_reason else None
-        yield event({**form.head, "choices": [form.chunk(gain, stop_reason)], **usage})
+        choice = form.chunk(gain, stop_reason)
+        if form.asked.returns_tokens:
+            choice["speculative"] = _told_of_tokens(gain, generation)
+        yield event({**form.head, "choices": [choice], **usage})
     if form.asked.includes_usage:
         yield event({**form.head, "choices": [], "usage": generation.usage()})
     yield DONE

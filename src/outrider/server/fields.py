@@ -101,6 +101,7 @@ class Speculative(_Record):
 
     enabled: bool = Field(True, description="false: no draft of this request is verified")
     num_speculative_tokens: int | None = Field(None, ge=1, description="most drafts a step, up to the server's")
+    return_tokens: bool = Field(False, description="in a stream, each token's id, text and draft position")
 
     def max_drafts(self, most: int) -> int | None:
         """The engine's limit for it; FieldError for more than the server drafts."""
@@ -153,11 +154,19 @@ class Sampled(_Record):
         """What no field shows by itself."""
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options is for streams: leave it out, or set stream", "stream_options")
+        if self.returns_tokens and not self.stream:
+            where = "speculative.return_tokens"
+            raise FieldError(f"{where} is for streams: leave it out, or set stream", where)
 
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def returns_tokens(self) -> bool:
+        """Whether a stream tells of each token where it came from."""
+        return self.speculative is not None and self.speculative.return_tokens
 
 
 class CompletionRequest(Sampled):
