@@ -131,7 +131,7 @@ function run() {
     const all = deliveries.flatMap((delivery) => delivery.tokens);
     accept(usage.speculative);
     const num_accepted = all.filter((token) => token.draft_position).length;
-    const rounds = usage.speculative.drafts ? `, ${usage.speculative.acceptance_length.toFixed(2)} a round` : "";
+    const rounds = usage.speculative.drafts ? `, ${usage.speculative.acceptance_length.toFixed(2)} tokens a round` : "";
     const pace = perSecond(deliveries);
     say(`${tokens(all.length)}, ${count(num_accepted)} of them accepted drafts${rounds}${pace ? `, ${pace}` : ""}; ended by ${reason}`);
     offerReplay([{ view: views.tokens, deliveries, tick() {} }]);
@@ -253,7 +253,7 @@ function drawChart() {
   const sampled = ["top_p", "top_k", "min_p"].some((name) => $(name).value !== "") && temperature > 0;
   const apart = sampled ? " What is on record was sampled without top_p, top_k and min_p." : "";
   const none = known.length ? `Temperature ${temperature} is not on record; ${known.join(" and ")} ${known.length > 1 ? "are" : "is"}.` : "Nothing is on record for what is served.";
-  $("on-record").textContent = watched ? `On record for temperature ${temperature}, beside the head; of late: the engine’s last 1,024 rounds at it.${apart}` : none;
+  $("on-record").textContent = watched ? `On record for temperature ${temperature}; of late: the engine’s last 1,024 rounds at it.${apart}` : none;
   chart.show({
     positions: page.state.model.num_speculative_tokens,
     run: page.accepted ?? undefined,
