@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -497,3 +498,22 @@ def test_a_hidden_tab_does_not_poll(opened: Callable[..., Page]) -> None:
     assert asked == []
     with page.expect_request("**/playground/state"):
         page.evaluate(hide, False)
+
+
+def test_a_server_that_drafts_nothing(browser: Browser, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", "--draft", "none") as plain:
+        page = browser.new_page()
+        wrong: list[str] = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(plain.url)
+        expect(page.locator("#verdict-drafter")).to_contain_text("none")
+        expect(page.locator("#acceptance")).to_be_hidden()
+        expect(page.locator("#speculate")).to_be_disabled()
+        fill(page, prompt=PROMPT, max_tokens="12")
+        page.click("#run")
+        assert finished(page).inner_text().startswith("12 tokens, all the target’s own")
+        assert not any(token["position"] for token in shown(page))
+        page.click("#race")
+        expect(page.get_by_role("alert")).to_contain_text("this server drafts nothing")
+        page.close()
+        assert wrong == []

@@ -131,9 +131,10 @@ function run() {
     const all = deliveries.flatMap((delivery) => delivery.tokens);
     accept(usage.speculative);
     const num_accepted = all.filter((token) => token.draft_position).length;
-    const rounds = usage.speculative.drafts ? `, ${usage.speculative.acceptance_length.toFixed(2)} tokens a round` : "";
+    const { drafts, acceptance_length: length } = usage.speculative;
+    const fared = drafts ? `, ${count(num_accepted)} of them accepted drafts, ${length.toFixed(2)} tokens a round` : ", all the target’s own";
     const pace = perSecond(deliveries);
-    say(`${tokens(all.length)}, ${count(num_accepted)} of them accepted drafts${rounds}${pace ? `, ${pace}` : ""}; ended by ${reason}`);
+    say(`${tokens(all.length)}${fared}${pace ? `, ${pace}` : ""}; ended by ${reason}`);
     offerReplay([{ view: views.tokens, deliveries, tick() {} }]);
     if (asked !== null) remember(asked, all.map((token) => token.text).join(""));
   });
@@ -330,6 +331,8 @@ function setLimits(drafts) {
   $("speculate").disabled = !drafts;
   $("legend").lastElementChild.hidden = !drafts;
   $("swatches").replaceChildren(...Array.from({ length: Math.min(drafts, LAST_COLOUR + 1) }, (_, index) => swatch(index + 1)));
+  if (drafts > LAST_COLOUR + 1) $("swatches").lastElementChild.textContent += "+";
+  $("acceptance").hidden = !drafts;
   showDrafts();
 }
 

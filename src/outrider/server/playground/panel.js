@@ -53,7 +53,8 @@ export function showState({ version, status, model, running, waiting, cache_usag
   put("verdict-verifier", model.verifier + (model.faithful ? ": the text is the target's own" : ": acceptance is made up, and the text with it"));
   put("verdict-version", version);
   const departed = watched.filter((one) => one.departed).map((one) => `temperature ${one.temperature}`);
-  const watching = watched.length ? "no departure from what is on record" : "nothing is on record for this drafter";
+  const unwatched = drafts ? "nothing is on record for this drafter" : "there are no drafts to watch";
+  const watching = watched.length ? "no departure from what is on record" : unwatched;
   put("verdict-watchdog", departed.length ? `acceptance has fallen at ${departed.join(", ")}` : watching);
   const reasons = model.passed_over.map(({ runner, part, reason }) => `${runner}: ${part} – ${reason}`);
   const list = document.getElementById("passed-over");
