@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -268,6 +267,7 @@ def test_accepted_drafts_come_in_the_colour_of_their_position(server: Server, op
     assert [(token["id"], token["text"], token["position"]) for token in tokens] == [
         tuple(token[name] for name in keys) for token in told
     ]
+    assert page.locator("#tokens .token").first.evaluate("token => getComputedStyle(token).animationName") == "arrive"
     drafts = [token for token in tokens if token["position"]]
     assert f"60 tokens, {len(drafts)} of them accepted drafts" in summary
     assert all(token["digit"] == f'"{token["position"]}"' for token in drafts)
@@ -327,6 +327,7 @@ def test_the_race_shows_identical_texts(opened: Callable[..., Page], temperature
         expect(page.locator(f"#{side}-speed")).to_contain_text("tokens/s")
     expect(page.locator("#fairness")).to_contain_text("--draft none")
     assert (page.input_value("#seed") != "") == (temperature != "0")
+    assert page.locator("#with .token").first.evaluate("token => getComputedStyle(token).animationName") == "none"
 
 
 def test_a_replay_ends_with_the_whole_text(opened: Callable[..., Page]) -> None:
@@ -500,20 +501,13 @@ def test_a_hidden_tab_does_not_poll(opened: Callable[..., Page]) -> None:
         page.evaluate(hide, False)
 
 
-def test_a_server_that_drafts_nothing(browser: Browser, tmp_path: Path) -> None:
-    with serving(tmp_path / "log", "--draft", "none") as plain:
-        page = browser.new_page()
-        wrong: list[str] = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(plain.url)
-        expect(page.locator("#verdict-drafter")).to_contain_text("none")
-        expect(page.locator("#acceptance")).to_be_hidden()
-        expect(page.locator("#speculate")).to_be_disabled()
-        fill(page, prompt=PROMPT, max_tokens="12")
-        page.click("#run")
-        assert finished(page).inner_text().startswith("12 tokens, all the target’s own")
-        assert not any(token["position"] for token in shown(page))
-        page.click("#race")
-        expect(page.get_by_role("alert")).to_contain_text("this server drafts nothing")
-        page.close()
-        assert wrong == []
+def test_where_nothing_is_drafted_the_page_says_so(server: Server, opened: Callable[..., Page]) -> None:
+    page = opened()
+    state = server.http.get("/playground/state").json()
+    state["model"] |= {"method": "none", "num_speculative_tokens": 0}
+    page.route("**/playground/state", lambda route: route.fulfill(json={**state, "watched": []}))
+    expect(page.locator("#verdict-drafter")).to_contain_text("none: every token")
+    expect(page.locator("#acceptance")).to_be_hidden()
+    expect(page.locator("#speculate")).to_be_disabled()
+    page.click("#race")
+    expect(page.get_by_role("alert")).to_contain_text("this server drafts nothing")
