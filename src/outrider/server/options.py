@@ -19,6 +19,7 @@ PLAYGROUND = {
             "icon.svg",
             "panel.js",
             "race.js",
+            "request.js",
             "style.css",
             "tokens.js",
         )

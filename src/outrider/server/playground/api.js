@@ -56,6 +56,7 @@ export async function* stream(path, body, signal) {
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
+      if (event.startsWith(":")) continue; // a comment keeps a connection alive
       const data = event.replace(/^data: /, "");
       if (data === "[DONE]") return;
       const record = JSON.parse(data);

@@ -4,6 +4,7 @@ import { ServerError, key, stream } from "./api.js";
 import { AcceptanceChart, swatch } from "./chart.js";
 import { Poller, showState } from "./panel.js";
 import { race, speed } from "./race.js";
+import { described, drafting, mode } from "./request.js";
 import { LAST_COLOUR, Replay, TokenView, origin, watchable } from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);
@@ -26,35 +27,7 @@ const views = Object.fromEntries(["tokens", "without", "with"].map((id) => [id, 
 const replay = new Replay();
 const poller = new Poller(takeState, stateFailed);
 
-const mode = () => document.querySelector('input[name="mode"]:checked').value;
-
-// --- what is asked for ---------------------------------------------------------------------------------------------
-
-const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens"];
-
-/** A field's number; undefined where it is left to the server. Whether it is a good one is the server's to say. */
-function numberIn(name) {
-  const input = $(name);
-  if (input.validity.badInput) throw new ServerError(`${name} is not a number`, { param: name });
-  if (input.value === "") return undefined;
-  const value = Number(input.value);
-  if (Number.isInteger(value) && !Number.isSafeInteger(value)) {
-    throw new ServerError(`${name} has more digits than a browser keeps: ${input.value}`, { param: name });
-  }
-  return value;
-}
-
-const drafting = () => ($("speculate").checked ? { num_speculative_tokens: Number($("drafts").value) } : { enabled: false });
-
-/** The path and the body of the request that the page describes, but for what it says of drafts. */
-function described() {
-  const sampling = Object.fromEntries(SAMPLING.map((name) => [name, numberIn(name)]).filter(([, value]) => value !== undefined));
-  const body = { ...sampling, model: page.state?.model.id, stream: true, stream_options: { include_usage: true } };
-  if (mode() === "prompt") return ["v1/completions", { ...body, prompt: $("prompt").value }];
-  const system = $("system").value ? [{ role: "system", content: $("system").value }] : [];
-  const messages = [...system, ...page.turns, { role: "user", content: $("message").value }];
-  return ["v1/chat/completions", { ...body, messages }];
-}
+// --- asking --------------------------------------------------------------------------------------------------------
 
 /** Sends it. `told` is given each delivery: `{ at, tokens, acceptance }`, at milliseconds by the server's clock. */
 async function send([path, body], speculative, told) {
@@ -103,7 +76,7 @@ async function busy(work) {
 
 function run() {
   return busy(async () => {
-    const request = described();
+    const request = described(page.state?.model.id, page.turns);
     const asked = mode() === "chat" ? $("message").value : null;
     lay(false);
     showTurns(asked);
@@ -143,7 +116,7 @@ function run() {
 function raced() {
   return busy(async () => {
     if (!page.state?.model.num_speculative_tokens) throw new ServerError("there is nothing to race: this server drafts nothing");
-    const request = described();
+    const request = described(page.state?.model.id, page.turns);
     const [, body] = request;
     if (body.temperature !== 0 && body.seed === undefined) {
       body.seed = Math.floor(Math.random() * 1e6); // one for both, or they would be two texts
