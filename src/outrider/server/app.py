@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from outrider import __version__
 from outrider.errors import FieldError
-from outrider.server import chat, completions, responses_api
+from outrider.server import chat, completions, page, responses_api
 from outrider.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from outrider.server.guard import Guard
 from outrider.server.metrics import CONTENT_TYPE
@@ -51,9 +51,11 @@ def build(service: Service, keys: Sequence[str], max_body_bytes: int, root_path:
         ("/health", _health),
         ("/version", _version),
         ("/metrics", _metrics),
+        ("/playground/state", page.state),
     )
     for path, answer in gets:
         _add(app, service, path, "GET", answer, {})
+    page.add_files(app)
     return app
 
 

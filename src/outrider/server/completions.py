@@ -38,7 +38,7 @@ class Form:
     def chunks(self, gain: Gain, stop_reason: int | str | None = None) -> list[dict[str, Any]]:
         """Choices of a stream that tell of a gain."""
         bodies = self.bodies(gain)
-        if gain.finish_reason or self.asked.return_token_ids:
+        if gain.finish_reason or self.asked.return_token_ids or self.asked.returns_tokens:
             bodies = bodies or [self.body("")]
         chunks = [
             {"index": gain.index, **body, "logprobs": None, "finish_reason": None, "stop_reason": None}
@@ -155,13 +155,30 @@ async def drained(generation: Generation) -> None:
         pass
 
 
+def _told_of_tokens(gain: Gain, generation: Generation) -> dict[str, Any]:
+    """Where each token came from, when they came, and how the completion's drafts have fared up to here."""
+    tokens = [
+        {
+            "id": piece.token_id,
+            "text": piece.text,
+            "draft_position": 0 if piece.draft_position is None else piece.draft_position + 1,
+        }
+        for piece in gain.pieces
+    ]
+    acceptance = generation.completions[gain.index].request.acceptance.report()
+    return {"tokens": tokens, "seconds": generation.seconds(gain.index), "acceptance": acceptance.to_dict()}
+
+
 async def _events(generation: Generation, form: Form) -> AsyncGenerator[bytes, None]:
     usage = {"usage": None} if form.asked.includes_usage else {}
     for choice in form.opening(generation):
         yield event({**form.head, "choices": [choice], **usage})
     async for gain in generation.gains():
         stop_reason = generation.completions[gain.index].output.stop_reason if gain.finish_reason else None
-        for choice in form.chunks(gain, stop_reason):
+        choices = form.chunks(gain, stop_reason)
+        if form.asked.returns_tokens:
+            choices[-1]["speculative"] = _told_of_tokens(gain, generation)
+        for choice in choices:
             yield event({**form.head, "choices": [choice], **usage})
     if form.asked.includes_usage:
         yield event({**form.head, "choices": [], "usage": form.usage(generation)})

@@ -113,6 +113,7 @@ class Speculative(Record):
 
     enabled: bool = Field(True, description="false: no draft of this request is verified")
     num_speculative_tokens: int | None = Field(None, ge=1, description="most drafts a step, up to the server's")
+    return_tokens: bool = Field(False, description="in a stream, each token's id, text and draft position")
 
     def max_drafts(self, most: int) -> int | None:
         """The engine's limit for it; FieldError for more than the server drafts."""
@@ -156,6 +157,11 @@ class Sampling(Record):
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         return SamplingParams(**{**defaults, **given})
 
+    @property
+    def returns_tokens(self) -> bool:
+        """Whether a stream tells of each token where it came from."""
+        return self.speculative is not None and self.speculative.return_tokens
+
     def check(self) -> None:
         """What no field shows by itself."""
 
@@ -173,6 +179,9 @@ class Sampled(Sampling):
         """What no field shows by itself."""
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options is for streams: leave it out, or set stream", "stream_options")
+        if self.returns_tokens and not self.stream:
+            where = "speculative.return_tokens"
+            raise FieldError(f"{where} is for streams: leave it out, or set stream", where)
 
     @property
     def includes_usage(self) -> bool:

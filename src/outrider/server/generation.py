@@ -12,7 +12,7 @@ from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
 from outrider.engine.completion import Completion, Inbox
 from outrider.engine.messages import Delta
-from outrider.engine.outputs import CompletionOutput, RequestOutput
+from outrider.engine.outputs import CompletionOutput, Piece, RequestOutput
 from outrider.server.text import Texts
 
 
@@ -23,6 +23,7 @@ class Gain:
     index: int  # of the completion, over all prompts
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)  # the same, one a token
     finish_reason: str | None = None
 
 
@@ -117,6 +118,7 @@ class Generation:
                 gain = gains.setdefault(piece.index, Gain(piece.index))
                 gain.text += piece.text
                 gain.token_ids.append(piece.token_id)
+                gain.pieces.append(piece)
                 gain.finish_reason = piece.finish_reason
             for gain in gains.values():
                 yield gain
@@ -127,6 +129,10 @@ class Generation:
             if self.finished:
                 return
             await self._woken.wait()
+
+    def seconds(self, index: int) -> float:
+        """From the request's arrival to a completion's newest tokens."""
+        return self._last[index] - self.arrival
 
     def usage(self) -> dict[str, Any]:
         """Tokens in and out, and what drafts were worth: OpenAI's record, with one more entry."""

@@ -11,8 +11,27 @@ from outrider.errors import OptionError
 TOOL_CALL_PARSERS = ("hermes", "llama")
 REASONING_PARSERS = ("think",)
 
-OPEN_PATHS = frozenset({"/health", "/version", "/metrics"})
-"""What needs no API key: a probe has none."""
+PLAYGROUND = {
+    "/": "index.html",
+    **{
+        f"/playground/{name}": name
+        for name in (
+            "api.js",
+            "app.js",
+            "chart.js",
+            "icon.svg",
+            "panel.js",
+            "race.js",
+            "request.js",
+            "style.css",
+            "tokens.js",
+        )
+    },
+}
+"""Which file of the playground is shown where. None says anything of what is served: that is asked for with a key."""
+
+OPEN_PATHS = frozenset({"/health", "/version", "/metrics", *PLAYGROUND})
+"""What needs no API key: a probe has none, nor has a browser before its page has asked for one."""
 
 
 @dataclass(frozen=True, slots=True)

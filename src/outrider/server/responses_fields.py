@@ -73,6 +73,12 @@ class ResponsesRequest(Sampling):
         """As for any; an answer may be as long as there is room for unless `max_output_tokens` says less."""
         return super().sampling(**{"max_tokens": self.max_output_tokens, **defaults})
 
+    def check(self) -> None:
+        """What no field shows by itself."""
+        if self.returns_tokens:
+            where = "speculative.return_tokens"
+            raise FieldError(f"{where} is for completions and chat completions: leave it out", where)
+
     def shown_tools(self) -> list[dict[str, Any]]:
         """The tools that the model is shown, as its chat template takes them."""
         return shown_tools(self.tools or (), self.tool_choice, "tools.{}.")
