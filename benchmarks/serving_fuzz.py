@@ -209,7 +209,7 @@ def fuzz(url: str, num_requests: int, first_seed: int = 0) -> dict[str, Any]:
     start = time.perf_counter()
     while num_sent < num_requests and len(faults) < FAULTS_TOLD:
         for name, source in sources.items():
-            count = min(BATCH, num_requests - num_sent)
+            count = min(BATCH, -(-num_requests // len(sources)), num_requests - num_sent)
             if count <= 0:
                 break
             examples(source, count, number, lambda request, name=name: send(name, request))
