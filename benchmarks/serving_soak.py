@@ -35,7 +35,7 @@ from outrider.bench.provenance import provenance
 
 BODY_LIMIT = 100_000
 SERVER_FLAGS = (
-    *("--max-body-bytes", str(BODY_LIMIT), "--request-timeout", "60", "--max-num-seqs", "16"),
+    *("--max-body-bytes", str(BODY_LIMIT), "--request-timeout", "300", "--max-num-seqs", "16"),
     *("--kv-cache-memory", str(16 << 20)),
 )
 PROMPT_CHARACTERS = 600
@@ -75,6 +75,7 @@ class Soak:
     ends: Counter[str] = field(default_factory=Counter)  # how those that were to be cut off ended
     firsts: dict[int, list[str]] = field(default_factory=dict)  # by the number of the request
     num_compared: int = 0
+    slowest: float = 0.0  # seconds from a request to the end of its answer
     faults: list[str] = field(default_factory=list)
 
     def numbered(self, number: int) -> dict[str, Any]:
@@ -238,8 +239,10 @@ class Soak:
             while time.monotonic() < end:
                 (name,) = self.random.choices(names, weights)
                 self.sent[name] += 1
+                start = time.monotonic()
                 try:
                     await kinds[name][0]()
+                    self.slowest = max(self.slowest, time.monotonic() - start)
                 except httpx.HTTPError as error:
                     self.fault(f"{name}: {error!r}")
                     return
@@ -279,7 +282,7 @@ async def soak(url: str, pid: int, minutes: float, num_clients: int, seed: int, 
     memory: dict[str, list[int]] = {"server": [], "engine": []}
     leaks, start = [], time.monotonic()
     limits = httpx.Limits(max_connections=2 * num_clients)
-    async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=400.0, limits=limits) as client:
         traffic = Soak(client, random.Random(seed), texts)
         while time.monotonic() - start < 60 * minutes and not traffic.faults:
             await traffic.clients(num_clients, min(round_seconds, 60 * minutes - (time.monotonic() - start)))
@@ -299,6 +302,7 @@ async def soak(url: str, pid: int, minutes: float, num_clients: int, seed: int, 
         "statuses": dict(sorted(traffic.statuses.items())),
         "cut_off": dict(traffic.ends),
         "texts_compared": traffic.num_compared,
+        "slowest_request_seconds": round(traffic.slowest, 1),
         "pauses": len(leaks),
         "most_cache_usage_when_idle": max(leaks),
         "generated_tokens": told["outrider:generation_tokens_total"],
