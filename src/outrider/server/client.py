@@ -134,7 +134,7 @@ class EngineClient:
     async def restart(self) -> Facts:
         """Starts another process in the place of one that died or hangs; `restarting` ends with it.
 
-        Raises as `start` does, and EngineDeadError if it takes much longer than the last one took.
+        Raises EngineDeadError if that fails, or takes much longer than the last start took.
         """
         longest = self._timeout + 3 * self._start_seconds
         await self._clear(0.0)
@@ -142,8 +142,10 @@ class EngineClient:
         try:
             async with asyncio.timeout(longest):
                 facts = await self.start()
-        except TimeoutError:
-            raise EngineDeadError(f"the engine was not ready after {longest:.0f} seconds") from None
+        except Exception as error:
+            said = f"it was not ready after {longest:.0f} seconds" if isinstance(error, TimeoutError) else error
+            self.cause_of_death = EngineDeadError(f"the engine could not be started anew: {said}")
+            raise self.cause_of_death from error
         self.restarting = False
         return facts
 

@@ -19,7 +19,7 @@ from outrider import env
 from outrider.config import EngineOptions
 from outrider.engine.logs import write_logs
 from outrider.engine.messages import Facts
-from outrider.errors import EngineDeadError, OptionError, OutriderError
+from outrider.errors import EngineDeadError, OptionError
 from outrider.server.app import build
 from outrider.server.client import EngineClient
 from outrider.server.metrics import Metrics
@@ -191,9 +191,8 @@ class _Life:
             logger.warning("starting the engine anew, number %d of at most %d in a row", failed + 1, MOST_RESTARTS)
             try:
                 facts = await client.restart()
-            except Exception as error:
-                trace = None if isinstance(error, OutriderError) else error
-                logger.error("the engine could not be started anew: %s", error, exc_info=trace)
+            except EngineDeadError as error:
+                logger.error("%s", error)
                 continue
             self.service.facts = facts
             self.service.metrics.restarted(facts)
