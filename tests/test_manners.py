@@ -17,9 +17,10 @@ import pytest
 import trustme
 
 from servers import Server, events, serving
+from test_cli import run
 
 TEXT = "/v1/completions"
-ENDLESS = {"prompt": [1, 2], "max_tokens": 3000, "ignore_eos": True, "temperature": 0.0, "n": 8}
+ENDLESS = {"prompt": [1, 2], "max_tokens": 3000, "ignore_eos": True, "temperature": 0.0, "n": 32}
 ORIGIN = "https://app.example"
 
 
@@ -50,12 +51,12 @@ def test_a_request_over_its_time_ends_in_the_engine_too(server: Server, stream: 
             assert answer.status_code == 408
             error = json.loads(answer.read())["error"]
     assert (error["code"], error["type"]) == ("request_timeout", "timeout_error") and "0.3 seconds" in error["message"]
-    server.until("outrider:num_requests_running", 0.0, seconds=3.0)
+    server.until("outrider:num_requests_running", 0.0)
     after = server.metrics()
     assert after["outrider:request_timeouts_total"] - before["outrider:request_timeouts_total"] == 1
     assert after["outrider:kv_cache_usage_perc"] == 0.0
     wasted = after["outrider:generation_tokens_total"] - before["outrider:generation_tokens_total"]
-    assert wasted < 8 * 3000
+    assert wasted < 32 * 3000
 
 
 @pytest.mark.parametrize("given", ["31", "0", "soon"])
@@ -130,7 +131,7 @@ def endless(server: Server, stream: bool) -> dict[str, Any]:
         return json.loads(answer.read())["error"]  # type: ignore[no-any-return]
 
 
-def until_healthy(server: Server, seconds: float = 60.0) -> None:
+def until_healthy(server: Server, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while server.http.get("/health").status_code != 200:
         assert time.monotonic() < end, server.log.read_text()
@@ -144,11 +145,11 @@ def test_an_engine_that_dies_or_hangs_is_replaced(model: str, tmp_path: Path) ->
         text = server.post(TEXT, **asked).json()["choices"][0]["text"]
         for number, fault in enumerate((psutil.Process.kill, psutil.Process.suspend), start=1):
             under_way = [pool.submit(endless, server, stream) for stream in (True, False)]
-            server.until("outrider:num_requests_running", 16.0)
+            server.until("outrider:num_requests_running", 64.0)
             engine = server.engine
             fault(engine)
             for each in under_way:
-                assert each.result(10)["code"] == "engine_dead"
+                assert each.result(30)["code"] == "engine_dead"
             for answer in (server.http.get("/health"), server.post(TEXT, **asked)):
                 assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_restarting"
                 assert 1 <= int(answer.headers["retry-after"]) <= 60
@@ -161,6 +162,11 @@ def test_an_engine_that_dies_or_hangs_is_replaced(model: str, tmp_path: Path) ->
             server.until("outrider:kv_cache_usage_perc", 0.0)
         log = server.log.read_text()
         assert "killed by signal 9" in log and "it hangs" in log
+        server.engine.kill()
+        while server.http.get("/health").status_code != 503:
+            time.sleep(0.02)
+        server.process.terminate()  # while another is being started
+        assert server.exit_code() == 0
 
 
 def test_a_crash_loop_ends(model: str, tmp_path: Path) -> None:
@@ -182,10 +188,22 @@ def test_a_crash_loop_ends(model: str, tmp_path: Path) -> None:
         assert len(killed) == 4 and "after 3 starts in a row: the server ends" in server.log.read_text()
 
 
-def test_a_server_that_starts_an_engine_can_be_told_to_end(model: str, tmp_path: Path) -> None:
-    with serving(tmp_path / "log", model, "--restart-engine") as server:
-        server.engine.kill()
-        while server.http.get("/health").status_code != 503:
-            time.sleep(0.02)
-        server.process.terminate()
-        assert server.exit_code() == 0
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--ssl-certfile", "/no/such/file.pem"],
+            "no certificate with its private key can be read from /no/such/file.pem",
+        ),
+        (["--ssl-keyfile", "key.pem"], "ssl_keyfile needs ssl_certfile"),
+        (["--log-format", "xml"], "log_format must be one of text, json"),
+        (["--allowed-origin", "https://a.org", "--allowed-origin", "b.org"], "'b.org'"),
+        (["--request-timeout", "-1"], "request_timeout must be a number of seconds above 0"),
+        (["--otlp-traces-endpoint", "localhost:4318"], "otlp_traces_endpoint must be an http or https URL"),
+    ],
+)
+def test_options_that_cannot_be(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(["serve", *arguments], capsys, monkeypatch)
+    assert code == 2 and said in err.replace("\n", " ") and "Traceback" not in err

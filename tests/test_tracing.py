@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,14 @@ from outrider.server.tracing import Tracing
 
 TEXT = "/v1/completions"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-ENDLESS = {"max_tokens": 1900, "ignore_eos": True, "n": 8}
+ENDLESS = {"max_tokens": 3000, "ignore_eos": True, "n": 32}
 MARKER = "Zanzibar"
 
 
 @pytest.fixture(scope="module")
 def traced(tiny: Callable[..., Path]) -> dict[str, tuple[httpx.Response, ReadableSpan | None]]:
     """Answers and spans of some requests, by name, of an application in this process."""
-    directory = tiny("qwen3")
+    directory = tiny("qwen3", max_position_embeddings=4096)
     asked: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
         "whole": (
             "POST",
@@ -43,7 +46,7 @@ def traced(tiny: Callable[..., Path]) -> dict[str, tuple[httpx.Response, Readabl
         ),
         "streamed": ("POST", TEXT, {"prompt": [1, 2, 1, 2, 1, 2], "max_tokens": 6, "n": 2, "stream": True}, {}),
         "refused": ("POST", TEXT, {"prompt": MARKER, "temperature": -1}, {}),
-        "late": ("POST", TEXT, {"prompt": [1, 2], **ENDLESS}, {"X-Request-Timeout": "0.05"}),
+        "late": ("POST", TEXT, {"prompt": [1, 2], **ENDLESS}, {"X-Request-Timeout": "0.5"}),
         "models": ("GET", "/v1/models", {}, {}),
         "probe": ("GET", "/health", {}, {}),
     }
@@ -140,6 +143,29 @@ def test_the_extra_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) 
         Tracing.to("http://localhost:4318/v1/traces", "tiny")
 
 
-def test_a_collector_is_sent_to(traced: Any) -> None:
-    tracing = Tracing.to("http://127.0.0.1:9/v1/traces", "tiny")  # nobody listens there, and nothing was traced
-    tracing.close()
+def test_a_collector_is_sent_to() -> None:
+    got: list[tuple[str, str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            got.append((self.path, self.headers["content-type"], body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        tracing = Tracing.to(f"http://127.0.0.1:{collector.server_port}/v1/traces", "tiny")
+        span = tracing.begin("POST", TEXT, {})
+        assert span is not None
+        tracing.end(span, "POST", TEXT, 200, "an-id")
+        tracing.close()
+        collector.shutdown()
+        thread.join()
+    ((path, kind, body),) = got
+    assert (path, kind) == ("/v1/traces", "application/x-protobuf")
+    assert b"text_completion tiny" in body or gzip.decompress(body).find(b"text_completion tiny") >= 0
