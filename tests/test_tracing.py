@@ -49,6 +49,7 @@ def traced(tiny: Callable[..., Path]) -> dict[str, tuple[httpx.Response, Readabl
         "late": ("POST", TEXT, {"prompt": [1, 2], **ENDLESS}, {"X-Request-Timeout": "0.5"}),
         "models": ("GET", "/v1/models", {}, {}),
         "probe": ("GET", "/health", {}, {}),
+        "probe behind a proxy": ("GET", "/api/health", {}, {}),
     }
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
@@ -63,7 +64,7 @@ def traced(tiny: Callable[..., Path]) -> dict[str, tuple[httpx.Response, Readabl
             facts = await client.start()
             texts, metrics = Texts(directory), Metrics(client, facts, "tiny")
             service = Service(client, facts, texts, metrics, "tiny", 256, tracing=Tracing(provider, "tiny"))
-            transport = httpx.ASGITransport(app=build(service, (), 1 << 20, ""))
+            transport = httpx.ASGITransport(app=build(service, (), 1 << 20, "/api"))
             found = {}
             async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60.0) as http:
                 for name, (method, path, body, headers) in asked.items():
@@ -131,6 +132,7 @@ def test_requests_without_an_answer(traced: Any) -> None:
     assert late.attributes["gen_ai.usage.input_tokens"] == 2
     assert refused.status.status_code is late.status.status_code is StatusCode.UNSET, "the server did not fail"
     assert traced["models"][1].name == "GET /v1/models" and traced["probe"][1] is None
+    assert traced["probe behind a proxy"][0].status_code == 200 and traced["probe behind a proxy"][1] is None
 
 
 def test_nothing_of_a_prompt_is_told(traced: Any) -> None:

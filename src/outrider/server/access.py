@@ -25,6 +25,13 @@ Counted = Callable[[str, str, int], None]
 """Told method, route and status of each request that was answered."""
 
 
+def route_path(scope: Scope) -> str:
+    """The path without the one under which a proxy shows the server: what routes are found by."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
 class Access:
     """ASGI middleware. It never looks into a body, and what it logs holds nothing of one."""
 
@@ -52,7 +59,7 @@ class Access:
             await send(message)
 
         tracing = self._tracing
-        span = tracing.begin(scope["method"], scope["path"], headers) if tracing is not None else None
+        span = tracing.begin(scope["method"], route_path(scope), headers) if tracing is not None else None
         try:
             with tracing.current(span) if tracing is not None and span is not None else contextlib.nullcontext():
                 await self._app(scope, receive, answer)

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from outrider.server.access import route_path
 from outrider.server.options import OPEN_PATHS
 from outrider.server.responses import error_response
 
@@ -27,7 +28,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(_route_path(scope), Headers(scope=scope))
+        refusal = self._refusal(route_path(scope), Headers(scope=scope))
         if refusal is not None:
             await error_response(refusal)(scope, receive, send)
         else:
@@ -66,10 +67,3 @@ class Guard:
             return message
 
         return limited
-
-
-def _route_path(scope: Scope) -> str:
-    """The path without the one under which a proxy shows the server, as routes are found by."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if root and path.startswith(root + "/") else path
