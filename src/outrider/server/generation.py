@@ -57,7 +57,11 @@ class Generation:
         self._meter = meter
         self._inbox = Inbox(keeps_pieces=True)
         self._woken = asyncio.Event()
-        self._error: Exception | None = None
+        self.params = params
+        self.error: Exception | None = None
+        """What the whole of it failed with."""
+        self.seconds_to_first_token: float | None = None
+        """From its arrival, once there is one."""
         self.outputs: list[RequestOutput] = []
         """One a prompt."""
         self.completions: list[Completion] = []
@@ -88,6 +92,8 @@ class Generation:
             self.fail(error)
             return True
         if delta.tokens:
+            if self.seconds_to_first_token is None:
+                self.seconds_to_first_token = now - self.arrival
             self._meter.gained(len(delta.tokens), self._last[index], now, first)
             self._last[index] = now
         if completion.ended:
@@ -97,7 +103,7 @@ class Generation:
 
     def fail(self, error: Exception) -> None:
         """Nothing more comes: whoever waits is given the error, after what came before it."""
-        self._error = self._error or error
+        self.error = self.error or error
         for completion in self.completions:
             completion.abort()
         self._woken.set()
@@ -124,8 +130,8 @@ class Generation:
                 yield gain
             if pieces:
                 continue
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             if self.finished:
                 return
             await self._woken.wait()
