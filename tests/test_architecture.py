@@ -46,6 +46,7 @@ OPTIONAL = {
     "huggingface_hub",
     "jinja2",
     "tqdm",
+    "opentelemetry",
 }  # imported where they are needed, if they are
 LATE = "outrider.server.serve"
 """The way into the one room that needs an extra's libraries: imported where it is needed too."""

@@ -267,6 +267,7 @@ def test_request_ids(server: Server) -> None:
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "not-json": (TEXT, b"{", None, "not JSON"),
     "not-utf8": (TEXT, b'{"prompt": "\xff"}', None, "not JSON"),
@@ -290,7 +291,7 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "penalty": (TEXT, {"prompt": "x", "presence_penalty": 0.5}, "presence_penalty", "not offered"),
     "suffix": (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "not offered"),
     "bias": (CHAT, {"messages": USER, "logit_bias": {"5": 1}}, "logit_bias", "not offered"),
-    "tools": (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, "tools", "not offered"),
+    "tools": (CHAT, {"messages": USER, "tools": [TOOL]}, "tools", "shows no tools"),
     "json-mode": (
         CHAT,
         {"messages": USER, "response_format": {"type": "json_object"}},
@@ -330,7 +331,7 @@ BAD: dict[str, tuple[str, Any, str | None, str]] = {
     "empty-messages": (CHAT, {"messages": []}, "messages", "empty"),
     "text-messages": (CHAT, {"messages": "hi"}, "messages", "list"),
     "nested-messages": (CHAT, {"messages": [USER]}, "messages", "one conversation"),
-    "role": (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "system, user"),
+    "role": (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "not empty"),
     "no-content": (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "text"),
     "image": (
         CHAT,

@@ -12,7 +12,9 @@
     |   +-- UnknownArchitectureError a config.json naming a model this engine does not have
     +-- CapacityError (RuntimeError) the memory given cannot hold one sequence
     +-- EngineDeadError (RuntimeError) the engine failed earlier and cannot go on
+    |   +-- EngineRestartingError    the server is starting another one; later it will go
     +-- OverloadError (RuntimeError) more is waiting than the server takes; later it will go
+    +-- DeadlineError (RuntimeError) a request took longer than it may
 
 Messages are lower case, name the value, and end with the remedy.
 """
@@ -74,6 +76,18 @@ class CapacityError(OutriderError, RuntimeError):
 
 class EngineDeadError(OutriderError, RuntimeError):
     """The engine failed earlier; its cause is chained. Build a new one."""
+
+
+class EngineRestartingError(EngineDeadError):
+    """The engine failed and another is being started. `retry_after`: seconds until it is worth asking again."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(OutriderError, RuntimeError):
+    """A request to the server took longer than the server, or the request itself, allows."""
 
 
 class OverloadError(OutriderError, RuntimeError):

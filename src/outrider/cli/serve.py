@@ -59,6 +59,6 @@ def serve(
         out.print(f"serving [bold]{escape(listening.model)}[/] on [bold green]{listening.url}[/]")
         out.print(f"[dim]{drafts}runner {facts.runner}; Ctrl-C ends it after what is under way[/]")
 
-    if not as_json:
+    if not as_json and server.log_format == "text":
         err.print("[dim]loading the model, and preparing kernels (compiled on the first run only)[/]")
     raise typer.Exit(run(options, resolved.directory, server, told))

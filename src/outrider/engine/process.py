@@ -17,6 +17,7 @@ from outrider.config import EngineOptions
 from outrider.core.output import FinishReason
 from outrider.core.sampling import SamplingParams
 from outrider.engine.engine import Engine, EngineStats
+from outrider.engine.logs import write_logs
 from outrider.engine.messages import (
     Add,
     Delta,
@@ -38,8 +39,6 @@ from outrider.errors import EngineDeadError, InputError, OutriderError
 
 logger = logging.getLogger("outrider")
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-
 SNAPSHOT_SECONDS = 0.1
 """Between two snapshots while there is work."""
 
@@ -49,14 +48,14 @@ ALIVE_SECONDS = 0.5
 WARM_UP_TOKENS = 8
 
 
-def run(options: EngineOptions, address: str) -> None:
+def run(options: EngineOptions, address: str, log_format: str = "text") -> None:
     """The process's whole life: build the engine, say so, serve until told to quit or until the parent is gone.
 
     What goes wrong is told to the client; the exit code is 1 then.
     """
     for name in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole group: it is the server that decides
         signal.signal(name, signal.SIG_IGN)
-    logging.basicConfig(format=LOG_FORMAT)
+    write_logs(log_format)
     context = zmq.Context()
     socket = connected(context, address)
     try:

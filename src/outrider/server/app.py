@@ -8,36 +8,56 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider import __version__
 from outrider.errors import FieldError
-from outrider.server import completions
+from outrider.server import chat, completions, page, responses_api
+from outrider.server.access import REQUEST_ID, Access
+from outrider.server.deadline import HEADER, Deadline, seconds_asked
 from outrider.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from outrider.server.guard import Guard
 from outrider.server.metrics import CONTENT_TYPE
-from outrider.server.responses import error_record, error_response, json_response
+from outrider.server.responses import error_record, error_response, in_time, json_response
+from outrider.server.responses_fields import ResponsesRequest
 from outrider.server.service import Service
 
 Answer = Callable[[Service, Request], Awaitable[Response]]
 
 
-def build(service: Service, keys: Sequence[str], max_body_bytes: int, root_path: str) -> FastAPI:
-    """The application of one engine. `keys`: what clients must send one of; none lets everybody in."""
+def build(
+    service: Service, keys: Sequence[str], max_body_bytes: int, root_path: str, allowed_origins: Sequence[str] = ()
+) -> FastAPI:
+    """The application of one engine. `keys`: what clients must send one of; none lets everybody in.
+
+    `allowed_origins`: whose pages may read answers in a browser; without any, no CORS header is sent.
+    """
     app = FastAPI(
         title="outrider",
         version=__version__,
-        root_path=root_path,
         docs_url=None,  # the page would load its code from elsewhere
         redoc_url=None,
     )
-    app.add_middleware(Guard, keys=keys, max_body_bytes=max_body_bytes, counted=service.metrics.answered)
+    app.add_middleware(Guard, keys=keys, max_body_bytes=max_body_bytes)
+    if allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "retry-after"),
+        )
+    app.add_middleware(  # the outermost
+        Access, counted=service.metrics.answered, tracing=service.tracing, root_path=root_path
+    )
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(HTTPException, _failed)
     posts: tuple[tuple[str, Answer, type[BaseModel]], ...] = (
         ("/v1/completions", completions.complete, CompletionRequest),
-        ("/v1/chat/completions", completions.chat, ChatRequest),
+        ("/v1/chat/completions", chat.chat, ChatRequest),
+        ("/v1/responses", responses_api.respond, ResponsesRequest),
         ("/tokenize", _tokenize, TokenizeRequest),
         ("/detokenize", _detokenize, DetokenizeRequest),
     )
@@ -49,16 +69,20 @@ def build(service: Service, keys: Sequence[str], max_body_bytes: int, root_path:
         ("/health", _health),
         ("/version", _version),
         ("/metrics", _metrics),
+        ("/playground/state", page.state),
     )
     for path, answer in gets:
         _add(app, service, path, "GET", answer, {})
+    page.add_files(app)
     return app
 
 
 def _add(app: FastAPI, service: Service, path: str, method: str, answer: Answer, extra: dict[str, Any]) -> None:
     async def route(request: Request) -> Response:
         try:
-            return await answer(service, request)
+            seconds = seconds_asked(request.headers.get(HEADER), service.request_timeout)
+            deadline = None if seconds is None else Deadline.after(seconds, service.metrics.timed_out)
+            return await in_time(deadline, answer(service, request))
         except Exception as error:
             return error_response(error)
 
@@ -136,9 +160,8 @@ async def _model(service: Service, request: Request) -> Response:
 
 
 async def _health(service: Service, request: Request) -> Response:
-    """200 while requests are taken, 503 when the engine is dead or the server is going down."""
-    if not service.client.alive:
-        return json_response(error_record(503, "the engine is dead", code="engine_dead"), 503)
+    """200 while requests are taken, 503 when the engine is dead or started anew, or the server is going down."""
+    service.client.check_alive()
     if service.draining:
         return json_response(error_record(503, "the server is going down", code="draining"), 503)
     return json_response({"status": "ok"})

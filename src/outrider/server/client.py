@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import multiprocessing
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from outrider.engine.messages import (
     ToEngine,
 )
 from outrider.engine.process import run
-from outrider.errors import EngineDeadError, OptionError, OutriderError
+from outrider.errors import EngineDeadError, EngineRestartingError, OptionError, OutriderError
 from outrider.oracle import RefusedError
 from outrider.server.generation import Generation
 
@@ -48,6 +50,9 @@ logger = logging.getLogger("outrider")
 CHECK_SECONDS = 0.25
 """Between two looks at whether the engine has shown a sign of life."""
 
+MOST_RETRY_SECONDS = 60
+"""Most that a client is told to wait for an engine that is being started."""
+
 QUIT_SECONDS = 5.0
 """Time for the process to end by itself when told to."""
 
@@ -55,16 +60,15 @@ QUIT_SECONDS = 5.0
 class EngineClient:
     """Starts the engine's process, and speaks with it from one event loop."""
 
-    def __init__(self, options: EngineOptions, timeout: float) -> None:
+    def __init__(self, options: EngineOptions, timeout: float, log_format: str = "text") -> None:
         """`timeout`: seconds of silence after which the engine counts as hung. `start` does the work."""
-        self._options, self._timeout = options, timeout
+        self._options, self._timeout, self._log_format = options, timeout, log_format
         self._directory = Path(tempfile.mkdtemp(prefix="outrider-"))  # readable by this user alone
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set_hwm(0)
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=run, args=(options, f"ipc://{self._directory}/engine"), name="outrider-engine", daemon=True
-        )
+        self._socket: zmq.asyncio.Socket | None = None
+        self._process: SpawnProcess | None = None
+        self._num_started = 0
+        self._start_seconds = 0.0  # that the last start took
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._tasks: list[asyncio.Task[None]] = []
         self._generations: dict[str, Generation] = {}  # by the engine's id of each completion under way
@@ -72,6 +76,8 @@ class EngineClient:
         self._numbers = itertools.count()
         self._heard = 0.0
         self._ready: asyncio.Future[Ready] | None = None
+        self.restarting = False
+        """Whether the engine is dead and another is to take its place; set by whoever decides that."""
         self.snapshot: Snapshot | None = None
         """The newest there is; there is one once the engine is ready."""
         self.cause_of_death: OutriderError | None = None
@@ -81,12 +87,15 @@ class EngineClient:
     @property
     def alive(self) -> bool:
         """Whether requests can be run."""
-        return self.cause_of_death is None
+        return self.cause_of_death is None and not self.restarting
 
-    @property
-    def pid(self) -> int | None:
-        """The engine's process."""
-        return self._process.pid
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if no requests can be run, and EngineRestartingError if they can soon."""
+        if self.restarting:
+            seconds = max(1, min(MOST_RETRY_SECONDS, math.ceil(self._start_seconds)))
+            raise EngineRestartingError("the engine failed and is being started anew: try again later", seconds)
+        if self.cause_of_death is not None:
+            raise EngineDeadError("the engine is dead: the server is going down") from self.cause_of_death
 
     @property
     def num_under_way(self) -> int:
@@ -98,21 +107,51 @@ class EngineClient:
 
         Raises what building an Engine raises, and EngineDeadError if the process ends without a word.
         """
+        begun = time.monotonic()
         loop = asyncio.get_running_loop()
+        self.cause_of_death = None
         self._ready = loop.create_future()
-        self._socket.bind(f"ipc://{self._directory}/engine")
+        self._num_started += 1
+        address = f"ipc://{self._directory}/engine-{self._num_started}"
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=run, args=(self._options, address, self._log_format), name="outrider-engine", daemon=True
+        )
         self._process.start()
-        loop.add_reader(self._process.sentinel, self._exited)
-        self._tasks.append(loop.create_task(self._listen()))
+        loop.add_reader(self._process.sentinel, self._exited, self._process)
+        self._tasks.append(loop.create_task(self._listen(self._socket)))
         ready = await self._ready
+        if self.cause_of_death is not None:  # between its being ready and now
+            raise self.cause_of_death
         self.snapshot = ready.snapshot
         self._heard = time.monotonic()
-        self._tasks.append(loop.create_task(self._watch()))
+        self._start_seconds = self._heard - begun
+        self._tasks.append(loop.create_task(self._watch(self._process)))
         return ready.facts
+
+    async def restart(self) -> Facts:
+        """Starts another process in the place of one that died or hangs; `restarting` ends with it.
+
+        Raises EngineDeadError if that fails, or takes much longer than the last start took.
+        """
+        longest = self._timeout + 3 * self._start_seconds
+        await self._clear(0.0)
+        self.snapshot = None
+        try:
+            async with asyncio.timeout(longest):
+                facts = await self.start()
+        except Exception as error:
+            said = f"it was not ready after {longest:.0f} seconds" if isinstance(error, TimeoutError) else error
+            self.cause_of_death = EngineDeadError(f"the engine could not be started anew: {said}")
+            raise self.cause_of_death from error
+        self.restarting = False
+        return facts
 
     async def run(self, generation: Generation) -> None:
         """Queues all completions of a generation, or none: InputError as `Engine.add` raises it."""
-        self._check_alive()
+        self.check_alive()
         number = next(self._numbers)
         prompts = []
         for completion in generation.completions:
@@ -139,36 +178,41 @@ class EngineClient:
 
     async def close(self) -> None:
         """Ends the process, in its own time or by force, and the wire. Idempotent."""
-        if self._process.pid is not None and self._process.is_alive():
-            asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        listens = self.alive and self._ready is not None and self._ready.done()
+        await self._clear(QUIT_SECONDS if listens else 0.0)
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _clear(self, seconds: float) -> None:
+        """Ends the process, after so many seconds by force, and whatever listened to it."""
+        process = self._process
+        if process is not None and process.pid is not None and process.is_alive():
+            asyncio.get_running_loop().remove_reader(process.sentinel)
             self._send(Quit())
-            listens = self.alive and self._ready is not None and self._ready.done()
-            await asyncio.to_thread(self._process.join, QUIT_SECONDS if listens else 0.0)
-            if self._process.is_alive():
-                self._process.kill()
-                await asyncio.to_thread(self._process.join)
+            await asyncio.to_thread(process.join, seconds)
+            if process.is_alive():
+                process.kill()
+                await asyncio.to_thread(process.join)
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        self._context.destroy(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _check_alive(self) -> None:
-        if self.cause_of_death is not None:
-            raise EngineDeadError("the engine is dead: the server is going down") from self.cause_of_death
+        self._tasks.clear()
+        if self._socket is not None:
+            self._socket.close(linger=0)
 
     def _send(self, message: ToEngine) -> None:
         """Never waits: the wire holds any number of messages."""
+        assert self._socket is not None
         self._socket.send(msgspec.msgpack.encode(message))
 
     def _end(self, ids: Sequence[str], reason: FinishReason) -> None:
         if ids and self.alive:
             self._send(End(list(ids), reason))
 
-    async def _listen(self) -> None:
+    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            message = self._decoder.decode(await self._socket.recv())
+            message = self._decoder.decode(await socket.recv())
             self._heard = time.monotonic()
             try:
                 self._take(message)
@@ -209,30 +253,33 @@ class EngineClient:
             del self._generations[delta.id]
         self._end(stopped, FinishReason.STOP)
 
-    async def _watch(self) -> None:
+    async def _watch(self, process: SpawnProcess) -> None:
         """The engine tells of itself at least every half second, unless a step takes longer."""
-        while self.alive:
+        while self.cause_of_death is None:
             before = time.monotonic()
             await asyncio.sleep(CHECK_SECONDS)
             now = time.monotonic()
             silent = now - self._heard
             if silent > self._timeout and now - before < 2 * CHECK_SECONDS:  # else it is we who were held up
                 self._die(EngineDeadError(f"the engine has been silent for {silent:.0f} seconds: it hangs"))
-                self._process.kill()
+                process.kill()
 
-    def _exited(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._process.sentinel)
-        asyncio.get_running_loop().call_later(CHECK_SECONDS, self._mourn)  # its last words may still be on the wire
+    def _exited(self, process: SpawnProcess) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(process.sentinel)
+        loop.call_later(CHECK_SECONDS, self._mourn, process)  # its last words may still be on the wire
 
-    def _mourn(self) -> None:
-        self._process.join(0)
-        code = self._process.exitcode
+    def _mourn(self, process: SpawnProcess) -> None:
+        if process is not self._process:
+            return  # another one has its place by now
+        process.join(0)
+        code = process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         self._die(EngineDeadError(f"the engine's process {how}"))
 
     def _die(self, cause: OutriderError) -> None:
         """Tells everybody who waits, once."""
-        if not self.alive:
+        if self.cause_of_death is not None:
             return
         self.cause_of_death = cause
         if self._ready is not None and not self._ready.done():

@@ -1,4 +1,4 @@
-"""`/v1/completions` and `/v1/chat/completions`: what a generation yields, in OpenAI's records."""
+"""`/v1/completions`, and what it shares with its siblings: a generation begun, awaited or streamed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from outrider.engine.completion import Completion
 from outrider.errors import InputError, PromptError
-from outrider.server.fields import ChatRequest, CompletionRequest, Sampled, parse
+from outrider.server.fields import CompletionRequest, Sampled, Sampling, parse
 from outrider.server.generation import Gain, Generation
 from outrider.server.responses import DONE, EventStream, event, json_response, unless_gone
 from outrider.server.service import Prompts, Service
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
+class Form:
     """How one kind of completion is written."""
 
     asked: Sampled
@@ -31,91 +32,85 @@ class _Form:
 
     def opening(self, generation: Generation) -> list[dict[str, Any]]:
         """Choices that a stream begins with."""
-        return [self.chunk(Gain(index, text)) for index, text in enumerate(self.echoed(generation)) if text]
+        echoed = enumerate(self.echoed(generation))
+        return [chunk for index, text in echoed if text for chunk in self.chunks(Gain(index, text))]
 
-    def chunk(self, gain: Gain, stop_reason: int | str | None = None) -> dict[str, Any]:
-        """A choice of a stream."""
-        return self._ids({**self.choice(gain.index, gain.text, gain.finish_reason), "stop_reason": stop_reason}, gain)
+    def chunks(self, gain: Gain, stop_reason: int | str | None = None) -> list[dict[str, Any]]:
+        """Choices of a stream that tell of a gain."""
+        bodies = self.bodies(gain)
+        if gain.finish_reason or self.asked.return_token_ids or self.asked.returns_tokens:
+            bodies = bodies or [self.body("")]
+        chunks = [
+            {"index": gain.index, **body, "logprobs": None, "finish_reason": None, "stop_reason": None}
+            for body in bodies
+        ]
+        if chunks:
+            chunks[-1] |= {"finish_reason": self.reason(gain.index, gain.finish_reason), "stop_reason": stop_reason}
+        if self.asked.return_token_ids:
+            for chunk in chunks:
+                chunk["token_ids"] = []
+            chunks[-1]["token_ids"] = gain.token_ids
+        return chunks
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def bodies(self, gain: Gain) -> list[dict[str, Any]]:
+        """What chunks tell of a gain."""
+        return [self.body(gain.text)] if gain.text else []  # else part of a character, or what may become a stop string
+
+    def body(self, text: str) -> dict[str, Any]:
+        """What a chunk tells of some text."""
+        return {"text": text}
+
+    def reason(self, index: int, finish_reason: str | None) -> str | None:
+        """Why a choice ended, of the ways there are to end."""
+        return finish_reason
+
+    def choice(self, completion: Completion, echoed: str) -> dict[str, Any]:
         """A choice with all its text."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        return {"text": echoed + completion.output.text}
 
-    def _ids(self, choice: dict[str, Any], gain: Gain) -> dict[str, Any]:
-        return {**choice, "token_ids": gain.token_ids} if self.asked.return_token_ids else choice
+    def usage(self, generation: Generation) -> dict[str, Any]:
+        """Tokens in and out."""
+        return generation.usage()
 
     def whole(self, generation: Generation) -> dict[str, Any]:
         """The answer of a request that is not streamed."""
         choices = []
         for completion, echoed in zip(generation.completions, self.echoed(generation), strict=True):
             output = completion.output
-            choice = self.choice(output.index, echoed + output.text, output.finish_reason)
+            choice = {"index": output.index, **self.choice(completion, echoed), "logprobs": None}
+            choice["finish_reason"] = self.reason(output.index, output.finish_reason)
             choice["stop_reason"] = output.stop_reason
             if self.asked.return_token_ids:
                 choice["token_ids"] = output.token_ids
                 choice["prompt_token_ids"] = completion.parent.prompt_token_ids
             choices.append(choice)
-        return {**self.head, "choices": choices, "usage": generation.usage()}
-
-
-class _ChatForm(_Form):
-    def opening(self, generation: Generation) -> list[dict[str, Any]]:
-        """Each message's role."""
-        role = {"role": "assistant", "content": ""}
-        return [
-            {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
-            for index in range(len(generation.completions))
-        ]
-
-    def chunk(self, gain: Gain, stop_reason: int | str | None = None) -> dict[str, Any]:
-        """What a message gained."""
-        delta = {"content": gain.text} if gain.text else {}
-        choice = {"index": gain.index, "delta": delta, "logprobs": None, "finish_reason": gain.finish_reason}
-        return self._ids({**choice, "stop_reason": stop_reason}, gain)
-
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        """A message with all its text."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return {**self.head, "choices": choices, "usage": self.usage(generation)}
 
 
 async def complete(service: Service, request: Request) -> Response:
     """Answers `/v1/completions`."""
     asked = parse(await request.body(), CompletionRequest)
     try:
-        generation = await _begin(service, asked, _prompts(service, asked))
+        generation = await begin(service, asked, _prompts(service, asked))
     except PromptError as error:
-        raise _placed(error, "prompt") from None
-    form = _Form(asked, _head(service, request, "cmpl", "text_completion"))
-    return await _answer(service, request, generation, form)
+        raise placed(error, "prompt") from None
+    form = Form(asked, head(service, request, "cmpl", "text_completion"))
+    return await answer(service, request, generation, form)
 
 
-async def chat(service: Service, request: Request) -> Response:
-    """Answers `/v1/chat/completions`."""
-    asked = parse(await request.body(), ChatRequest)
-
-    async def prompts() -> Prompts:
-        return [(None, await service.texts.conversation(asked.messages, asked.chat_template_kwargs))]
-
-    try:
-        generation = await _begin(service, asked, prompts())
-    except PromptError as error:
-        raise _placed(error, "messages") from None
-    kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-    head = _head(service, request, "chatcmpl", kind)
-    return await _answer(service, request, generation, _ChatForm(asked, head))
-
-
-async def _begin(service: Service, asked: Sampled, prompts: Coroutine[Any, Any, Prompts]) -> Generation:
+async def begin(
+    service: Service, asked: Sampling, prompts: Coroutine[Any, Any, Prompts], **defaults: Any
+) -> Generation:
+    """Queues what is asked; `defaults` of sampling parameters that it leaves out. Raises as `Service.begin`."""
     try:
         asked.check()
         service.check_model(asked.model)
-        return await service.begin(asked, prompts, asked.sampling())
+        return await service.begin(asked, prompts, asked.sampling(**defaults))
     finally:
         prompts.close()
 
 
-def _placed(error: PromptError, field: str) -> InputError:
+def placed(error: PromptError, field: str) -> InputError:
     """The same, naming the field that holds the prompt if it names none."""
     return error if error.field is not None else PromptError(str(error), field)
 
@@ -129,7 +124,8 @@ async def _prompts(service: Service, asked: CompletionRequest) -> Prompts:
     return [(text if text is not None else service.texts.decode(ids, size), ids) for text, ids in prompts]
 
 
-def _head(service: Service, request: Request, prefix: str, kind: str) -> dict[str, Any]:
+def head(service: Service, request: Request, prefix: str, kind: str) -> dict[str, Any]:
+    """What an answer and all its chunks begin with."""
     return {
         "id": f"{prefix}-{request.state.request_id}",
         "object": kind,
@@ -138,33 +134,52 @@ def _head(service: Service, request: Request, prefix: str, kind: str) -> dict[st
     }
 
 
-async def _answer(service: Service, request: Request, generation: Generation, form: _Form) -> Response:
+async def answer(service: Service, request: Request, generation: Generation, form: Form) -> Response:
+    """The generation in its form, whole or streamed."""
+
     def closed() -> None:
         service.client.abort(generation)
 
     if form.asked.stream:
         return EventStream(_events(generation, form), closed)
     try:
-        await unless_gone(request, _drained(generation))
+        await unless_gone(request, drained(generation))
     finally:
         closed()
     return json_response(form.whole(generation))
 
 
-async def _drained(generation: Generation) -> None:
+async def drained(generation: Generation) -> None:
+    """Waits for its end. Raises what it failed with."""
     async for _ in generation.gains():
         pass
 
 
-async def _events(generation: Generation, form: _Form) -> AsyncGenerator[bytes, None]:
+def _told_of_tokens(gain: Gain, generation: Generation) -> dict[str, Any]:
+    """Where each token came from, when they came, and how the completion's drafts have fared up to here."""
+    tokens = [
+        {
+            "id": piece.token_id,
+            "text": piece.text,
+            "draft_position": 0 if piece.draft_position is None else piece.draft_position + 1,
+        }
+        for piece in gain.pieces
+    ]
+    acceptance = generation.completions[gain.index].request.acceptance.report()
+    return {"tokens": tokens, "seconds": generation.seconds(gain.index), "acceptance": acceptance.to_dict()}
+
+
+async def _events(generation: Generation, form: Form) -> AsyncGenerator[bytes, None]:
     usage = {"usage": None} if form.asked.includes_usage else {}
     for choice in form.opening(generation):
         yield event({**form.head, "choices": [choice], **usage})
     async for gain in generation.gains():
-        if not (gain.text or gain.finish_reason or form.asked.return_token_ids):
-            continue  # part of a character, or what may become a stop string
         stop_reason = generation.completions[gain.index].output.stop_reason if gain.finish_reason else None
-        yield event({**form.head, "choices": [form.chunk(gain, stop_reason)], **usage})
+        choices = form.chunks(gain, stop_reason)
+        if form.asked.returns_tokens:
+            choices[-1]["speculative"] = _told_of_tokens(gain, generation)
+        for choice in choices:
+            yield event({**form.head, "choices": [choice], **usage})
     if form.asked.includes_usage:
-        yield event({**form.head, "choices": [], "usage": generation.usage()})
+        yield event({**form.head, "choices": [], "usage": form.usage(generation)})
     yield DONE

@@ -5,10 +5,12 @@ An unknown field, one of the wrong type and one that asks for what the engine la
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from outrider.core.sampling import SamplingParams
 from outrider.errors import FieldError, nearest
@@ -36,7 +38,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "logprobs": _NEITHER,
     "metadata": _NONE_OR_EMPTY,
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
     "prediction": NOTHING,
     "presence_penalty": (None, 0),
     "priority": (None, 0),
@@ -49,8 +50,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "store": _NEITHER,
     "structured_outputs": NOTHING,
     "suffix": _NONE_OR_EMPTY,
-    "tool_choice": (None, "none", "auto"),
-    "tools": _NONE_OR_EMPTY,
     "top_logprobs": (None, 0),
     "truncate_prompt_tokens": NOTHING,
     "use_beam_search": _NEITHER,
@@ -74,10 +73,20 @@ Conversation = Annotated[
             "minItems": 1,
             "items": {
                 "type": "object",
-                "required": ["role", "content"],
+                "required": ["role"],
                 "properties": {
-                    "role": {"enum": ["system", "user", "assistant"]},
-                    "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
+                    "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                    "content": {
+                        "anyOf": [
+                            {"type": "string"},
+                            {"type": "array", "items": {"type": "object"}},
+                            {"type": "null"},
+                        ]
+                    },
+                    "tool_calls": {"type": "array", "items": {"type": "object"}},
+                    "tool_call_id": {"type": "string"},
+                    "reasoning": {"type": "string"},
+                    "reasoning_content": {"type": "string"},
                 },
             },
         }
@@ -86,21 +95,25 @@ Conversation = Annotated[
 Stop = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _texts, {"type": "null"}]})]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A request body, or a part of one."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+    not_offered: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_OFFERED
 
 
-class StreamOptions(_Record):
+class StreamOptions(Record):
     """What a stream brings beside the text."""
 
     include_usage: bool = Field(False, description="a last chunk with the usage of the whole request")
 
 
-class Speculative(_Record):
+class Speculative(Record):
     """How far drafts may run ahead for this request alone; the text is the same with any."""
 
     enabled: bool = Field(True, description="false: no draft of this request is verified")
     num_speculative_tokens: int | None = Field(None, ge=1, description="most drafts a step, up to the server's")
+    return_tokens: bool = Field(False, description="in a stream, each token's id, text and draft position")
 
     def max_drafts(self, most: int) -> int | None:
         """The engine's limit for it; FieldError for more than the server drafts."""
@@ -120,26 +133,21 @@ class Speculative(_Record):
         return wanted
 
 
-class Sampled(_Record):
-    """What both kinds of completion take; null is as if left out."""
+class Sampling(Record):
+    """What all kinds of completion take; null is as if left out."""
 
     model: str | None = None
-    n: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0)
     stop: Stop = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    return_token_ids: bool | None = Field(None, description="token ids beside the text")
     speculative: Speculative | None = None
     user: str | None = Field(None, description="who asks; kept nowhere")
 
@@ -149,10 +157,31 @@ class Sampled(_Record):
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         return SamplingParams(**{**defaults, **given})
 
+    @property
+    def returns_tokens(self) -> bool:
+        """Whether a stream tells of each token where it came from."""
+        return self.speculative is not None and self.speculative.return_tokens
+
+    def check(self) -> None:
+        """What no field shows by itself."""
+
+
+class Sampled(Sampling):
+    """What both kinds of completion with choices take."""
+
+    n: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(None, description="token ids beside the text")
+
     def check(self) -> None:
         """What no field shows by itself."""
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options is for streams: leave it out, or set stream", "stream_options")
+        if self.returns_tokens and not self.stream:
+            where = "speculative.return_tokens"
+            raise FieldError(f"{where} is for streams: leave it out, or set stream", where)
 
     @property
     def includes_usage(self) -> bool:
@@ -167,10 +196,72 @@ class CompletionRequest(Sampled):
     echo: bool | None = Field(None, description="the prompt's text before the completion's")
 
 
+class Function(Record):
+    """What the model is told of a function it may call."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
+    strict: bool | None = Field(None, description="true is not offered: nothing holds the model to the schema")
+
+
+def _only_functions(given: Any) -> Any:
+    """Tools of other types have other fields: it is the type that is wrong with them."""
+    if isinstance(given, dict) and given.get("type") != "function":
+        raise PydanticCustomError("tool_type", "must be a tool of type function, no other is offered")
+    return given
+
+
+AFunction = BeforeValidator(_only_functions)
+"""For the annotation of a tool."""
+
+
+class Tool(Record):
+    """A function, as chat completions take it."""
+
+    type: Literal["function"]
+    function: Function
+
+
+ToolChoice = Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})]
+
+
+def shown_tools(functions: Sequence[Function], choice: Any, where: str) -> list[dict[str, Any]]:
+    """Tools as a chat template takes them; none if the choice is to call none. FieldError for what cannot be promised.
+
+    `where`: the place of a function in the request, with its number as `{}`.
+    """
+    if choice not in (None, "none", "auto"):
+        said = "is not offered, as nothing makes the model call a tool: leave it out, or ask for auto or none"
+        raise FieldError(f"tool_choice {shortened(repr(choice))} {said}", "tool_choice")
+    names: set[str] = set()
+    for index, function in enumerate(functions):
+        if function.strict:
+            said = (
+                "strict is not offered, as nothing holds the model to a schema: leave it out, and check the arguments"
+            )
+            raise FieldError(said, f"{where.format(index)}strict")
+        if function.name in names:
+            raise FieldError(f"two tools have the name {function.name}: name them apart", f"{where.format(index)}name")
+        names.add(function.name)
+    if choice == "none":
+        return []
+    return [
+        {
+            "type": "function",
+            "function": function.model_dump(include={"name", "description", "parameters"}, exclude_none=True),
+        }
+        for function in functions
+    ]
+
+
 class ChatRequest(Sampled):
     """The body of `/v1/chat/completions`."""
 
     messages: Conversation
+    tools: list[Annotated[Tool, AFunction]] | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = Field(None, description="false: what follows the first call is left out")
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: Annotated[bool | None, Field(description="true, as it always is")] = None
@@ -187,6 +278,10 @@ class ChatRequest(Sampled):
             defaults["max_tokens"] = longest
         return super().sampling(**{"max_tokens": None, **defaults})
 
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is shown, as its chat template takes them."""
+        return shown_tools([tool.function for tool in self.tools or ()], self.tool_choice, "tools.{}.function.")
+
     def check(self) -> None:
         """What no field shows by itself."""
         super().check()
@@ -194,7 +289,7 @@ class ChatRequest(Sampled):
             raise FieldError("add_generation_prompt false is not offered: leave it out", "add_generation_prompt")
 
 
-class TokenizeRequest(_Record):
+class TokenizeRequest(Record):
     """The body of `/tokenize`: a text, or a conversation under the model's chat template."""
 
     model: str | None = None
@@ -204,14 +299,14 @@ class TokenizeRequest(_Record):
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(_Record):
+class DetokenizeRequest(Record):
     """The body of `/detokenize`."""
 
     model: str | None = None
     tokens: list[int]
 
 
-Asked = TypeVar("Asked", bound=BaseModel)
+Asked = TypeVar("Asked", bound=Record)
 
 
 def parse(body: bytes, record: type[Asked]) -> Asked:
@@ -226,9 +321,9 @@ def parse(body: bytes, record: type[Asked]) -> Asked:
     for name in list(given):
         if name in known:
             continue
-        if name not in NOT_OFFERED:
+        if name not in record.not_offered:
             raise FieldError(f"unknown field: {shortened(name)} ({nearest(name, known)})", shortened(name))
-        if not _asks_for_nothing(given.pop(name), NOT_OFFERED[name]):
+        if not _asks_for_nothing(given.pop(name), record.not_offered[name]):
             raise FieldError(f"{name} is not offered: leave it out", name)
     try:
         return record.model_validate(given)

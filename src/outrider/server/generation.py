@@ -12,7 +12,7 @@ from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
 from outrider.engine.completion import Completion, Inbox
 from outrider.engine.messages import Delta
-from outrider.engine.outputs import CompletionOutput, RequestOutput
+from outrider.engine.outputs import CompletionOutput, Piece, RequestOutput
 from outrider.server.text import Texts
 
 
@@ -23,6 +23,7 @@ class Gain:
     index: int  # of the completion, over all prompts
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)  # the same, one a token
     finish_reason: str | None = None
 
 
@@ -56,7 +57,11 @@ class Generation:
         self._meter = meter
         self._inbox = Inbox(keeps_pieces=True)
         self._woken = asyncio.Event()
-        self._error: Exception | None = None
+        self.params = params
+        self.error: Exception | None = None
+        """What the whole of it failed with."""
+        self.seconds_to_first_token: float | None = None
+        """From its arrival, once there is one."""
         self.outputs: list[RequestOutput] = []
         """One a prompt."""
         self.completions: list[Completion] = []
@@ -87,6 +92,8 @@ class Generation:
             self.fail(error)
             return True
         if delta.tokens:
+            if self.seconds_to_first_token is None:
+                self.seconds_to_first_token = now - self.arrival
             self._meter.gained(len(delta.tokens), self._last[index], now, first)
             self._last[index] = now
         if completion.ended:
@@ -96,7 +103,7 @@ class Generation:
 
     def fail(self, error: Exception) -> None:
         """Nothing more comes: whoever waits is given the error, after what came before it."""
-        self._error = self._error or error
+        self.error = self.error or error
         for completion in self.completions:
             completion.abort()
         self._woken.set()
@@ -117,16 +124,21 @@ class Generation:
                 gain = gains.setdefault(piece.index, Gain(piece.index))
                 gain.text += piece.text
                 gain.token_ids.append(piece.token_id)
+                gain.pieces.append(piece)
                 gain.finish_reason = piece.finish_reason
             for gain in gains.values():
                 yield gain
             if pieces:
                 continue
-            if self._error is not None:
-                raise self._error
+            if self.error is not None:
+                raise self.error
             if self.finished:
                 return
             await self._woken.wait()
+
+    def seconds(self, index: int) -> float:
+        """From the request's arrival to a completion's newest tokens."""
+        return self._last[index] - self.arrival
 
     def usage(self) -> dict[str, Any]:
         """Tokens in and out, and what drafts were worth: OpenAI's record, with one more entry."""

@@ -1,36 +1,25 @@
-"""What every request passes first: an id, the API key, the size of the body; and a line in the log when it is over."""
+"""What a request must pass before a route sees it: the API key, and the size of its body."""
 
 from __future__ import annotations
 
 import hmac
-import logging
-import re
-import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from outrider.server.access import route_path
 from outrider.server.options import OPEN_PATHS
-from outrider.server.responses import GONE, error_response
-
-logger = logging.getLogger("outrider.access")
-
-REQUEST_ID = "x-request-id"
-_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-
-Counted = Callable[[str, str, int], None]
-"""Told method, route and status of each request that was answered."""
+from outrider.server.responses import error_response
 
 
 class Guard:
-    """ASGI middleware. It never looks into a body, and what it logs holds nothing of one."""
+    """ASGI middleware. It never looks into a body."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int, counted: Counted) -> None:
-        self._app, self._counted = app, counted
+    def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:
+        self._app = app
         self._keys = [sha256(key.encode()).digest() for key in keys]
         self._max_body_bytes = max_body_bytes
 
@@ -39,37 +28,11 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        given = headers.get(REQUEST_ID, "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        start, status = time.monotonic(), GONE
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            await send(message)
-
-        try:
-            refusal = self._refusal(scope["path"], headers)
-            if refusal is not None:
-                await error_response(refusal)(scope, receive, answer)
-            else:
-                await self._app(scope, self._limited(receive), answer)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            seconds = time.monotonic() - start
-            self._counted(scope["method"], route, status)
-            logger.info(
-                "method=%s route=%s status=%d seconds=%.3f request_id=%s",
-                scope["method"],
-                route,
-                status,
-                seconds,
-                request_id,
-            )
+        refusal = self._refusal(route_path(scope), Headers(scope=scope))
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+        else:
+            await self._app(scope, self._limited(receive), send)
 
     def _refusal(self, path: str, headers: Headers) -> HTTPException | None:
         if self._keys and path not in OPEN_PATHS and not self._knows(headers.get("authorization", "")):

@@ -31,7 +31,8 @@ class Metrics:
 
     def __init__(self, client: EngineClient, facts: Facts, model_name: str) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(client, facts, model_name))
+        self._engine = _EngineCollector(client, facts, model_name)
+        self._registry.register(self._engine)
         self._labels = {"model_name": model_name}
         self._typical_seconds = 1.0
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of completions that began to come.")
@@ -47,6 +48,8 @@ class Metrics:
         self._output_sizes = self._histogram(
             "request_generation_tokens", "Generated tokens of ended completions.", _TOKENS
         )
+        self._restarts = self._counter("engine_restarts", "Engines that took the place of one that failed.")
+        self._timeouts = self._counter("request_timeouts", "Requests that were not finished by their deadline.")
         self._ended = Counter(
             PREFIX + "request_success",
             "Completions that ended by themselves.",
@@ -87,6 +90,15 @@ class Metrics:
         """A request was answered."""
         self._http.labels(method=method, handler=handler, status=str(status)).inc()
 
+    def restarted(self, facts: Facts) -> None:
+        """Another engine has taken the place of one that failed."""
+        self._restarts.inc()
+        self._engine.facts = facts
+
+    def timed_out(self) -> None:
+        """A request was not finished by its deadline."""
+        self._timeouts.inc()
+
     def retry_after(self) -> int:
         """Seconds after which a place in the queue may be free: as long as requests took of late."""
         return max(LEAST_RETRY, min(MOST_RETRY, round(self._typical_seconds)))
@@ -101,7 +113,7 @@ class _EngineCollector(Collector):
     """The engine's own figures, from its newest snapshot."""
 
     def __init__(self, client: EngineClient, facts: Facts, model_name: str) -> None:
-        self._client, self._facts, self._model_name = client, facts, model_name
+        self._client, self.facts, self._model_name = client, facts, model_name
 
     def collect(self) -> Iterator[Any]:
         """Every family, once the engine has told of itself."""
@@ -152,7 +164,7 @@ class _EngineCollector(Collector):
         yield from (expected, measured)
 
     def _info(self) -> Iterator[Any]:
-        facts = self._facts
+        facts = self.facts
         chosen = {
             "version": __version__,
             "runner": facts.runner,

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import re
+import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from outrider.core.option import option, wrong_types
+from outrider.engine.logs import LOG_FORMATS
 from outrider.errors import OptionError
 
-OPEN_PATHS = frozenset({"/health", "/version", "/metrics"})
-"""What needs no API key: a probe has none."""
+TOOL_CALL_PARSERS = ("hermes", "llama")
+REASONING_PARSERS = ("think",)
+
+PLAYGROUND = {
+    "/": "index.html",
+    **{
+        f"/playground/{name}": name
+        for name in (
+            "api.js",
+            "app.js",
+            "chart.js",
+            "icon.svg",
+            "panel.js",
+            "race.js",
+            "request.js",
+            "style.css",
+            "tokens.js",
+        )
+    },
+}
+"""Which file of the playground is shown where. None says anything of what is served: that is asked for with a key."""
+
+OPEN_PATHS = frozenset({"/health", "/version", "/metrics", *PLAYGROUND})
+"""What needs no API key: a probe has none, nor has a browser before its page has asked for one."""
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +48,12 @@ class ServerOptions:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every one the machine has")
     port: int = option(8000, "port to listen on; 0 takes a free one and says which")
     served_model_name: str | None = option(None, "name of the model to clients; left out: that of its directory")
+    tool_call_parser: str | None = option(
+        None, "how the model writes tool calls, hermes or llama; left out: as its chat template does, if that is clear"
+    )
+    reasoning_parser: str | None = option(
+        None, "think: tell what the model writes in <think> tags apart from its answer"
+    )
     api_key: str | None = option(None, "key that clients must send; OUTRIDER_API_KEY and --api-key-file hide it better")
     api_key_file: str | None = option(None, "file of keys, one a line; each of them lets a client in")
     max_waiting: int = option(256, "completions that may wait for a place to run; more are told to come back (429)")
@@ -26,21 +61,64 @@ class ServerOptions:
     drain_timeout: float = option(60.0, "seconds that requests under way have to end after SIGTERM")
     engine_timeout: float = option(120.0, "seconds without a sign of life after which the engine counts as hung")
     root_path: str = option("", "path under which a proxy shows the server")
+    allowed_origin: Sequence[str] | None = option(
+        None,
+        "origin whose pages a browser lets read answers (CORS), as https://example.org; * is every one; repeatable",
+    )
+    ssl_certfile: str | None = option(None, "certificate chain (PEM); with it the server speaks HTTPS")
+    ssl_keyfile: str | None = option(None, "private key of the certificate (PEM), if it is not in the same file")
+    request_timeout: float | None = option(
+        None, "most seconds a request may take, after which it ends with an error (408); left out: no limit"
+    )
+    restart_engine: bool = option(False, "start the engine anew when it dies or hangs, instead of ending")
+    log_format: str = option("text", "text, or json: one JSON object a line")
+    otlp_traces_endpoint: str | None = option(
+        None, "URL to send OpenTelemetry traces to over HTTP, as http://localhost:4318/v1/traces"
+    )
 
     def __post_init__(self) -> None:
         for name, value, wanted in wrong_types(self):
             raise OptionError(f"{name} must be {wanted}: {value!r}")
         if not 0 <= self.port <= 65535:
             raise OptionError(f"port must be a number from 0 to 65535: {self.port}")
+        for name, known in (("tool_call_parser", TOOL_CALL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise OptionError(f"{name} must be {' or '.join(known)}: {value!r}")
         if self.max_waiting < 0:
             raise OptionError(f"max_waiting must be a whole number of 0 or more: {self.max_waiting}")
         if self.max_body_bytes < 1:
             raise OptionError(f"max_body_bytes must be a whole number of 1 or more: {self.max_body_bytes}")
-        for name in ("drain_timeout", "engine_timeout"):
-            if not 0 < getattr(self, name) < float("inf"):
+        for name in ("drain_timeout", "engine_timeout", "request_timeout"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise OptionError(f"{name} must be a number of seconds above 0: {getattr(self, name)}")
-        if self.root_path and not self.root_path.startswith("/"):
-            raise OptionError(f"root_path must begin with a slash: {self.root_path!r}")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise OptionError(f"root_path must begin with a slash, and not end with one: {self.root_path!r}")
+        for origin in self.allowed_origin or ():
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise OptionError(f"allowed_origin must be as https://example.org, without a path, or *: {origin!r}")
+        if self.log_format not in LOG_FORMATS:
+            raise OptionError(f"log_format must be one of {', '.join(LOG_FORMATS)}: {self.log_format!r}")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise OptionError("ssl_keyfile needs ssl_certfile: give the certificate too")
+        url = self.otlp_traces_endpoint
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise OptionError(f"otlp_traces_endpoint must be an http or https URL: {url!r}")
+
+    def check_certificate(self) -> None:
+        """OptionError if TLS is asked for with files that hold no usable certificate and key."""
+        if self.ssl_certfile is None:
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+        def password() -> str:
+            raise OptionError("the private key is encrypted: give ssl_keyfile a key without a passphrase")
+
+        try:
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password)
+        except OSError as error:  # SSLError is one
+            files = " and ".join(name for name in (self.ssl_certfile, self.ssl_keyfile) if name)
+            raise OptionError(f"no certificate with its private key can be read from {files}: {error}") from None
 
     def keys(self, from_environment: str | None) -> tuple[str, ...]:
         """Every key that lets a client in; none: everybody may. OptionError for a file that gives none."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from outrider.errors import EngineDeadError, InputError, OverloadError
+from outrider.errors import DeadlineError, EngineDeadError, EngineRestartingError, InputError, OverloadError
+from outrider.server.deadline import Deadline
 
 logger = logging.getLogger("outrider")
 
@@ -21,7 +23,10 @@ JSON = "application/json"
 GONE = 499
 """For the log: the client did not wait for an answer."""
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+MOST_SAID = 500
+"""Characters of an error's message: it may quote what the client sent, which may be of any length."""
+
+_TYPES = {408: "timeout_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 Made = TypeVar("Made")
 
@@ -55,9 +60,16 @@ def error_record(status: int, message: str, param: str | None = None, code: str 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, record and headers of what went wrong. What is not the client's doing is logged, and not told."""
     if isinstance(error, InputError):
-        return 400, error_record(400, str(error), error.field), {}
+        said = str(error)
+        said = said if len(said) <= MOST_SAID else f"{said[: MOST_SAID - 3]}..."
+        return 400, error_record(400, said, error.field), {}
     if isinstance(error, OverloadError):
         return 429, error_record(429, str(error), code="overloaded"), {"retry-after": str(error.retry_after)}
+    if isinstance(error, DeadlineError):
+        return 408, error_record(408, str(error), code="request_timeout"), {}
+    if isinstance(error, EngineRestartingError):
+        headers = {"retry-after": str(error.retry_after)}
+        return 503, error_record(503, str(error), code="engine_restarting"), headers
     if isinstance(error, EngineDeadError):
         return 503, error_record(503, str(error), code="engine_dead"), {}
     if isinstance(error, ClientDisconnect):
@@ -74,6 +86,10 @@ def error_response(error: Exception) -> Response:
     """An answer that says what went wrong."""
     status, record, headers = describe(error)
     return json_response(record, status, headers)
+
+
+def _error_event(error: Exception) -> bytes:
+    return event(describe(error)[1])
 
 
 async def _gone(receive: Receive) -> None:
@@ -101,15 +117,35 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Made]) -> Made
     return await _first(asyncio.ensure_future(work), request.receive)
 
 
+async def in_time(deadline: Deadline | None, work: Awaitable[Response]) -> Response:
+    """The answer, cut off at the deadline: DeadlineError then, or in a stream an event that tells of it."""
+    if deadline is None:
+        return await work
+    async with deadline.kept():
+        response = await work
+    if isinstance(response, EventStream):
+        response.deadline = deadline
+    return response
+
+
 class EventStream(Response):
     """Server-sent events. They end when the client has gone; `closed` is called whatever happens."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], closed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        closed: Callable[[], None],
+        failed: Callable[[Exception], bytes] | None = None,
+    ) -> None:
+        """`failed`: the last event, if something goes wrong; left out, the error as OpenAI writes one."""
+        self._failed = failed or _error_event
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._closed = events, closed
+        self.deadline: Deadline | None = None
+        """When the last event must have been sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends them as they come. An error becomes the last event: the status has been sent by then."""
@@ -124,9 +160,11 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async for chunk in self._events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async with self.deadline.kept() if self.deadline is not None else contextlib.nullcontext():
+                async for chunk in self._events:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:
-            chunk = event(describe(error)[1])
+            self._closed()  # first: the client may take its time to read the event
+            chunk = self._failed(error)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import uvicorn
 
 from outrider import env
 from outrider.config import EngineOptions
+from outrider.engine.logs import write_logs
 from outrider.engine.messages import Facts
-from outrider.engine.process import LOG_FORMAT
 from outrider.errors import EngineDeadError, OptionError
 from outrider.server.app import build
 from outrider.server.client import EngineClient
@@ -25,6 +26,7 @@ from outrider.server.metrics import Metrics
 from outrider.server.options import ServerOptions
 from outrider.server.service import Service
 from outrider.server.text import Texts
+from outrider.server.tracing import Tracing
 
 logger = logging.getLogger("outrider")
 
@@ -34,6 +36,15 @@ LINGER_SECONDS = 2.0
 """How long the server of a dead engine says so, to probes and clients, before it ends."""
 
 BACKLOG = 2048
+
+MOST_RESTARTS = 3
+"""Engines started in a row, each in the place of one that did not last; then the server ends."""
+
+LASTING_SECONDS = 60.0
+"""An engine that has lived so long does not count as failing in a row with those before it."""
+
+BACKOFF_SECONDS = 0.5
+"""Before the second engine in a row is started; doubled before each that follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,8 @@ def serve(engine: EngineOptions, directory: Path, options: ServerOptions, told: 
     address that cannot be had.
     """
     keys = options.keys(env.api_key())
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    options.check_certificate()
+    write_logs(options.log_format, logging.INFO)
     for name in ("httpx", "asyncio", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with contextlib.closing(_bound(options)) as listener:
@@ -67,13 +79,17 @@ async def _serve(
     listener: socket.socket,
     told: Callable[[Listening], None],
 ) -> int:
-    client = EngineClient(engine, options.engine_timeout)
+    name = options.served_model_name or _name(engine.model)
+    tracing = Tracing.to(options.otlp_traces_endpoint, name) if options.otlp_traces_endpoint is not None else None
+    client = EngineClient(engine, options.engine_timeout, options.log_format)
+    life: _Life | None = None
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for end in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(end, stopped.set)
     try:
-        started: asyncio.Future[Any] = asyncio.gather(client.start(), asyncio.to_thread(Texts, directory))
+        loading = asyncio.to_thread(Texts, directory, options.tool_call_parser, options.reasoning_parser)
+        started: asyncio.Future[Any] = asyncio.gather(client.start(), loading)
         waiting: asyncio.Future[Any] = loop.create_task(stopped.wait())
         await asyncio.wait({started, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -81,9 +97,9 @@ async def _serve(
             started.cancel()
             return 0
         facts, texts = started.result()
-        name = options.served_model_name or _name(engine.model)
-        service = Service(client, facts, texts, Metrics(client, facts, name), name, options.max_waiting)
-        app = build(service, keys, options.max_body_bytes, options.root_path)
+        metrics = Metrics(client, facts, name)
+        service = Service(client, facts, texts, metrics, name, options.max_waiting, options.request_timeout, tracing)
+        app = build(service, keys, options.max_body_bytes, options.root_path, options.allowed_origin or ())
         config = uvicorn.Config(
             app,
             lifespan="off",
@@ -92,9 +108,11 @@ async def _serve(
             server_header=False,
             backlog=BACKLOG,
             timeout_graceful_shutdown=int(options.drain_timeout) + 2,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
         )
-        server = _Server(config, lambda: told(Listening(_url(listener, options.host), name, facts)))
-        life = _Life(server, service, options.drain_timeout)
+        server = _Server(config, lambda: told(Listening(_url(listener, options), name, facts)))
+        life = _Life(server, service, options.drain_timeout, options.restart_engine)
         client.on_death = life.bury
         for end in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(end, life.drain)
@@ -102,9 +120,13 @@ async def _serve(
             return 0
         await server.serve(sockets=[listener])
         texts.close()
-        return 0 if client.alive else 1
+        return 0 if client.alive or client.restarting else 1
     finally:
+        if life is not None:
+            await life.end_restarting()
         await client.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 class _Server(uvicorn.Server):
@@ -127,11 +149,15 @@ class _Server(uvicorn.Server):
 
 @dataclass(slots=True)
 class _Life:
-    """How a server ends."""
+    """How a server ends, or goes on with another engine."""
 
     server: _Server
     service: Service
     drain_timeout: float
+    restarts: bool
+    _restarting: asyncio.Task[None] | None = None
+    _num_failed: int = 0  # engines in a row
+    _ready: float = field(default_factory=time.monotonic)  # since when there has been an engine
 
     def drain(self) -> None:
         """Takes no new connections, and gives what is under way its time. Told a second time, it ends at once."""
@@ -147,7 +173,45 @@ class _Life:
         self.service.client.fail(EngineDeadError("the server went down before the request was finished"))
 
     def bury(self) -> None:
-        """The engine is dead, and everybody who waited for it was told: ends after those who ask next."""
+        """The engine is dead, and everybody who waited for it was told: another follows, or the server ends."""
+        if self._restarting is not None and not self._restarting.done():
+            return  # it died so young that whoever starts it has yet to hear of it
+        if not self.restarts or self.service.draining:
+            self._end_soon()
+            return
+        if time.monotonic() - self._ready > LASTING_SECONDS:
+            self._num_failed = 0
+        self.service.client.restarting = True
+        self._restarting = asyncio.get_running_loop().create_task(self._restart())
+
+    async def _restart(self) -> None:
+        client = self.service.client
+        while (failed := self._num_failed) < MOST_RESTARTS:
+            self._num_failed += 1
+            await asyncio.sleep(BACKOFF_SECONDS * (2**failed - 1))
+            logger.warning("starting the engine anew, number %d of at most %d in a row", failed + 1, MOST_RESTARTS)
+            try:
+                facts = await client.restart()
+            except EngineDeadError as error:
+                logger.error("%s", error)
+                continue
+            self.service.facts = facts
+            self.service.metrics.restarted(facts)
+            self._ready = time.monotonic()
+            logger.warning("the engine is ready again")
+            return
+        logger.error("the engine failed after %d starts in a row: the server ends", MOST_RESTARTS)
+        client.restarting = False
+        self._end_soon()
+
+    async def end_restarting(self) -> None:
+        """Nothing is started any more."""
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.gather(self._restarting, return_exceptions=True)
+
+    def _end_soon(self) -> None:
+        """Ends after those who ask next."""
 
         def end() -> None:
             self.server.should_exit = True
@@ -158,8 +222,10 @@ class _Life:
 def _bound(options: ServerOptions) -> socket.socket:
     """A socket at the address, taken before anything is loaded."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )[0]
+        listener = socket.socket(family, kind, protocol)  # asyncio sets TCP_NODELAY only on one that names its protocol
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
@@ -171,9 +237,10 @@ def _bound(options: ServerOptions) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket, host: str) -> str:
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{listener.getsockname()[1]}"
+def _url(listener: socket.socket, options: ServerOptions) -> str:
+    scheme = "http" if options.ssl_certfile is None else "https"
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    return f"{scheme}://{shown}:{listener.getsockname()[1]}"
 
 
 def _name(model: str | None) -> str:

@@ -12,12 +12,13 @@ from starlette.exceptions import HTTPException
 from outrider.core.sampling import SamplingParams
 from outrider.engine.messages import Facts
 from outrider.engine.prompts import check_stop_ids, check_token_ids
-from outrider.errors import EngineDeadError, InputError, OverloadError
+from outrider.errors import InputError, OverloadError
 from outrider.server.client import EngineClient
-from outrider.server.fields import Sampled, shortened
+from outrider.server.fields import Sampling, shortened
 from outrider.server.generation import Generation
 from outrider.server.metrics import Metrics
 from outrider.server.text import Texts
+from outrider.server.tracing import Tracing
 
 Prompts = list[tuple[str | None, list[int]]]
 """Each with its text, where it was given as text."""
@@ -33,6 +34,8 @@ class Service:
     metrics: Metrics
     model_name: str
     max_waiting: int
+    request_timeout: float | None = None  # seconds a request may take
+    tracing: Tracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _num_arriving: int = 0  # requests whose prompts are being encoded
@@ -42,7 +45,7 @@ class Service:
         if name is not None and name != self.model_name:
             raise HTTPException(404, f"the model {shortened(name)!r} does not exist: this server has {self.model_name}")
 
-    async def begin(self, asked: Sampled, prompts: Awaitable[Prompts], params: SamplingParams) -> Generation:
+    async def begin(self, asked: Sampling, prompts: Awaitable[Prompts], params: SamplingParams) -> Generation:
         """Queues a request's completions. `prompts` is awaited only if there may be room.
 
         Raises OverloadError, InputError as the engine does, EngineDeadError.
@@ -74,6 +77,8 @@ class Service:
             max_drafts=max_drafts,
             arrival=arrival,
         )
+        if self.tracing is not None:
+            self.tracing.began(generation)
         await self.client.run(generation)
         return generation
 
@@ -89,8 +94,7 @@ class Service:
             )
 
     def _check_room(self, count: int) -> None:
-        if not self.client.alive:
-            raise EngineDeadError("the engine is dead: the server is going down")
+        self.client.check_alive()
         under_way = self.client.num_under_way + self._num_arriving
         if under_way + count > self._capacity:
             raise OverloadError(

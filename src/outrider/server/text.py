@@ -13,9 +13,8 @@ from outrider.engine.detokenize import Detokenizer
 from outrider.engine.prompts import as_conversations, as_prompts, as_template_arguments, as_token_ids, check_token_ids
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
-from outrider.server.fields import shortened
-
-ROLES = ("system", "user", "assistant")
+from outrider.server.conversation import plain_conversation
+from outrider.server.dialect import Dialect
 
 
 class Texts:
@@ -25,10 +24,13 @@ class Texts:
     thread that encodes, and one for the event loop, which decodes a few tokens at a time.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Loads it. Raises CheckpointError."""
+    def __init__(
+        self, directory: Path, tool_call_parser: str | None = None, reasoning_parser: str | None = None
+    ) -> None:
+        """Loads it. Raises CheckpointError, and OptionError for a parser that the chat template rules out."""
         self.decoder = Tokenizer(directory)
         self._encoder = Tokenizer(directory)
+        self.dialect = Dialect(self.decoder, tool_call_parser, reasoning_parser)
         self._thread = ThreadPoolExecutor(1, "outrider-encode")
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -51,13 +53,23 @@ class Texts:
             raise PromptError("the prompt is empty: give at least one", "prompt")
         return prompts
 
-    async def conversation(self, messages: Any, template_arguments: Mapping[str, Any] | None = None) -> list[int]:
+    async def conversation(
+        self,
+        messages: Any,
+        template_arguments: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Token ids of a conversation, ready for the answer. PromptError for one that cannot be rendered whole."""
         conversations = as_conversations(messages)
         if len(conversations) != 1 or conversations[0] is not messages:
             raise PromptError("messages must be one conversation", "messages")
-        plain = [_message(message, f"messages.{index}") for index, message in enumerate(messages)]
+        plain = plain_conversation(messages)
+        self.dialect.check_messages(plain)
         arguments = as_template_arguments(template_arguments)
+        if "tools" in arguments:
+            raise PromptError("chat_template_kwargs holds tools: give them as tools", "chat_template_kwargs")
+        if tools:
+            arguments["tools"] = [dict(tool) for tool in tools]
         return await self._run(lambda: self._encoder.render_chat(plain, **arguments))
 
     def decode(self, ids: Sequence[int], vocab_size: int) -> str:
@@ -86,28 +98,3 @@ class Texts:
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """One message with its content as plain text. Whatever a template might pass over is refused."""
-    for name, value in message.items():
-        if name not in ("role", "content") and value not in (None, [], ""):
-            raise PromptError(f"{shortened(name)} of a message is not offered: leave it out", where)
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise PromptError(f"role must be one of {', '.join(ROLES)}: {shortened(repr(role))}", f"{where}.role")
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{where}.content.{index}") for index, part in enumerate(content))
-    if not isinstance(content, str):
-        raise PromptError("content must be text, or a list of parts of type text", f"{where}.content")
-    return {"role": role, "content": content}
-
-
-def _part(part: Any, where: str) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise PromptError('a part of a message must be {"type": "text", "text": ...}: only text is offered', where)
-    unknown = sorted(set(part) - {"type", "text"})
-    if unknown:
-        raise PromptError(f"a part of a message has no {shortened(unknown[0])}", where)
-    return text

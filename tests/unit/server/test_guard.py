@@ -13,13 +13,17 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from outrider.engine.logs import FIELDS
+from outrider.server.access import Access
 from outrider.server.guard import Guard
 from outrider.server.responses import error_response
 
 LIMIT = 1000
 
 
-def ask(method: str, path: str, keys: tuple[str, ...] = (), **given: Any) -> tuple[httpx.Response, list[Any]]:
+def ask(
+    method: str, path: str, keys: tuple[str, ...] = (), root_path: str = "", **given: Any
+) -> tuple[httpx.Response, list[Any]]:
     """An answer of an application that echoes bodies, and what was counted."""
     app, counted = FastAPI(), []
 
@@ -31,7 +35,8 @@ def ask(method: str, path: str, keys: tuple[str, ...] = (), **given: Any) -> tup
 
     for path_ in ("/health", "/metrics", "/version", "/v1/echo", "/tokenize"):
         app.add_api_route(path_, echo, methods=["GET", "POST"])
-    app.add_middleware(Guard, keys=keys, max_body_bytes=LIMIT, counted=lambda *one: counted.append(one))
+    app.add_middleware(Guard, keys=keys, max_body_bytes=LIMIT)
+    app.add_middleware(Access, counted=lambda *one: counted.append(one), tracing=None, root_path=root_path)
 
     async def sent() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
@@ -60,9 +65,16 @@ def test_probes_need_no_key(path: str) -> None:
     assert ask("GET", path, ("first",))[0].status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/tokenize", "/openapi.json", "/nothing", "//health", "/health/"])
+@pytest.mark.parametrize("path", ["/tokenize", "/openapi.json", "/nothing", "http://test//health", "/health/"])
 def test_everything_else_does(path: str) -> None:
     assert ask("GET", path, ("first",))[0].status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("/api/health", 200), ("/health", 200), ("/api/v1/echo", 401), ("/apihealth", 401)]
+)
+def test_probes_need_no_key_under_a_proxy_s_path_either(path: str, status: int) -> None:
+    assert ask("GET", path, ("first",), "/api")[0].status_code == status
 
 
 async def _chunks(size: int) -> AsyncIterator[bytes]:
@@ -83,6 +95,9 @@ def test_a_request_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> N
         answer, _ = ask("POST", "/v1/echo?q=hidden", content=b"secret", headers={"x-request-id": "a-1"})
     assert answer.headers["x-request-id"] == "a-1"
     (line,) = caplog.messages
+    fields = getattr(caplog.records[0], FIELDS)
+    assert fields.pop("seconds") >= 0
+    assert fields == {"method": "POST", "route": "/v1/echo", "status": 200, "request_id": "a-1"}
     assert line.startswith("method=POST route=/v1/echo status=200 seconds=") and line.endswith("request_id=a-1")
 
 

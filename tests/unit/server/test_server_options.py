@@ -16,17 +16,36 @@ from outrider.server.options import ServerOptions
     [
         ({"port": -1}, "port must be a number from 0 to 65535: -1"),
         ({"port": "80"}, "port must be a whole number"),
+        ({"tool_call_parser": "xml"}, "tool_call_parser must be hermes or llama: 'xml'"),
+        ({"reasoning_parser": ""}, "reasoning_parser must be think: ''"),
         ({"max_waiting": -1}, "max_waiting"),
         ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"drain_timeout": 0.0}, "drain_timeout"),
         ({"engine_timeout": float("nan")}, "engine_timeout"),
         ({"drain_timeout": float("inf")}, "drain_timeout"),
         ({"root_path": "x"}, "root_path"),
+        ({"root_path": "/x/"}, "root_path"),
+        ({"request_timeout": 0.0}, "request_timeout"),
+        ({"log_format": "xml"}, "log_format must be one of text, json: 'xml'"),
+        ({"allowed_origin": ["https://a.org", "https://b.org/"]}, "allowed_origin must be .* 'https://b.org/'"),
+        ({"allowed_origin": ["a.org"]}, "allowed_origin"),
+        ({"allowed_origin": "https://a.org"}, "allowed_origin"),
+        ({"ssl_keyfile": "key.pem"}, "needs ssl_certfile"),
+        ({"otlp_traces_endpoint": "localhost:4318"}, "otlp_traces_endpoint must be an http or https URL"),
     ],
 )
 def test_wrong_values(given: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         ServerOptions(**given)
+
+
+def test_certificates_are_looked_at_first(tmp_path: Path) -> None:
+    path = tmp_path / "cert.pem"
+    path.write_text("no certificate")
+    for certificate in (path, tmp_path / "none.pem"):
+        with pytest.raises(OptionError, match=r"no certificate with its private key.*\.pem"):
+            ServerOptions(ssl_certfile=str(certificate)).check_certificate()
+    ServerOptions().check_certificate()
 
 
 def test_keys(tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""The log: lines of text, or one JSON object a line, the same in the server's process and the engine's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+LOG_FORMATS = ("text", "json")
+
+TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+FIELDS = "fields"
+"""Key of a record's `extra` under which a mapping stands that JSON shows entry by entry."""
+
+
+class JsonFormatter(logging.Formatter):
+    """`time` (ISO 8601, UTC), `level`, `logger`, `message`, what is under FIELDS, and `exception` if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= getattr(record, FIELDS, {})
+        if record.exc_info:
+            line["exception"] = "".join(traceback.format_exception(*record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
+
+
+def write_logs(log_format: str, level: int = logging.WARNING) -> None:
+    """Sends the log of this process to stderr in one of LOG_FORMATS, unless something else was set up before."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(TEXT))
+    logging.basicConfig(level=level, handlers=[handler])

@@ -1,0 +1,222 @@
+"""`/v1/responses`: a completion's text as the items of OpenAI's Responses API, whole or as events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from outrider.errors import PromptError
+from outrider.server.chat import call_id, num_reasoned, replies_of, text_defaults
+from outrider.server.completions import begin, drained
+from outrider.server.dialect import Part, Reasoning, ReplyParser
+from outrider.server.fields import parse
+from outrider.server.generation import Generation
+from outrider.server.responses import EventStream, describe, event, json_response, unless_gone
+from outrider.server.responses_fields import ResponsesRequest, check_metadata
+from outrider.server.service import Prompts, Service
+from outrider.server.tool_calls import ToolCall
+
+Event = dict[str, Any]
+
+
+async def respond(service: Service, request: Request) -> Response:
+    """Answers `/v1/responses`."""
+    asked = parse(await request.body(), ResponsesRequest)
+    metadata = check_metadata(asked.metadata)
+    messages, tools = asked.messages(), asked.shown_tools()
+
+    async def prompts() -> Prompts:
+        return [(None, await service.texts.conversation(messages, asked.chat_template_kwargs, tools))]
+
+    defaults = text_defaults(service.texts, asked, tools)
+    try:
+        generation = await begin(service, asked, prompts(), **defaults)
+    except PromptError as error:
+        field = "input" if error.field is None or error.field.startswith("messages") else error.field
+        raise PromptError(str(error), field) from None
+    (reply,) = replies_of(service.texts, generation, tools, asked.parallel_tool_calls)
+    record = {"id": f"resp_{request.state.request_id}", **_record(service, asked, generation), "metadata": metadata}
+    answer = _Answer(record, service, generation, reply)
+
+    def closed() -> None:
+        service.client.abort(generation)
+
+    if asked.stream:
+        return EventStream(_streamed(answer, generation), closed, answer.failed)
+    try:
+        await unless_gone(request, drained(generation))
+    finally:
+        closed()
+    return json_response(answer.whole())
+
+
+def _record(service: Service, asked: ResponsesRequest, generation: Generation) -> dict[str, Any]:
+    """What a response says of its request, and begins with."""
+    sampling = generation.completions[0].request.sampling
+    tools = [{"type": "function", **tool.model_dump(exclude={"type"})} for tool in asked.tools or ()]
+    return {
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": service.model_name,
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "output": [],
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None},
+        "store": False,
+        "temperature": sampling.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": asked.tool_choice or "auto",
+        "tools": tools,
+        "top_p": sampling.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": asked.user,
+    }
+
+
+class _Answer:
+    """A response as it grows. Its items are made by the events that tell of them, so both say the same."""
+
+    def __init__(self, record: dict[str, Any], service: Service, generation: Generation, reply: ReplyParser) -> None:
+        self._record, self._service, self._generation, self._reply = record, service, generation, reply
+        self._items: list[dict[str, Any]] = []
+        self._open: dict[str, Any] | None = None  # the last item, while text may be added to it
+        self._num_told = 0  # events
+
+    def begun(self) -> Iterator[Event]:
+        """What a stream begins with."""
+        for kind in ("created", "in_progress"):
+            yield {"type": f"response.{kind}", "response": self._record}
+
+    def gained(self, text: str, finished: bool) -> Iterator[Event]:
+        """What some text adds."""
+        for part in self._reply.feed(text, finished):
+            yield from self._add(part)
+
+    def ended(self) -> Iterator[Event]:
+        """What a stream ends with, once the generation has."""
+        is_cut = self._generation.completions[0].output.finish_reason == "length"
+        if not self._items:
+            yield from self._opened("message")
+        yield from self._closed("incomplete" if is_cut else "completed")
+        ending: dict[str, Any] = {"status": "completed", "completed_at": int(time.time())}
+        if is_cut:
+            ending = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+        response = {**self._record, **ending, "output": self._items, "usage": self._usage()}
+        yield {"type": f"response.{response['status']}", "response": response}
+
+    def failed(self, error: Exception) -> bytes:
+        """What a stream ends with if it ends badly."""
+        told = {"code": "server_error", "message": describe(error)[1]["error"]["message"]}
+        response = {**self._record, "status": "failed", "error": told, "output": self._items}
+        return self.told([{"type": "response.failed", "response": response}])
+
+    def told(self, events: Iterable[Event]) -> bytes:
+        """Events as they are sent, each with its name and number."""
+        lines = []
+        for one in events:
+            numbered = {**one, "sequence_number": self._num_told}
+            lines.append(f"event: {one['type']}\n".encode() + event(numbered))
+            self._num_told += 1
+        return b"".join(lines)
+
+    def whole(self) -> dict[str, Any]:
+        """The response of a generation that has ended."""
+        *_, last = [*self.gained(self._generation.completions[0].output.text, True), *self.ended()]
+        response: dict[str, Any] = last["response"]
+        return response
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._generation.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        reasoned = num_reasoned(self._service.texts, self._generation, [self._reply])
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": reasoned},
+            "total_tokens": usage["total_tokens"],
+            "speculative": usage["speculative"],
+        }
+
+    def _add(self, part: Part) -> Iterator[Event]:
+        if isinstance(part, ToolCall):
+            yield from self._closed("completed")
+            yield from self._called(part)
+            return
+        kind, text = ("reasoning", part.text) if isinstance(part, Reasoning) else ("message", part)
+        if self._open is None or self._open["type"] != kind:
+            yield from self._closed("completed")
+            yield from self._opened(kind)
+        assert self._open is not None
+        self._open["content"][0]["text"] += text
+        yield self._of_text("delta", delta=text)
+
+    def _opened(self, kind: str) -> Iterator[Event]:
+        if kind == "message":
+            item: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "type": kind, "role": "assistant"}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        else:
+            item = {"id": f"rs_{uuid.uuid4().hex}", "type": kind, "summary": []}
+            part = {"type": "reasoning_text", "text": ""}
+        item["status"] = "in_progress"
+        self._open = {**item, "content": [part]}
+        self._items.append(self._open)
+        yield self._of_item("output_item.added", item={**item, "content": []})
+        yield self._of_part("content_part.added", part=dict(part))
+
+    def _closed(self, status: str) -> Iterator[Event]:
+        """The events after which nothing is added to the open item, if there is one."""
+        if self._open is None:
+            return
+        self._open["status"] = status
+        part = self._open["content"][0]
+        yield self._of_text("done", text=part["text"])
+        yield self._of_part("content_part.done", part=part)
+        yield self._of_item("output_item.done", item=self._open)
+        self._open = None
+
+    def _called(self, call: ToolCall) -> Iterator[Event]:
+        item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call_id(), "name": call.name}
+        done = {**item, "arguments": call.arguments, "status": "completed"}
+        self._items.append(done)
+        place = {"item_id": item["id"]}
+        yield self._of_item("output_item.added", item={**item, "arguments": "", "status": "in_progress"})
+        yield self._of_item("function_call_arguments.delta", **place, delta=call.arguments)
+        yield self._of_item("function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
+        yield self._of_item("output_item.done", item=done)
+
+    def _of_item(self, kind: str, **more: Any) -> Event:
+        """An event about the last item."""
+        return {"type": f"response.{kind}", "output_index": len(self._items) - 1, **more}
+
+    def _of_part(self, kind: str, **more: Any) -> Event:
+        """An event about the one part of the open item."""
+        assert self._open is not None
+        return self._of_item(kind, item_id=self._open["id"], content_index=0, **more)
+
+    def _of_text(self, kind: str, **more: Any) -> Event:
+        """An event about the text of the open item."""
+        assert self._open is not None
+        name = self._open["content"][0]["type"]
+        logprobs: dict[str, Any] = {"logprobs": []} if name == "output_text" else {}
+        return self._of_part(f"{name}.{kind}", **more, **logprobs)
+
+
+async def _streamed(answer: _Answer, generation: Generation) -> AsyncGenerator[bytes, None]:
+    yield answer.told(answer.begun())
+    async for gain in generation.gains():
+        if lines := answer.told(answer.gained(gain.text, gain.finish_reason is not None)):
+            yield lines
+    yield answer.told(answer.ended())

@@ -1,0 +1,124 @@
+"""OpenTelemetry traces: one span a request, by the conventions for generative AI, and what its drafts were worth.
+
+The libraries are those of the `otel` extra, imported when tracing is asked for. Nothing of prompts or answers is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from outrider import __version__
+from outrider.errors import OptionError
+from outrider.server.generation import Generation
+from outrider.server.options import OPEN_PATHS
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat", "/v1/responses": "chat"}
+"""What the conventions call the work of each route; elsewhere a span is named after its method and route."""
+
+SERVICE = "outrider"
+
+
+class Tracing:
+    """Makes the spans of one server. A request's is OpenTelemetry's current one while its route runs."""
+
+    def __init__(self, provider: TracerProvider, model_name: str) -> None:
+        """`provider`: of the SDK; it is shut down by `close`."""
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._trace, self._provider, self._model_name = trace, provider, model_name
+        self._tracer = provider.get_tracer(SERVICE, __version__)
+        self._propagator = TraceContextTextMapPropagator()
+        self._generations: dict[int, Generation] = {}  # by the id of their request's span
+
+    @classmethod
+    def to(cls, endpoint: str, model_name: str) -> Tracing:
+        """Traces sent to a collector by OTLP over HTTP. OptionError without the extra."""
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ModuleNotFoundError as error:
+            raise OptionError(
+                f"otlp_traces_endpoint needs {error.name}: install it with pip install 'outrider[otel]'"
+            ) from None
+        provider = TracerProvider(resource=Resource.create({"service.name": SERVICE, "service.version": __version__}))
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        return cls(provider, model_name)
+
+    def begin(self, method: str, path: str, headers: Mapping[str, str]) -> Span | None:
+        """The span of a request that has come, a child of its `traceparent`'s if it has one; None for a probe."""
+        if path in OPEN_PATHS:
+            return None
+        context = self._propagator.extract(headers)
+        return self._tracer.start_span(method, context, self._trace.SpanKind.SERVER)
+
+    def current(self, span: Span) -> Any:
+        """A context manager under which the span is the current one."""
+        return self._trace.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False)
+
+    def began(self, generation: Generation) -> None:
+        """The current request is answered by this generation."""
+        context = self._trace.get_current_span().get_span_context()
+        if context.is_valid:
+            self._generations[context.span_id] = generation
+
+    def end(self, span: Span, method: str, route: str, status: int, request_id: str) -> None:
+        """The request is over."""
+        generation = self._generations.pop(span.get_span_context().span_id, None)
+        operation = OPERATIONS.get(route)
+        span.update_name(f"{operation} {self._model_name}" if operation is not None else f"{method} {route}")
+        span.set_attributes(
+            {
+                "http.request.method": method,
+                "http.route": route,
+                "http.response.status_code": status,
+                "outrider.request.id": request_id,
+            }
+        )
+        if operation is not None:
+            span.set_attributes({"gen_ai.operation.name": operation, "gen_ai.provider.name": SERVICE})
+            span.set_attribute("gen_ai.request.model", self._model_name)
+        if generation is not None:
+            span.set_attributes(_told(generation, self._model_name))
+        failure = generation.error if generation is not None else None
+        if status >= 400 or failure is not None:
+            span.set_attribute("error.type", type(failure).__name__ if failure is not None else str(status))
+        if status >= 500 or failure is not None:  # what is the client's doing is no error of a server's span
+            span.set_status(self._trace.StatusCode.ERROR)
+        span.end()
+
+    def close(self) -> None:
+        """Sends what has not been sent. Blocks, for as long as the SDK waits for a collector that does not answer."""
+        self._provider.shutdown()
+
+
+def _told(generation: Generation, model_name: str) -> dict[str, Any]:
+    """A generation's attributes; those of OpenAI's meaning in the conventions' names."""
+    sampling, usage = generation.params, generation.usage()
+    speculative = usage["speculative"]
+    told: dict[str, Any] = {
+        "gen_ai.response.model": model_name,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.top_k": sampling.top_k,
+        "gen_ai.request.max_tokens": sampling.max_tokens,
+        "gen_ai.request.seed": sampling.seed,
+        "gen_ai.request.choice.count": sampling.n if sampling.n > 1 else None,
+        "gen_ai.response.finish_reasons": [each.output.finish_reason or "none" for each in generation.completions],
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": usage["completion_tokens"],
+        "gen_ai.usage.cache_read.input_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        "gen_ai.server.time_to_first_token": generation.seconds_to_first_token,
+        "outrider.speculative.drafts": speculative["drafts"],
+        "outrider.speculative.drafted": speculative["drafted"],
+        "outrider.speculative.accepted": speculative["accepted"],
+        "outrider.speculative.acceptance_length": speculative["acceptance_length"],
+    }
+    return {name: value for name, value in told.items() if value is not None}

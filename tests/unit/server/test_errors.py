@@ -1,0 +1,21 @@
+"""Errors as clients are told of them."""
+
+from __future__ import annotations
+
+from outrider.errors import EngineDeadError, EngineRestartingError, FieldError
+from outrider.server.responses import MOST_SAID, describe
+
+
+def test_a_message_does_not_send_back_all_that_was_sent() -> None:
+    status, record, _ = describe(FieldError("x" * 10_000, "stop"))
+    assert status == 400 and len(record["error"]["message"]) == MOST_SAID and record["error"]["param"] == "stop"
+    assert describe(FieldError("x" * MOST_SAID))[1]["error"]["message"] == "x" * MOST_SAID
+
+
+def test_an_engine_that_is_started_anew_is_worth_asking_again() -> None:
+    status, record, headers = describe(EngineRestartingError("wait", 7))
+    assert (status, record["error"]["code"], headers) == (503, "engine_restarting", {"retry-after": "7"})
+    assert describe(EngineDeadError("gone"))[1:] == (
+        {"error": {"message": "gone", "type": "server_error", "param": None, "code": "engine_dead"}},
+        {},
+    )
