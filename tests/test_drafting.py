@@ -344,6 +344,23 @@ def test_rows_after_a_prefix_hit(method: str, target: Any, tmp_path: Path, monke
         assert "logits" in departures(after_hits(llm), DRAFT[method], head, streams)
 
 
+@pytest.mark.parametrize("method", DRAFT)
+def test_requests_that_take_no_drafts_leave_the_drafter_out(method: str, target: Any, tmp_path: Path) -> None:
+    path, streams = target("qwen3")
+    directory, head = head_of(tmp_path / "head", path, method)
+    case = branching()[0]
+    with serve(path, directory, 3, **BY_DECREE) as llm:
+        watch, gained = Watch(llm), []
+        for number in range(2):
+            llm.engine.add(str(number), case.prompt, case.sampling, max_drafts=0)
+            while llm.engine.has_work:
+                gained += [token for delta, _ in llm.engine.step() for token in delta.tokens]
+        assert watch.rounds == [] and llm.engine._scheduler.cache.num_hit >= 32
+        run(llm, [case])  # which must not take up the blocks that the drafter left empty
+        assert departures(watch.rounds, DRAFT[method], head, streams) == set()
+    assert len(gained) == 16 and gained[:8] == gained[8:]
+
+
 NOTICED = {
     "Sequential": {"ids", "hidden", "logits", "drafts"},
     "TapsOffByOne": {"hidden", "logits", "drafts"},

@@ -81,7 +81,8 @@ class Device:
             self._admit(admission)
         for slot, start, blocks in plan.grow:
             self._grow(slot, start, blocks)
-        outcomes = [self._row(row) for row in plan.rows]
+        drafting = not self.options.draft_cache or any(self.slots[row.slot].admission.drafts for row in plan.rows)
+        outcomes = [self._row(row, drafting) for row in plan.rows]
         return StepResult(plan.step, tuple(tokens for tokens, _ in outcomes), tuple(count for _, count in outcomes))
 
     def _admit(self, admission: Admission) -> None:
@@ -110,7 +111,7 @@ class Device:
         assert self.holders[cell // self.options.block_size] == 1, "a shared block is written to"
         cells[cell] = value
 
-    def _row(self, row: Row) -> tuple[tuple[int, ...], int]:
+    def _row(self, row: Row, drafting: bool) -> tuple[tuple[int, ...], int]:
         state = self.slots[row.slot]
         start, length, end = state.computed, len(state.tokens), state.computed + row.num_tokens
         queries = state.tokens[start:end]
@@ -131,8 +132,9 @@ class Device:
         state.computed = len(state.tokens) - 1 if row.ends_prompt else end
         state.past_prompt = row.ends_prompt
         assert len(state.tokens) <= self.options.max_model_len
-        self._run_drafter(state, start, end)
-        state.drafts = self._propose(state) if row.ends_prompt else []
+        if drafting:
+            self._run_drafter(state, start, end)
+        state.drafts = self._propose(state) if drafting and row.ends_prompt else []
         return yielded, len(state.drafts)
 
     def _verify(self, state: Occupied, drafts: Sequence[int]) -> tuple[int, ...]:
@@ -144,8 +146,8 @@ class Device:
         return tuple(yielded)
 
     def _next(self, tokens: Sequence[int], state: Occupied) -> int:
-        _, _, num_prompt, _, sampling, seed, stop_ids = state.admission
-        return next_token(tokens, num_prompt, sampling, seed, stop_ids)
+        given = state.admission
+        return next_token(tokens, given.num_prompt, given.sampling, given.seed, given.stop_ids)
 
     def _run_drafter(self, state: Occupied, start: int, end: int) -> None:
         """A drafter with a cache of its own: an entry depends on the tokens after it, and it scribbles ahead."""
@@ -153,7 +155,8 @@ class Device:
         late = max(0, rerun - 1)  # entries whose following tokens are not all known when they are first made
         for position in range(max(state.admission.num_cached, start - late), state.computed):
             self._write(self.draft_keys, state, position, (position, *tokens[position : position + 1 + rerun]))
-        for position in range(state.computed - late):
+        complete = state.admission.drafts or not self.options.draft_cache  # else steps without drafts left gaps
+        for position in range(state.computed - late if complete else 0):
             found = self.draft_keys[self._cell(state, position)]
             assert found == (position, *tokens[position : position + 1 + rerun]), f"stale draft entry {found}"
         for position in range(state.computed, min(end + self.options.lookahead, self.options.max_model_len)):
@@ -303,6 +306,7 @@ def random_options(rng: random.Random, **fixed: int) -> SchedulerOptions:
         "num_drafts": num_drafts,
         "lookahead": rng.choice([0, num_drafts]),
         "rerun": rng.choice([0, 0, 1, 1, 2]),
+        "draft_cache": rng.random() < 0.5,
         "depth": rng.choice([1, 1, 2, 2, 3]),
     }
     return SchedulerOptions(**(values | fixed))
@@ -374,7 +378,7 @@ def test_acceptance_does_not_depend_on_depth() -> None:
             reports.append([request.acceptance.report() for request in workload.requests])
         assert reports[0] == reports[1] == reports[2]
         total = sum(reports[0], total)
-    assert total.accepted > 500
+    assert total.accepted > 400
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -417,6 +421,17 @@ def with_cache(cache: type[CacheManager], index: type[PrefixIndex] = PrefixIndex
         )
         manager.index = index(options.block_size, options.rerun)
         return Scheduler(options, manager)
+
+    return make
+
+
+def with_roster(roster: type[Roster]) -> Callable[..., Scheduler]:
+    """Makes schedulers whose roster is another."""
+
+    def make(options: SchedulerOptions) -> Scheduler:
+        scheduler = Scheduler(options)
+        scheduler._roster = roster(options, scheduler.cache)
+        return scheduler
 
     return make
 
@@ -491,6 +506,14 @@ def test_ignoring_the_drafters_rerun_is_found() -> None:
     all_fail(with_cache(CacheManager, Short), "stale draft entry", rerun=1)
 
 
+def test_sharing_prefixes_with_requests_that_take_no_drafts_is_found() -> None:
+    class Shared(Roster):
+        def cache_salt(self, request: Request) -> str:
+            return request.cache_salt
+
+    all_fail(with_roster(Shared), "stale draft entry", draft_cache=True)
+
+
 def test_reusing_a_slot_under_a_plan_under_way_is_found() -> None:
     class Hasty(Roster):
         def close(self, seat: Seat) -> None:
@@ -505,12 +528,7 @@ def test_reusing_a_slot_under_a_plan_under_way_is_found() -> None:
         def check(self, rows: object) -> None:
             pass
 
-    def make(options: SchedulerOptions) -> Scheduler:
-        scheduler = Scheduler(options)
-        scheduler._roster = Hasty(options, scheduler.cache)
-        return scheduler
-
-    all_fail(make, "a plan under way writes to it", depth=2)
+    all_fail(with_roster(Hasty), "a plan under way writes to it", depth=2)
 
 
 def test_seating_the_young_before_the_old_is_found() -> None:
@@ -522,9 +540,4 @@ def test_seating_the_young_before_the_old_is_found() -> None:
         def oldest_waiting(self) -> Request:
             return next(reversed(self.waiting.values()))
 
-    def make(options: SchedulerOptions) -> Scheduler:
-        scheduler = Scheduler(options)
-        scheduler._roster = Queue(options, scheduler.cache)
-        return scheduler
-
-    all_fail(make, "overtaken|out of order")
+    all_fail(with_roster(Queue), "overtaken|out of order")

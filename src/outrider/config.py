@@ -193,6 +193,7 @@ def _scheduler_options(runner: RunnerConfig, enable_prefix_caching: bool) -> Sch
         num_drafts=num_drafts,
         lookahead=num_drafts if drafter.writes_ahead else 0,
         rerun=drafter.rerun,
+        draft_cache=Feature.DRAFT_CACHE in drafter.needs,
     )
 
 

@@ -27,6 +27,7 @@ class Admission(NamedTuple):
     sampling: SamplingParams
     seed: int  # the request's own, resolved
     stop_ids: tuple[int, ...]  # every token that would end it, the model's end-of-text included
+    drafts: bool = True  # whether it may verify any, ever
 
 
 class Growth(NamedTuple):

@@ -85,10 +85,11 @@ class EagerRunner:
         slots = self._table.slots
         batch = self._batch(plan)
         draft = load_draft(slots, batch)
-        verdict, proposed = self._program(batch, draft, slots, self._table.processors())
+        verdict, proposed = self._program(batch, draft, slots, self._table.processors(), self._table.drafts(plan))
         counts = verdict.count.tolist()
         tokens = tuple(tuple(row[:count]) for row, count in zip(verdict.tokens.tolist(), counts, strict=True))
-        return Finished(StepResult(plan.step, tokens, tuple(proposed.length.tolist())))
+        num_drafted = (0,) * len(tokens) if proposed is None else tuple(proposed.length.tolist())
+        return Finished(StepResult(plan.step, tokens, num_drafted))
 
     def _batch(self, plan: StepPlan) -> StepBatch:
         num_logits = sum(row.num_drafts + 1 for row in plan.rows if row.ends_prompt)

@@ -56,11 +56,16 @@ class SlotTable:
         self._processors = tuple(processors)
         self._wanted_by: dict[int, tuple[int, ...]] = {}  # slot -> indices of the processors its request wants
         self._num_wanting = [0] * len(self._processors)
+        self._drafted: set[int] = set()  # slots whose requests verify drafts
 
     def processors(self) -> tuple[LogitsProcessor, ...]:
         """Those that some request in a slot wants, in order."""
         pairs = zip(self._processors, self._num_wanting, strict=True)
         return tuple(processor for processor, wanting in pairs if wanting)
+
+    def drafts(self, plan: StepPlan) -> bool:
+        """Whether a row's request verifies drafts."""
+        return any(row.slot in self._drafted for row in plan.rows)
 
     def update(self, plan: StepPlan) -> None:
         """Brings the tables to where the plan's rows can be run."""
@@ -76,12 +81,14 @@ class SlotTable:
         taken = list(self._wanted_by)
         self._wanted_by.clear()
         self._num_wanting = [0] * len(self._processors)
+        self._drafted.clear()
         for slot in taken:
             self._drafter.release(slot)
 
     def _release(self, slot: int) -> None:
         for index in self._wanted_by.pop(slot):
             self._num_wanting[index] -= 1
+        self._drafted.discard(slot)
         self._drafter.release(slot)
 
     def _admit(self, admission: Admission) -> None:
@@ -103,3 +110,5 @@ class SlotTable:
         self._wanted_by[slot] = wanted
         for index in wanted:
             self._num_wanting[index] += 1
+        if admission.drafts:
+            self._drafted.add(slot)

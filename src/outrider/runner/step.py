@@ -40,9 +40,10 @@ class StepProgram:
         draft: Draft,  # what the batch's rows were told to verify
         slots: Slots,  # advanced in place
         processors: Sequence[LogitsProcessor],
-    ) -> tuple[Verdict, Draft]:
+        drafts: bool = True,  # whether any row's request verifies some, ever; else the drafter is left out
+    ) -> tuple[Verdict, Draft | None]:
         """The verdict on `draft`, and the drafts for the rows' next step."""
-        hidden, features = self._model.forward(batch, self._cache, self._taps)
+        hidden, features = self._model.forward(batch, self._cache, self._taps if drafts else ())
         num_logits = batch.logits_index.shape[0]
         spoken = hidden if num_logits == hidden.shape[0] else hidden.index_select(0, batch.logits_index)
         logits = self._model.logits(spoken)
@@ -51,6 +52,8 @@ class StepProgram:
             logits = processor(logits, batch, slots)
         verdict = self._verifier(logits, batch, draft, slots)
         committed, next_token = self._commit(slots, batch, verdict)
+        if not drafts:
+            return verdict, None
         noise = self._verifier.draft_noise
         proposed = self._drafter.propose(DraftContext(batch, target, committed, next_token, slots, noise))
         self._store_draft(slots, batch, proposed)

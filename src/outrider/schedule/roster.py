@@ -129,6 +129,11 @@ class Roster:
         if seat.num_planned < seat.num_known:
             self.num_prefilling -= 1
 
+    def cache_salt(self, request: Request) -> str:
+        """Requests of one salt share prefixes. What takes no drafts leaves a drafter's own cache unfilled."""
+        apart = self.options.draft_cache and not self._max_drafts(request)
+        return f"{request.cache_salt}\0without drafts" if apart else request.cache_salt
+
     def _max_drafts(self, request: Request) -> int:
         most = self.options.num_drafts
         return most if request.max_drafts is None else min(most, request.max_drafts)

@@ -229,7 +229,7 @@ class Scheduler:
                 return
             request = roster.oldest_waiting()
             num_positions = min(len(request.tokens) + self.options.lookahead, limit)
-            table = cache.open(request.tokens, num_positions, salt=request.cache_salt, reserve=reserve)
+            table = cache.open(request.tokens, num_positions, salt=roster.cache_salt(request), reserve=reserve)
             if table is None:
                 assert reserve or roster.num_lingering, f"an idle cache has no room for {num_positions} tokens"
                 self._refused = cache.num_free - reserve
@@ -245,6 +245,7 @@ class Scheduler:
                     request.sampling,
                     request.seed,
                     request.stop_ids,
+                    seat.max_drafts > 0,
                 )
             )
             sketch.grow.append(Growth(seat.slot, 0, tuple(table.blocks)))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from outrider.core.plan import Admission, Growth, StepPlan
+from outrider.core.plan import Admission, Growth, Row, StepPlan
 from outrider.core.sampling import SamplingParams
 from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
 from outrider.runner.slots import SlotTable
@@ -131,3 +131,17 @@ def test_draft_logits_are_kept_where_one_gives_and_the_other_reads_them(
     logits = make_table(witness, verifier).slots.draft_logits
     assert (logits is not None) == (gives and verifier.name == "rejection")
     assert logits is None or logits.shape == (4, 3, 9)
+
+
+def test_drafts_are_wanted_while_a_row_s_request_takes_any(table: SlotTable) -> None:
+    def wanted(*slots: int) -> bool:
+        return table.drafts(StepPlan(1, (), (), (), tuple(Row(slot, 1, 0, True) for slot in slots)))
+
+    table.update(plan([admission(0), admission(1)._replace(drafts=False)]))
+    assert wanted(0) and wanted(0, 1) and not wanted(1)
+    table.update(plan([admission(0)._replace(drafts=False)], release=[0]))
+    assert not wanted(0, 1)
+    table.update(plan([admission(1)], release=[1]))
+    assert wanted(0, 1)
+    table.reset()
+    assert not wanted(0, 1)

@@ -159,8 +159,7 @@ function showRace(result) {
   $("fairness").textContent =
     `One after the other, as both share one engine${result.runs > 1 ? `; the medians of ${result.runs} runs each, in turn` : ""}. ` +
     "Timed by the server from the first tokens to the last, so neither the prompt nor the network counts. " +
-    "With drafts off the drafter still runs, and nothing of it is verified: " +
-    "a server started with --draft none is faster than this one with drafts off, and the ratio to it smaller." +
+    "With drafts off the drafter does not run, unless another request wants drafts at the same time." +
     (result.identical || page.state.model.verifier === "exact" ? "" : ` Verifier ${page.state.model.verifier} keeps the distribution of sampled texts, not the texts.`);
   $("fairness").hidden = false;
   offerReplay(lanes);
