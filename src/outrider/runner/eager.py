@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 
 from outrider.capability import Feature, Offer
-from outrider.core.plan import StepPlan, StepResult
+from outrider.core.plan import Row, StepPlan, StepResult
 from outrider.kernels.step_inputs import ASSEMBLE, load_draft
 from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
@@ -94,7 +96,8 @@ class EagerRunner:
     def _batch(self, plan: StepPlan) -> StepBatch:
         num_logits = sum(row.num_drafts + 1 for row in plan.rows if row.ends_prompt)
         num_query = sum(row.num_tokens for row in plan.rows)
-        columns = torch.tensor(plan.rows, device=self._config.device).unbind(1)
+        numbers = np.fromiter(chain.from_iterable(plan.rows), np.int64).reshape(-1, len(Row._fields))
+        columns = torch.from_numpy(numbers).to(self._config.device).unbind(1)
         batch: StepBatch = self._assemble(self._table.slots, *columns, num_query, num_logits, self._config.block_size)
         return batch
 
