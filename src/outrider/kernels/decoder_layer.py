@@ -170,10 +170,10 @@ class LayerStack:
         assert residual.is_contiguous() and (x is None or x.is_contiguous()) and block_table.is_contiguous()
         result = torch.empty_like(residual)
         stride = 0
+        self._table[:, -1] = 0  # else a step that taps nothing would write where an earlier one's features were
         if features is not None:
             assert features.is_contiguous() and features.dtype == torch.float32
             stride = features.shape[1] * 4
-            self._table[:, -1] = 0
             for place, tap in enumerate(taps):
                 if first <= tap < last:
                     self._table[tap, -1] = features.data_ptr() + place * hidden * 4
