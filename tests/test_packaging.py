@@ -70,7 +70,12 @@ def test_every_test_that_needs_an_extra_says_so() -> None:
     """Else a machine without it, as `make gpu` may meet, ends with an error of collection."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     ours = {re.split(r"[\[<>=; ]", package)[0].replace("-", "_") for each in extras.values() for package in each}
-    optional = (ours | {"opentelemetry", "zmq"}) - {"outrider", "pytest", "httpx"}  # huggingface_hub brings httpx
+    optional = (ours | {"opentelemetry", "zmq"}) - {
+        "outrider",
+        "pytest",
+        "filelock",
+        "httpx",
+    }  # huggingface_hub brings both
     tests = ROOT / "tests"
     wanting = {}
     for path in tests.rglob("test_*.py"):
