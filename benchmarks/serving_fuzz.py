@@ -1,6 +1,6 @@
 """Odd requests to a real server: none may be answered 5xx, and every error must be in OpenAI's shape.
 
-    python benchmarks/serving_fuzz.py --requests 10000
+    python benchmarks/serving_fuzz.py --requests 10000 2> server.log
 
 Bodies are made by schemathesis from the server's own OpenAPI document, those it allows and those it forbids, and by
 hypothesis from the names of its fields; then bytes are cut out of valid ones, and headers, methods and paths are odd.
@@ -292,8 +292,7 @@ def main() -> None:
     told = provenance(torch.device("cpu"))  # first: the checkout may change in so long a run
     server = subprocess.Popen(
         [sys.executable, "-m", "outrider", "serve", "--port", "0", "--json", *SERVER_FLAGS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # its log goes where our errors go
         text=True,
     )
     try:

@@ -1,6 +1,6 @@
 """A long run of mixed traffic with a real server: nothing may leak, fail, or come out otherwise than the time before.
 
-    python benchmarks/serving_soak.py --minutes 20
+    python benchmarks/serving_soak.py --minutes 20 2> server.log
 
 The bundled model with its own drafts, and a cache small enough to be evicted from and preempted in. Many clients send
 streams and whole answers, go away in the middle, ask for more time than there is, disable speculation, send wrong and
@@ -353,8 +353,7 @@ def main() -> None:
     told = provenance(torch.device("cpu"))  # first: the checkout may change in so long a run
     server = subprocess.Popen(
         [sys.executable, "-m", "outrider", "serve", "--port", "0", "--json", *SERVER_FLAGS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # its log goes where our errors go
         text=True,
     )
     try:
