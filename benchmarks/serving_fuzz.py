@@ -43,6 +43,17 @@ VALID: dict[str, dict[str, Any]] = {
 }
 """A body of each path that takes one."""
 
+GOOD: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(0.0, 2.0),
+    "top_p": st.floats(0.1, 1.0),
+    "top_k": st.integers(1, 50),
+    "seed": st.integers(0, 2**31),
+    "stop": st.text(min_size=1, max_size=3),
+    "stream": st.booleans(),
+    "echo": st.booleans(),
+}
+"""Values that a field allows."""
+
 SHORT = {
     "/v1/completions": {"max_tokens": 4},
     "/v1/chat/completions": {"max_tokens": 4},
@@ -126,8 +137,13 @@ def of_field_names(fields: dict[str, list[str]]) -> st.SearchStrategy[httpx.Requ
 
     def onto(path: str) -> st.SearchStrategy[httpx.Request]:
         own = st.dictionaries(st.sampled_from(fields[path]), values, max_size=2)
-        bases = st.sampled_from([VALID[path], *VALID.values(), {}])
-        return st.builds(request, st.just(path), bodies, bases) | st.builds(request, st.just(path), own, bases)
+        bases = st.just(VALID[path]) | st.sampled_from([*VALID.values(), {}])
+        good = st.fixed_dictionaries({}, optional={name: GOOD[name] for name in fields[path] if name in GOOD})
+        return st.one_of(
+            st.builds(request, st.just(path), bodies, bases),
+            st.builds(request, st.just(path), own, bases),
+            st.builds(request, st.just(path), good, st.just(VALID[path])),
+        )
 
     return st.sampled_from(sorted(fields)).flatmap(onto)
 
