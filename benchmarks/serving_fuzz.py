@@ -1,6 +1,6 @@
 """Odd requests to a real server: none may be answered 5xx, and every error must be in OpenAI's shape.
 
-    python benchmarks/serving_fuzz.py --requests 10000
+    python benchmarks/serving_fuzz.py --requests 10000 2> server.log
 
 Bodies are made by schemathesis from the server's own OpenAPI document, those it allows and those it forbids, and by
 hypothesis from the names of its fields; then bytes are cut out of valid ones, and headers, methods and paths are odd.
@@ -34,9 +34,39 @@ BATCH = 250
 BRIEF = {"X-Request-Timeout": "0.25"}
 """What an endless completion is cut off with: 408 is a fair answer."""
 
+VALID: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "import os", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 2},
+    "/tokenize": {"prompt": "import os"},
+    "/detokenize": {"tokens": [1, 2]},
+}
+"""A body of each path that takes one."""
+
+GOOD: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(0.0, 2.0),
+    "top_p": st.floats(0.1, 1.0),
+    "top_k": st.integers(1, 50),
+    "seed": st.integers(0, 2**31),
+    "stop": st.text(min_size=1, max_size=3),
+    "stream": st.booleans(),
+    "echo": st.booleans(),
+}
+"""Values that a field allows."""
+
+SHORT = {
+    "/v1/completions": {"max_tokens": 4},
+    "/v1/chat/completions": {"max_tokens": 4},
+    "/v1/responses": {"max_output_tokens": 4},
+}
+"""What keeps an answer short."""
+
 BODY_LIMIT = 100_000
 SERVER_FLAGS = ("--max-body-bytes", str(BODY_LIMIT), "--max-waiting", "16", "--request-timeout", "2")
 FAULTS_TOLD = 20
+
+OUT_OF_TIME = "was not finished within its"
+"""In the message of a request that ran out of time."""
 
 ODD = st.one_of(
     st.none(),
@@ -82,8 +112,7 @@ def of_the_document(document: dict[str, Any]) -> st.SearchStrategy[httpx.Request
             left_out = ("model", "stream_options", "speculative", "min_tokens", "max_completion_tokens")
             body = {name: value for name, value in body.items() if name not in left_out}
             whole = {name for name, value in body.items() if isinstance(value, float) and value.is_integer()}
-            body |= {name: int(body[name]) for name in whole}
-            body["max_tokens"] = 4
+            body |= {name: int(body[name]) for name in whole} | SHORT.get(case.operation.path, {})
         content = json.dumps(body) if "json" in made else made.get("data")
         if isinstance(content, dict):
             content = json.dumps(content)
@@ -102,22 +131,33 @@ def of_field_names(fields: dict[str, list[str]]) -> st.SearchStrategy[httpx.Requ
         max_leaves=6,
     )
     bodies = st.dictionaries(st.sampled_from(every) | st.text(max_size=6), values, max_size=6)
-    good = st.fixed_dictionaries({"prompt": st.just("import os"), "max_tokens": st.just(2)})
-    talk = st.just({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2})
 
     def request(path: str, body: dict[str, Any], base: dict[str, Any]) -> httpx.Request:
         return httpx.Request("POST", f"http://server{path}", content=json.dumps({**base, **body}), headers=BRIEF)
 
-    return st.builds(request, st.sampled_from(sorted(fields)), bodies, good | talk | st.just({}))
+    def onto(path: str) -> st.SearchStrategy[httpx.Request]:
+        own = st.dictionaries(st.sampled_from(fields[path]), values, max_size=2)
+        bases = st.just(VALID[path]) | st.sampled_from([*VALID.values(), {}])
+        good = st.fixed_dictionaries({}, optional={name: GOOD[name] for name in fields[path] if name in GOOD})
+        return st.one_of(
+            st.builds(request, st.just(path), bodies, bases),
+            st.builds(request, st.just(path), own, bases),
+            st.builds(request, st.just(path), good, st.just(VALID[path])),
+        )
+
+    return st.sampled_from(sorted(fields)).flatmap(onto)
 
 
 def of_bytes(fields: dict[str, list[str]]) -> st.SearchStrategy[httpx.Request]:
     """Bodies that were valid until bytes were cut out or put in, with odd headers, methods and paths."""
-    valid = b'{"prompt": ["def f(x):", "\\u00e9"], "max_tokens": 3, "seed": 7, "stop": ["\\n"], "stream": true}'
-    places = st.integers(0, len(valid))
+    valid = (
+        b'{"prompt": ["def f(x):", "\\u00e9"], "max_tokens": 3, "seed": 7, "stop": ["\\n"], "stream": true}',
+        b'{"input": [{"role": "user", "content": "\\u00e9"}], "max_output_tokens": 3, "seed": 7, "stream": true}',
+    )
+    places = st.integers(0, max(map(len, valid)))
 
-    def spoilt(start: int, end: int, put: bytes) -> bytes:
-        return valid[:start] + put + valid[max(start, end) :]
+    def spoilt(body: bytes, start: int, end: int, put: bytes) -> bytes:
+        return body[:start] + put + body[max(start, end) :]
 
     plain = st.sampled_from(sorted(fields))
     paths = (
@@ -134,11 +174,27 @@ def of_bytes(fields: dict[str, list[str]]) -> st.SearchStrategy[httpx.Request]:
         url = f"http://server/{path.lstrip('/')}"
         return httpx.Request(method, url, content=body, headers=[*BRIEF.items()] if not given else [*given.items()])
 
-    bodies = st.builds(spoilt, places, places, st.binary(max_size=6)) | st.binary(max_size=40)
+    bodies = st.builds(spoilt, st.sampled_from(valid), places, places, st.binary(max_size=6)) | st.binary(max_size=40)
     bodies |= st.sampled_from(
         [b"[" * 50_000, b"1" * BODY_LIMIT, b"0" * (BODY_LIMIT + 1), b'{"prompt":"' + b"a " * 40_000 + b'"}']
     )
     return st.builds(request, paths, methods, bodies, headers)
+
+
+def ended_well(stream: str) -> bool:
+    """Whether the last event of a stream is one that may be: its end, or the end of its time."""
+    last = stream.rstrip("\n").rpartition("\n")[2].removeprefix("data: ")
+    if not stream.endswith("\n\n") or last == "[DONE]":
+        return last == "[DONE]"
+    try:
+        told = json.loads(last)
+    except ValueError:
+        return False
+    if told.get("type") == "response.failed":  # whose codes are OpenAI's, and none of them is of time
+        return OUT_OF_TIME in told["response"]["error"]["message"]
+    if "error" in told:
+        return bool(told["error"]["code"] == "request_timeout")
+    return told.get("type") in ("response.completed", "response.incomplete")
 
 
 def fault_of(answer: httpx.Response) -> str | None:
@@ -149,11 +205,7 @@ def fault_of(answer: httpx.Response) -> str | None:
         return "no request id"
     if answer.request.method == "HEAD" or answer.status_code < 400:
         streams = answer.headers.get("content-type", "").startswith("text/event-stream")
-        if streams and not answer.text.endswith("data: [DONE]\n\n"):
-            last = answer.text.rstrip().rpartition("\n\n")[2].removeprefix("data: ")
-            if json.loads(last)["error"]["code"] != "request_timeout":
-                return "a stream that ended before its time"
-        return None
+        return "a stream that ended before its time" if streams and not ended_well(answer.text) else None
     try:
         error = answer.json()["error"]
     except (ValueError, KeyError, TypeError):
@@ -189,6 +241,7 @@ def fuzz(url: str, num_requests: int, first_seed: int = 0) -> dict[str, Any]:
         "bytes": of_bytes(fields),
     }
     statuses: dict[str, Counter[int]] = {name: Counter() for name in sources}
+    answered: Counter[str] = Counter()
     faults: list[dict[str, Any]] = []
     num_sent, number = 0, first_seed
 
@@ -199,11 +252,16 @@ def fuzz(url: str, num_requests: int, first_seed: int = 0) -> dict[str, Any]:
             scheme=client.base_url.scheme, host=client.base_url.host, port=client.base_url.port
         )
         request.headers["host"] = client.base_url.netloc.decode()
-        answer = client.send(request)
+        body = request.content[:2000].decode(errors="backslashreplace")
+        sent = {"method": request.method, "path": request.url.path, "headers": dict(request.headers), "body": body}
+        try:
+            answer = client.send(request)
+        except httpx.TransportError as error:
+            faults.append({"fault": repr(error), "seed": number, **sent})
+            return
         statuses[name][answer.status_code] += 1
+        answered[request.url.path] += answer.status_code == 200
         if (fault := fault_of(answer)) is not None:
-            body = request.content[:2000].decode(errors="backslashreplace")
-            sent = {"method": request.method, "path": request.url.path, "headers": dict(request.headers), "body": body}
             faults.append({"fault": fault, "seed": number, **sent, "answer": answer.text[:2000]})
 
     start = time.perf_counter()
@@ -220,6 +278,7 @@ def fuzz(url: str, num_requests: int, first_seed: int = 0) -> dict[str, Any]:
         "seeds": [first_seed, number - 1],
         "seconds": round(seconds, 1),
         "statuses": {name: dict(sorted(found.items())) for name, found in statuses.items()},
+        "answered_200": dict(sorted((+answered).items())),
         "cache_usage_after": idle_cache_usage(client),
         "healthy_after": client.get("/health").status_code == 200,
         "faults": faults,
@@ -249,8 +308,7 @@ def main() -> None:
     told = provenance(torch.device("cpu"))  # first: the checkout may change in so long a run
     server = subprocess.Popen(
         [sys.executable, "-m", "outrider", "serve", "--port", "0", "--json", *SERVER_FLAGS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # its log goes where our errors go
         text=True,
     )
     try:

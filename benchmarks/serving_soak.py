@@ -1,6 +1,6 @@
 """A long run of mixed traffic with a real server: nothing may leak, fail, or come out otherwise than the time before.
 
-    python benchmarks/serving_soak.py --minutes 20
+    python benchmarks/serving_soak.py --minutes 20 2> server.log
 
 The bundled model with its own drafts, and a cache small enough to be evicted from and preempted in. Many clients send
 streams and whole answers, go away in the middle, ask for more time than there is, disable speculation, send wrong and
@@ -73,7 +73,7 @@ class Soak:
     sent: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)  # how those that were to be cut off ended
-    firsts: dict[int, list[str]] = field(default_factory=dict)  # by the number of the request
+    firsts: dict[int | str, list[str]] = field(default_factory=dict)  # by the number of the request
     num_compared: int = 0
     slowest: float = 0.0  # seconds from a request to the end of its answer
     faults: list[str] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Soak:
             self.fault(f"{response.request.url.path} gave {response.status_code}, not {expected}")
         return response.status_code in expected
 
-    def compare(self, number: int, texts: list[str], how: str) -> None:
+    def compare(self, number: int | str, texts: list[str], how: str) -> None:
         """Holds texts against those of the first time."""
         if number not in self.firsts:
             self.firsts[number] = texts
@@ -152,6 +152,28 @@ class Soak:
         text = self.random.choice(self.texts)[:PROMPT_CHARACTERS]
         body = {"messages": [{"role": "user", "content": text}], "max_tokens": 32}
         self.answered(await self.client.post("/v1/chat/completions", json=body), 200)
+
+    async def respond(self) -> None:
+        """The newest of OpenAI's APIs, streamed or whole."""
+        number = self.random.randrange(120)
+        text = self.texts[number % len(self.texts)][:PROMPT_CHARACTERS]
+        body = {"input": text, "max_output_tokens": 32, "seed": number, "temperature": 0.8}
+        if self.random.random() < 0.5:
+            response = await self.client.post("/v1/responses", json=body)
+            if not self.answered(response, 200):
+                return
+            told = response.json()
+        else:
+            response = await self.client.post("/v1/responses", json={**body, "stream": True})
+            if not self.answered(response, 200):
+                return
+            told = json.loads(response.text.rstrip().rpartition("\ndata: ")[2])["response"]
+        if told["status"] not in ("completed", "incomplete"):
+            self.fault(f"a response ended {told['status']}: {told['error']}")
+            return
+        self.compare(
+            f"{number} of responses", [part["text"] for item in told["output"] for part in item["content"]], ""
+        )
 
     async def leave(self) -> None:
         """A client that goes in the middle of a stream."""
@@ -225,6 +247,7 @@ class Soak:
             "whole": (self.whole, 12),
             "undrafted": (self.undrafted, 12),
             "chat": (self.chat, 6),
+            "respond": (self.respond, 10),
             "leave": (self.leave, 10),
             "give up": (self.give_up, 6),
             "run out": (self.run_out, 8),
@@ -330,8 +353,7 @@ def main() -> None:
     told = provenance(torch.device("cpu"))  # first: the checkout may change in so long a run
     server = subprocess.Popen(
         [sys.executable, "-m", "outrider", "serve", "--port", "0", "--json", *SERVER_FLAGS],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # its log goes where our errors go
         text=True,
     )
     try:

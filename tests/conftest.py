@@ -14,14 +14,39 @@ import torch
 import checkpoints
 
 SERVING = ("fastapi", "httpx", "msgspec", "openai", "prometheus_client", "uvicorn", "zmq")
-LACKING = [name for name in SERVING if find_spec(name) is None]
-NEED_SERVING = ("test_server*.py", "test_*_api.py", "test_playground.py", "test_serving*.py", "test_manners.py")
-collect_ignore_glob = [*NEED_SERVING, "unit/server/*", "unit/engine/test_engine_process.py"] if LACKING else []
+NEEDS: dict[str, tuple[str, ...]] = {
+    "test_*_api.py": SERVING,
+    "test_lossless.py": ("hypothesis",),
+    "test_manners.py": (*SERVING, "trustme"),
+    "test_playground.py": (*SERVING, "playwright"),
+    "test_server.py": SERVING,
+    "test_serving_scripts.py": (*SERVING, "hypothesis", "schemathesis"),
+    "test_tracing.py": (*SERVING, "opentelemetry.sdk"),
+    "unit/draft/test_ngram.py": ("hypothesis",),
+    "unit/engine/test_detokenize.py": ("hypothesis",),
+    "unit/engine/test_engine_process.py": SERVING,
+    "unit/server/test_*.py": (*SERVING, "hypothesis"),
+}
+"""What files of tests need beyond outrider's own dependencies and pytest. A machine that runs the `gpu` tests need not
+have it."""
 
 
-def pytest_report_header() -> list[str]:
-    """A machine that runs the `gpu` tests need not be able to serve."""
-    return [f"the server's tests are left out: {', '.join(LACKING)} not installed"] if LACKING else []
+def lacks(module: str) -> bool:
+    """Whether it is not installed."""
+    try:
+        return find_spec(module) is None
+    except ModuleNotFoundError:  # nor what it is in
+        return True
+
+
+LACKING = {files: lacking for files, needs in NEEDS.items() if (lacking := [name for name in needs if lacks(name)])}
+collect_ignore_glob = list(LACKING)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What is left out. A header would say so too, but not with -q."""
+    for files, lacking in LACKING.items():
+        terminalreporter.write_line(f"left out: tests/{files} ({', '.join(lacking)} not installed)")
 
 
 def pytest_configure() -> None:

@@ -15,9 +15,9 @@ import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from outrider.core.output import FinishReason
+from outrider.core.output import AcceptanceTally, FinishReason
 from outrider.core.request import Request
-from outrider.engine.messages import Delta, Facts
+from outrider.engine.messages import Delta, Facts, Snapshot, WatchedRates
 from outrider.errors import EngineDeadError
 from outrider.server.app import build
 from outrider.server.generation import Generation
@@ -77,7 +77,17 @@ class FakeClient:
     """An engine that answers each completion with the next of `says`, some tokens a step."""
 
     alive = True
-    snapshot = None
+    snapshot = Snapshot(
+        num_running=1,
+        num_waiting=2,
+        cache_usage=0.25,
+        prefix_queries=100,
+        prefix_hits=25,
+        num_preemptions=0,
+        num_steps=50,
+        acceptance=AcceptanceTally.of(20, (0, 4, 6)).report(),
+        watched=(WatchedRates(0.0, (0.8, 0.6), (0.4, 0.1), True),),
+    )
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts

@@ -334,6 +334,9 @@ def test_layers_in_one_call_equal_one_after_the_other(lengths: list[tuple[int, i
     entering = [stream + added for added, stream in before[1::-1]]  # layer 2, then layer 1
     assert torch.equal(features, torch.cat(entering, dim=1))
     assert torch.equal(last, before[2][0]) and torch.equal(ours, before[2][1])
+    features.fill_(torch.nan)
+    stack(1, 3, first.clone(), before[0][1].clone(), **shared)
+    assert features.isnan().all(), "a step that taps nothing wrote to the memory of one that did"
     for case, (keys, values) in zip(one, caches, strict=True):
         assert close(keys, case["key_cache"], 0) and close(values, case["value_cache"], 0)
     features.fill_(torch.nan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import outrider
+from conftest import NEEDS
 from outrider.load.hub import BUNDLED
 
 ROOT = Path(__file__).parent.parent
@@ -46,3 +49,40 @@ def test_versions_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == outrider.__version__
     assert f"## {outrider.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+HELPERS = {"servers": {"httpx"}, "fake_engine": {"msgspec", "uvicorn"}}
+"""What files beside the tests import."""
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file needs to be loaded."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found | {each for name in found for each in HELPERS.get(name, ())}
+
+
+def test_every_test_that_needs_an_extra_says_so() -> None:
+    """Else a machine without it, as `make gpu` may meet, ends with an error of collection."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ours = {re.split(r"[\[<>=; ]", package)[0].replace("-", "_") for each in extras.values() for package in each}
+    optional = (ours | {"opentelemetry", "zmq"}) - {
+        "outrider",
+        "pytest",
+        "filelock",
+        "httpx",
+    }  # huggingface_hub brings both
+    tests = ROOT / "tests"
+    wanting = {}
+    for path in tests.rglob("test_*.py"):
+        given = {
+            need.split(".")[0] for files, needs in NEEDS.items() if path in set(tests.glob(files)) for need in needs
+        }
+        if lacking := {name.split(".")[0] for name in imported(path)} & optional - given:
+            wanting[str(path.relative_to(tests))] = sorted(lacking)
+    assert not wanting
+    assert all(any(tests.glob(files)) for files in NEEDS), "a pattern that no file has"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from filelock import FileLock
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
 from outrider import LLM, SamplingParams
@@ -31,6 +34,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+INSTALL_SECONDS = 600.0
+"""For each of apt-get's commands."""
 
 
 @pytest.fixture(scope="module")
@@ -175,22 +180,30 @@ def test_the_state_is_what_models_and_metrics_say_and_needs_a_key(server: Server
 # --- the page
 
 
-def chromium() -> str:
-    """Chromium's path; Debian's package is installed if it is missing and that is possible."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None and shutil.which("apt-get") and os.geteuid() == 0:
-        wait = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "-qq"]
-        subprocess.run([*wait, "update"], check=False)
-        subprocess.run([*wait, "install", "-y", "--no-install-recommends", "chromium"], check=False)
-        found = shutil.which("chromium")
+def find_chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def chromium(lock: Path) -> str:
+    """Chromium's path; Debian's package is installed if it is missing and that is possible, by one worker at a time."""
+    if find_chromium() is None and shutil.which("apt-get") and os.geteuid() == 0:
+        wait = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::http::Timeout=20", "-qq"]
+        with FileLock(lock):
+            if find_chromium() is None:
+                for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+                    with contextlib.suppress(subprocess.TimeoutExpired):  # as where it fails: there is none then
+                        subprocess.run([*wait, *command], check=False, timeout=INSTALL_SECONDS)
+    found = find_chromium()
     if found is None:
         pytest.skip("there is no chromium on this machine, and it could not be installed: apt-get install chromium")
     return found
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = chromium()
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by all workers of a run
+    path = chromium(shared / "chromium.lock")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
@@ -279,7 +292,7 @@ def test_accepted_drafts_come_in_the_colour_of_their_position(server: Server, op
     assert clear == {"rgba(0, 0, 0, 0)"} and len(met) == len(set(met)) == len(
         [1 for found in colours.values() if found]
     )
-    rates = [f"{100 * rate:.0f} %" for rate in last["usage"]["speculative"]["rates"]]
+    rates = [f"{int(100 * rate + 0.5)} %" for rate in last["usage"]["speculative"]["rates"]]
     assert page.locator("#rates tr td:nth-child(2)").all_inner_texts() == rates
     assert page.locator("#chart .bar").count() == page.locator("#chart .record").count() == len(rates) == 7
 

@@ -242,6 +242,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "chat-s-field": ({"max_tokens": 5}, "max_tokens", "unknown field"),
     "chat-s-tool": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name", "missing"),
     "metadata": ({"metadata": {"a": "b" * 600}}, "metadata", "512"),
+    "much-metadata": ({"metadata": {str(number): "" for number in range(17)}}, "metadata", "at most 16 pairs: 17"),
     "limit": ({"max_output_tokens": 0}, "max_output_tokens", "0"),
     "no-input": ({"input": None}, "input", "input"),
     "empty-input": ({"input": []}, "input", "not empty"),

@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from outrider.errors import DeadlineError
+from outrider.server.deadline import Deadline
 from servers import Server, serving
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -31,6 +33,8 @@ def test_a_short_fuzz(server: Server) -> None:
     assert found["cache_usage_after"] == 0.0 and found["healthy_after"]
     for statuses in found["statuses"].values():
         assert statuses[400] > 0
+    posts = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"}
+    assert posts <= found["answered_200"].keys(), "nothing got past the door of a path"
     assert server.metrics()["outrider:generation_tokens_total"] > 0, "nothing reached the engine"
 
 
@@ -42,6 +46,25 @@ def test_a_short_soak(server: Server) -> None:
 
 
 ERROR = {"message": "no", "type": "x", "param": None, "code": None}
+STREAM = {"content-type": "text/event-stream"}
+
+
+def response_event(kind: str, message: str = "") -> bytes:
+    """The last event of a stream of `/v1/responses`."""
+    told = {"type": f"response.{kind}", "response": {"error": {"code": "server_error", "message": message}}}
+    return f"event: response.{kind}\ndata: {json.dumps(told)}\n\n".encode()
+
+
+def out_of_time() -> Exception:
+    """What the server says of a request that ran out of time."""
+
+    async def main() -> None:
+        async with Deadline.after(0.0, lambda: None).kept():
+            await asyncio.sleep(60.0)
+
+    with pytest.raises(DeadlineError) as caught:
+        asyncio.run(main())
+    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -54,14 +77,18 @@ ERROR = {"message": "no", "type": "x", "param": None, "code": None}
         (400, {}, {"detail": "no"}, "an error in no shape of ours"),
         (400, {}, {"error": {"message": "no"}}, "an error in another shape"),
         (400, {}, {"error": {**ERROR, "message": "x" * 501}}, "an error that tells too much"),
-        (200, {"content-type": "text/event-stream"}, b"data: {}\n\ndata: [DONE]\n\n", None),
-        (200, {"content-type": "text/event-stream"}, b'data: {"error": {"code": "request_timeout"}}\n\n', None),
-        (
-            200,
-            {"content-type": "text/event-stream"},
-            b'data: {"error": {"code": "engine_dead"}}\n\n',
-            "a stream that ended before its time",
-        ),
+        (200, STREAM, b"data: {}\n\ndata: [DONE]\n\n", None),
+        (200, STREAM, b'data: {"error": {"code": "request_timeout"}}\n\n', None),
+        (200, STREAM, b'data: {"error": {"code": "engine_dead"}}\n\n', "a stream that ended before its time"),
+        (200, STREAM, b'data: {"choices": []}\n\n', "a stream that ended before its time"),
+        (200, STREAM, b'data: {"choi', "a stream that ended before its time"),
+        (200, STREAM, b"", "a stream that ended before its time"),
+        (200, STREAM, response_event("completed"), None),
+        (200, STREAM, response_event("incomplete"), None),
+        (200, STREAM, response_event("completed")[:-1], "a stream that ended before its time"),
+        (200, STREAM, response_event("in_progress"), "a stream that ended before its time"),
+        (200, STREAM, response_event("failed", str(out_of_time())), None),
+        (200, STREAM, response_event("failed", "the engine died"), "a stream that ended before its time"),
     ],
 )
 def test_the_fuzz_notices(status: int, headers: dict[str, str], body: Any, fault: str | None) -> None:

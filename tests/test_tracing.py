@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from outrider.server.tracing import Tracing
 TEXT = "/v1/completions"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 ENDLESS = {"max_tokens": 3000, "ignore_eos": True, "n": 32}
+STREAMED = {"max_tokens": 40, "n": 2, "temperature": 0.0, "stream": True, "stream_options": {"include_usage": True}}
 MARKER = "Zanzibar"
 
 
@@ -44,7 +46,7 @@ def traced(tiny: Callable[..., Path]) -> dict[str, tuple[httpx.Response, Readabl
             {"prompt": MARKER, "max_tokens": 6, "temperature": 0.5, "seed": 4},
             {"traceparent": PARENT},
         ),
-        "streamed": ("POST", TEXT, {"prompt": [1, 2, 1, 2, 1, 2], "max_tokens": 6, "n": 2, "stream": True}, {}),
+        "streamed": ("POST", TEXT, {"prompt": [1, 2, 1, 2, 1, 2], **STREAMED}, {}),
         "refused": ("POST", TEXT, {"prompt": MARKER, "temperature": -1}, {}),
         "late": ("POST", TEXT, {"prompt": [1, 2], **ENDLESS}, {"X-Request-Timeout": "0.5"}),
         "models": ("GET", "/v1/models", {}, {}),
@@ -118,10 +120,14 @@ def test_a_span_continues_the_client_s_trace(traced: Any) -> None:
 
 
 def test_a_stream_is_told_of_whole(traced: Any) -> None:
-    told = traced["streamed"][1].attributes
+    answer, span = traced["streamed"]
+    told = span.attributes
     assert len(told["gen_ai.response.finish_reasons"]) == 2 == told["gen_ai.request.choice.count"]
-    assert 1 <= told["gen_ai.usage.output_tokens"] <= 12 and told["gen_ai.usage.input_tokens"] == 6
-    assert told["outrider.speculative.drafts"] >= 0
+    usage = json.loads(answer.text.removesuffix("\n\ndata: [DONE]\n\n").rpartition("data: ")[2])["usage"]
+    assert told["gen_ai.usage.output_tokens"] == usage["completion_tokens"] > 0
+    assert told["gen_ai.usage.input_tokens"] == usage["prompt_tokens"] == 6
+    for name in ("drafts", "drafted", "accepted"):
+        assert told[f"outrider.speculative.{name}"] == usage["speculative"][name] > 0
 
 
 def test_requests_without_an_answer(traced: Any) -> None:

@@ -57,7 +57,10 @@ class Metrics:
             registry=self._registry,
         )
         self._http = Counter(
-            PREFIX + "http_requests", "Answered requests.", ["method", "handler", "status"], registry=self._registry
+            PREFIX + "http_requests",
+            "Answered requests.",
+            ["model_name", "method", "handler", "status"],
+            registry=self._registry,
         )
 
     def _counter(self, name: str, help_: str) -> Any:
@@ -88,7 +91,7 @@ class Metrics:
 
     def answered(self, method: str, handler: str, status: int) -> None:
         """A request was answered."""
-        self._http.labels(method=method, handler=handler, status=str(status)).inc()
+        self._http.labels(method=method, handler=handler, status=str(status), **self._labels).inc()
 
     def restarted(self, facts: Facts) -> None:
         """Another engine has taken the place of one that failed."""

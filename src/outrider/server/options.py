@@ -47,7 +47,9 @@ class ServerOptions:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every one the machine has")
     port: int = option(8000, "port to listen on; 0 takes a free one and says which")
-    served_model_name: str | None = option(None, "name of the model to clients; left out: that of its directory")
+    served_model_name: str | None = option(
+        None, "name of the model to clients; left out: its Hugging Face id, or the last part of its directory"
+    )
     tool_call_parser: str | None = option(
         None, "how the model writes tool calls, hermes or llama; left out: as its chat template does, if that is clear"
     )

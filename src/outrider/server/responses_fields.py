@@ -135,6 +135,8 @@ def _answer(messages: list[dict[str, Any]], before: tuple[str, ...] = ()) -> dic
 
 def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     """As it came, within OpenAI's limits. FieldError beyond them."""
+    if metadata is not None and len(metadata) > 16:
+        raise FieldError(f"metadata has at most 16 pairs: {len(metadata)}", "metadata")
     for name, value in (metadata or {}).items():
         if len(name) > 64 or len(value) > 512:
             raise FieldError("a key of metadata has at most 64 characters, a value 512", "metadata")

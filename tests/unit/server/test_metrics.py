@@ -128,6 +128,14 @@ def test_the_dashboard_asks_for_what_there_is(metrics: Metrics, query: str, lege
     assert query.count("(") == query.count(")") and query.count("{") == query.count("}")
 
 
+@pytest.mark.parametrize("query", [query for query, _ in queries() if "_info{" not in query])
+def test_the_dashboard_puts_the_servers_of_one_model_together(query: str) -> None:
+    of_model = re.findall(r"outrider:\w+({[^}]*})", query)
+    assert of_model and set(of_model) == {'{model_name="$model"}'}
+    aggregated = r"\b(?:sum|min|max)(?: by \([a-z_, ]+\))? ?\((?:rate\(|increase\()?outrider:"
+    assert len(re.findall(aggregated, query)) == query.count("outrider:"), "a series an instance"
+
+
 def test_the_dashboard_shows_every_metric(metrics: Metrics) -> None:
     names = {name for name, _ in samples(metrics) if not name.endswith("_created")}
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
