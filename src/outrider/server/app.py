@@ -137,7 +137,7 @@ async def _tokenize(service: Service, request: Request) -> Response:
         ids = await service.texts.encode(asked.prompt, asked.add_special_tokens)
     else:
         ids = await service.texts.conversation(asked.messages)
-    pieces = {"token_strs": service.texts.pieces(ids)} if asked.return_token_strs else {}
+    pieces = {"token_strs": await service.texts.pieces(ids)} if asked.return_token_strs else {}
     return json_response({"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, **pieces})
 
 
@@ -145,7 +145,7 @@ async def _detokenize(service: Service, request: Request) -> Response:
     """The text of token ids."""
     asked = parse(await request.body(), DetokenizeRequest)
     service.check_model(asked.model)
-    return json_response({"prompt": service.texts.decode(asked.tokens, service.facts.vocab_size)})
+    return json_response({"prompt": await service.texts.decode(asked.tokens, service.facts.vocab_size)})
 
 
 async def _models(service: Service, request: Request) -> Response:

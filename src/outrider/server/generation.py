@@ -69,8 +69,9 @@ class Generation:
         for number, (text, ids) in enumerate(prompts):
             parent = RequestOutput(str(number), text, ids, [], verifier)
             self.outputs.append(parent)
+            prompt = tuple(ids)
             for index in range(params.n):
-                request = Request("", tuple(ids), params.of_completion(index), max_drafts=max_drafts)
+                request = Request("", prompt, params.of_completion(index), max_drafts=max_drafts)
                 output = CompletionOutput(len(self.completions), "", [])
                 completion = Completion(request, parent, output, self._inbox, eos_token_ids)
                 completion.detokenizer = texts.detokenizer(ids, params)

@@ -112,7 +112,7 @@ async def _first(work: asyncio.Task[Made], receive: Receive) -> Made:
         await asyncio.gather(work, watch, return_exceptions=True)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Made]) -> Made:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Made] | asyncio.Task[Made]) -> Made:
     """What the work gives, unless the client disconnects first: then it is cancelled, and ClientGoneError raised."""
     return await _first(asyncio.ensure_future(work), request.receive)
 

@@ -35,7 +35,7 @@ async def respond(service: Service, request: Request) -> Response:
 
     defaults = text_defaults(service.texts, asked, tools)
     try:
-        generation = await begin(service, asked, prompts(), **defaults)
+        generation = await begin(service, request, asked, prompts(), **defaults)
     except PromptError as error:
         field = "input" if error.field is None or error.field.startswith("messages") else error.field
         raise PromptError(str(error), field) from None
