@@ -15,9 +15,6 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[dict[str, Any]]
 """A conversation: [{"role": "user", "content": ...}, ...]."""
 
-_RESERVED = ("conversation", "tokenize", "add_generation_prompt")
-"""Arguments of the chat template that the engine gives itself."""
-
 
 def as_prompts(prompts: Any) -> list[Any]:
     """One prompt or several: numbers are one, and nothing at all is none."""
@@ -83,14 +80,10 @@ def as_conversations(messages: Any) -> list[Messages]:
 
 
 def as_template_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a chat template is told. PromptError for what the engine tells it itself."""
+    """What a chat template is told. PromptError for what is no record."""
     if given is not None and not isinstance(given, Mapping):
         raise PromptError(f"chat_template_kwargs must be a record: {_short(given)}")
-    arguments = dict(given or {})
-    taken = [name for name in _RESERVED if name in arguments]
-    if taken:
-        raise PromptError(f"chat_template_kwargs holds {', '.join(taken)}, which the engine sets itself: drop it")
-    return arguments
+    return dict(given or {})
 
 
 def one_each(given: Any, count: int) -> list[SamplingParams]:
