@@ -132,5 +132,8 @@ class ServerOptions:
                 raise OptionError(f"api_key_file {self.api_key_file} holds no key: write one a line")
             keys += lines
         if any(not key or not key.isascii() or not key.isprintable() for key in keys):
-            raise OptionError("an API key must be printable ASCII and not empty, as it travels in a header")
+            raise OptionError(
+                "an API key must be printable ASCII and not empty, as it travels in a header; unset OUTRIDER_API_KEY"
+                " if it is not meant to be one"
+            )
         return tuple(keys)
