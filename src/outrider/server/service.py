@@ -41,6 +41,15 @@ class Service:
     draining: bool = False
     _num_arriving: int = 0  # requests whose prompts are being encoded
 
+    @property
+    def status(self) -> str:
+        """What it does at this moment: "ok" while it takes requests, else "restarting", "dead" or "draining"."""
+        if self.client.restarting:
+            return "restarting"
+        if not self.client.alive:
+            return "dead"
+        return "draining" if self.draining else "ok"
+
     def check_model(self, name: str | None) -> None:
         """Raises 404 for a model that is not served."""
         if name is not None and name != self.model_name:
