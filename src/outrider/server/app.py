@@ -52,7 +52,6 @@ def build(
     app.add_middleware(  # the outermost
         Access, counted=service.metrics.answered, tracing=service.tracing, root_path=root_path
     )
-    app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(HTTPException, _failed)
     posts: tuple[tuple[str, Answer, type[BaseModel]], ...] = (
         ("/v1/completions", completions.complete, CompletionRequest),
@@ -120,7 +119,7 @@ def _inlined(record: type[BaseModel]) -> dict[str, Any]:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """For what no route of ours caught: unknown paths and methods, and faults."""
+    """For what no route of ours caught: unknown paths and methods."""
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         said = f"there is no {request.method} {request.url.path[:80]} here"
         return json_response(error_record(error.status_code, said), error.status_code, dict(error.headers or {}))
