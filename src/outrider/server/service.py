@@ -13,9 +13,9 @@ from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
 from outrider.engine.messages import Facts
 from outrider.engine.prompts import check_stop_ids
-from outrider.errors import InputError, OverloadError
+from outrider.errors import InputError, OverloadError, shortened
 from outrider.server.client import EngineClient
-from outrider.server.fields import Sampling, shortened
+from outrider.server.fields import Sampling
 from outrider.server.generation import Generation
 from outrider.server.metrics import Metrics
 from outrider.server.text import Texts
