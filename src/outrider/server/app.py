@@ -133,8 +133,11 @@ async def _tokenize(service: Service, request: Request) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise FieldError("give either prompt or messages", "prompt")
     if asked.prompt is not None:
-        ids = await service.texts.encode(asked.prompt, asked.add_special_tokens)
+        ids = await service.texts.encode(asked.prompt, asked.add_special_tokens is not False)
     else:
+        if asked.add_special_tokens is not None:
+            said = "add_special_tokens is for a prompt, a conversation has its template's: leave it out"
+            raise FieldError(said, "add_special_tokens")
         ids = await service.texts.conversation(asked.messages)
     pieces = {"token_strs": await service.texts.pieces(ids)} if asked.return_token_strs else {}
     return json_response({"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, **pieces})

@@ -299,7 +299,7 @@ class TokenizeRequest(Record):
     model: str | None = None
     prompt: str | None = None
     messages: Conversation = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = Field(None, description="with a prompt; true if left out")
     return_token_strs: bool | None = None
 
 

@@ -67,6 +67,10 @@ class Metrics:
         made = Histogram(PREFIX + name, help_, ["model_name"], buckets=buckets, registry=self._registry)
         return made.labels(**self._labels)
 
+    def began(self, completion: Completion) -> None:
+        """A completion got its first tokens."""
+        self._prompt_tokens.inc(completion.request.num_prompt)
+
     def gained(self, num_tokens: int, since: float, now: float, first: bool) -> None:
         """A completion gained tokens at `now`, having waited from `since`: its last ones, or its arrival."""
         self._generation_tokens.inc(num_tokens)
@@ -81,7 +85,6 @@ class Metrics:
         seconds, output = now - arrival, completion.output
         self._e2e.observe(seconds)
         self._typical_seconds += 0.1 * (seconds - self._typical_seconds)
-        self._prompt_tokens.inc(completion.request.num_prompt)
         self._prompt_sizes.observe(completion.request.num_prompt)
         self._output_sizes.observe(len(output.token_ids))
         self._ended.labels(finished_reason=output.finish_reason, **self._labels).inc()

@@ -13,10 +13,13 @@ import pytest
 from starlette.requests import Request
 
 from fake_engine import EOS, FACTS, HERMES_TEMPLATE, FakeClient, write_tokenizer
-from outrider.errors import InputError, PromptError
+from outrider.core.sampling import SamplingParams
+from outrider.engine.messages import Delta
+from outrider.errors import FieldError, InputError, PromptError
 from outrider.server import generation
+from outrider.server.app import _tokenize
 from outrider.server.completions import _prompts, complete
-from outrider.server.fields import CompletionRequest, parse
+from outrider.server.fields import Asked, CompletionRequest, TokenizeRequest, parse
 from outrider.server.metrics import Metrics
 from outrider.server.responses import ClientGoneError
 from outrider.server.service import Service
@@ -38,7 +41,7 @@ def service(texts: Texts) -> Service:
     return Service(client, FACTS, texts, Metrics(client, FACTS, "fake"), "fake", 8)
 
 
-def asked(**body: Any) -> tuple[Request, CompletionRequest]:
+def asked(record: type[Asked] = CompletionRequest, **body: Any) -> tuple[Request, Asked]:  # type: ignore[assignment]
     """A request with this body, whose client waits."""
     content = msgspec.json.encode(body)
     messages = [{"type": "http.request", "body": content, "more_body": False}]
@@ -48,9 +51,7 @@ def asked(**body: Any) -> tuple[Request, CompletionRequest]:
             return messages.pop()
         return await asyncio.Event().wait()
 
-    return Request({"type": "http", "headers": [], "state": {"request_id": "1"}}, receive), parse(
-        content, CompletionRequest
-    )
+    return Request({"type": "http", "headers": [], "state": {"request_id": "1"}}, receive), parse(content, record)
 
 
 @pytest.mark.parametrize("prompt", [[1] * LENGTH, [[1], [1] * LENGTH], "x" * LENGTH, ["a", "x" * LENGTH]])
@@ -104,3 +105,21 @@ def test_a_client_that_goes_while_its_prompt_waits_is_not_served(service: Servic
     with pytest.raises(ClientGoneError):
         asyncio.run(complete(service, request))
     assert service.client.num_under_way == service._num_arriving == 0
+
+
+def test_prompt_tokens_are_counted_when_a_completion_begins_to_come(service: Service) -> None:
+    params = SamplingParams(n=2)
+    made = generation.Generation(
+        [(None, [1, 2, 3])], params, service.texts, service.metrics, eos_token_ids=(), verifier="x"
+    )
+    for _ in range(2):
+        made.take(Delta("0-1", (65,), 0, None, None, 0, 0, ()))
+    assert b'outrider:prompt_tokens_total{model_name="fake"} 3.0' in service.metrics.page()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_conversation_has_its_template_s_special_tokens(service: Service, given: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "add_special_tokens": given}
+    with pytest.raises(FieldError, match="leave it out") as refused:
+        asyncio.run(_tokenize(service, asked(TokenizeRequest, **body)[0]))
+    assert refused.value.field == "add_special_tokens"
