@@ -50,10 +50,15 @@ CHECK_SECONDS = 0.25
 """Between two looks at whether the engine has shown a sign of life."""
 
 MOST_RETRY_SECONDS = 60
-"""Most that a client is told to wait for an engine that is being started."""
+"""Most that a client is told to wait."""
 
 QUIT_SECONDS = 5.0
 """Time for the process to end by itself when told to."""
+
+
+def retry_seconds(expected: float) -> int:
+    """What a client is told to wait, in whole seconds, for what is expected to take so long."""
+    return max(1, min(MOST_RETRY_SECONDS, math.ceil(expected)))
 
 
 class EngineClient:
@@ -91,8 +96,8 @@ class EngineClient:
     def check_alive(self) -> None:
         """Raises EngineDeadError if no requests can be run, and EngineRestartingError if they can soon."""
         if self.restarting:
-            seconds = max(1, min(MOST_RETRY_SECONDS, math.ceil(self._start_seconds)))
-            raise EngineRestartingError("the engine failed and is being started anew: try again later", seconds)
+            said = "the engine failed and is being started anew: try again later"
+            raise EngineRestartingError(said, retry_seconds(self._start_seconds))
         if self.cause_of_death is not None:
             raise EngineDeadError("the engine is dead: the server is going down") from self.cause_of_death
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,20 +146,36 @@ def head(service: Service, request: Request, prefix: str, kind: str) -> dict[str
 
 async def answer(service: Service, request: Request, generation: Generation, form: Form) -> Response:
     """The generation in its form, whole or streamed."""
+    events = _events(generation, form) if form.asked.stream else None
+    return await ended(service, request, generation, events, lambda: form.whole(generation))
+
+
+async def ended(
+    service: Service,
+    request: Request,
+    generation: Generation,
+    events: AsyncGenerator[bytes, None] | None,
+    whole: Callable[[], Any],
+    failed: Callable[[Exception], bytes] | None = None,
+) -> Response:
+    """A stream of these events, or without any the whole of it as JSON, once it has come.
+
+    The generation ends with its answer. `failed`: as `EventStream` takes it.
+    """
 
     def closed() -> None:
         service.client.abort(generation)
 
-    if form.asked.stream:
-        return EventStream(_events(generation, form), closed)
+    if events is not None:
+        return EventStream(events, closed, failed)
     try:
-        await unless_gone(request, drained(generation))
+        await unless_gone(request, _drained(generation))
     finally:
         closed()
-    return json_response(form.whole(generation))
+    return json_response(whole())
 
 
-async def drained(generation: Generation) -> None:
+async def _drained(generation: Generation) -> None:
     """Waits for its end. Raises what it failed with."""
     async for _ in generation.gains():
         pass

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from outrider import __version__
 from outrider.engine.completion import Completion
 from outrider.engine.messages import Facts, Snapshot
-from outrider.server.client import EngineClient
+from outrider.server.client import EngineClient, retry_seconds
 
 PREFIX = "outrider:"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -21,9 +21,6 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (*_FAST[5:], 20.0, 40.0, 80.0, 160.0, 320.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-
-LEAST_RETRY, MOST_RETRY = 1, 60
-"""Seconds that a client may be told to wait."""
 
 
 class Metrics:
@@ -104,7 +101,7 @@ class Metrics:
 
     def retry_after(self) -> int:
         """Seconds after which a place in the queue may be free: as long as requests took of late."""
-        return max(LEAST_RETRY, min(MOST_RETRY, round(self._typical_seconds)))
+        return retry_seconds(self._typical_seconds)
 
     def page(self) -> bytes:
         """In Prometheus' text format."""
