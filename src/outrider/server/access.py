@@ -13,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.engine.logs import FIELDS
+from outrider.server.answers import GONE, error_response
 from outrider.server.options import POLLED_PATHS
-from outrider.server.responses import GONE, error_response
 from outrider.server.tracing import Tracing
 
 logger = logging.getLogger("outrider.access")

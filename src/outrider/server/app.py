@@ -16,11 +16,11 @@ from outrider import __version__
 from outrider.errors import FieldError
 from outrider.server import chat, completions, page, responses_api
 from outrider.server.access import REQUEST_ID, Access
+from outrider.server.answers import error_record, error_response, in_time, json_response
 from outrider.server.deadline import HEADER, Deadline, seconds_asked
 from outrider.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from outrider.server.guard import Guard
 from outrider.server.metrics import CONTENT_TYPE
-from outrider.server.responses import error_record, error_response, in_time, json_response
 from outrider.server.responses_fields import ResponsesRequest
 from outrider.server.service import Service
 

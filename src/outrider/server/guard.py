@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.errors import OverloadError
 from outrider.server.access import route_path
+from outrider.server.answers import error_response
 from outrider.server.options import OPEN_PATHS
-from outrider.server.responses import error_response
 
 BODIES_HELD = 64
 """Bodies of the largest size that are held at once, or more that are smaller: each until its request is answered."""

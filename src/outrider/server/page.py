@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider import __version__
+from outrider.server.answers import json_response
 from outrider.server.options import PLAYGROUND
-from outrider.server.responses import json_response
 from outrider.server.service import Service
 
 DIRECTORY = Path(__file__).parent / "playground"

@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider.errors import PromptError
+from outrider.server.answers import describe, event
 from outrider.server.chat import call_id, num_reasoned, replies_of, text_defaults
 from outrider.server.completions import begin, ended
 from outrider.server.dialect import Part, Reasoning, ReplyParser
 from outrider.server.fields import parse
 from outrider.server.generation import Generation
-from outrider.server.responses import describe, event
 from outrider.server.responses_fields import ResponsesRequest, check_metadata
 from outrider.server.service import Prompts, Service
 from outrider.server.tool_calls import ToolCall

@@ -10,9 +10,9 @@ import pytest
 from starlette.responses import Response
 
 from outrider.errors import DeadlineError, FieldError
-from outrider.server import responses as answers
+from outrider.server import answers
+from outrider.server.answers import EventStream, describe, in_time
 from outrider.server.deadline import Deadline, seconds_asked
-from outrider.server.responses import EventStream, describe, in_time
 
 SOON = 0.02
 

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from outrider.engine.logs import FIELDS
 from outrider.server import guard
 from outrider.server.access import Access
+from outrider.server.answers import error_response
 from outrider.server.guard import Guard
-from outrider.server.responses import error_response
 
 LIMIT = 1000
 

@@ -17,11 +17,11 @@ from outrider.core.sampling import SamplingParams
 from outrider.engine.messages import Delta
 from outrider.errors import FieldError, InputError, PromptError
 from outrider.server import generation
+from outrider.server.answers import ClientGoneError
 from outrider.server.app import _tokenize
 from outrider.server.completions import _prompts, complete
 from outrider.server.fields import Asked, CompletionRequest, TokenizeRequest, parse
 from outrider.server.metrics import Metrics
-from outrider.server.responses import ClientGoneError
 from outrider.server.service import Service
 from outrider.server.text import Texts
 
