@@ -92,6 +92,7 @@ class FakeClient:
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
         self._tasks: dict[Generation, asyncio.Task[None]] = {}
+        self.restarting = False
         self.says: list[str] = []
         """One a completion; the last is said again and again."""
         self.step = 3

@@ -118,7 +118,13 @@ def test_bad_conversations(llm: LLM, name: str) -> None:
         llm.chat(given)
 
 
-@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "conversation"])
+TEMPLATE_ARGUMENTS = [
+    *("tokenize", "add_generation_prompt", "conversation", "chat_template", "documents", "continue_final_message"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATE_ARGUMENTS)
 def test_template_arguments_that_are_not_the_caller_s(llm: LLM, name: str) -> None:
     with pytest.raises(PromptError, match=f"chat_template_kwargs holds {name}, "):
         llm.chat([{"role": "user", "content": "hi"}], chat_template_kwargs={name: True})

@@ -154,6 +154,8 @@ def test_an_engine_that_dies_or_hangs_is_replaced(model: str, tmp_path: Path) ->
                 assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_restarting"
                 assert 1 <= int(answer.headers["retry-after"]) <= 60
             assert server.metrics()["outrider:engine_up"] == 0.0
+            state = server.http.get("/playground/state").json()
+            assert (state["status"], state["running"], state["cache_usage"]) == ("restarting", 0, 0.0)
             until_healthy(server)
             assert not engine.is_running() and server.engine.pid != engine.pid
             assert server.post(TEXT, **asked).json()["choices"][0]["text"] == text

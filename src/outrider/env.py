@@ -20,8 +20,8 @@ def runner() -> str | None:
 
 
 def api_key() -> str | None:
-    """The server's API key named in the environment, if any."""
-    return os.environ.get(API_KEY) or None
+    """The server's API key named in the environment, if any; an empty one is one too, for the server to refuse."""
+    return os.environ.get(API_KEY)
 
 
 def process() -> tuple[int, int, int]:

@@ -103,3 +103,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def shortened(text: str) -> str:
+    """A value for a message: what a caller gives may be of any length."""
+    return text if len(text) <= 80 else f"{text[:77]}..."

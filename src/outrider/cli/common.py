@@ -77,6 +77,8 @@ single_engine_flags = with_flags(
 """The same for a command that serves one request: --seed is the request's, and no run may profit from the last."""
 
 
+UNFAITHFUL = "verifier %s: acceptance is made up, the text is meaningless, times are real"
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -128,9 +130,7 @@ def waiting(what: str, quiet: bool) -> Iterator[None]:
 def say_if_unfaithful(faithful: bool, verifier: str) -> None:
     """A line on stderr where what is printed is not the target's own."""
     if not faithful:
-        err.print(
-            f"[bold yellow]verifier {verifier}: acceptance is made up, the text is meaningless, times are real[/]"
-        )
+        err.print(f"[bold yellow]{UNFAITHFUL % verifier}[/]")
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import typer
 from rich.markup import escape
 
 from outrider.cli.common import (
+    UNFAITHFUL,
     Drafting,
     Json,
     Model,
@@ -23,6 +25,8 @@ from outrider.config import EngineOptions, resolve
 from outrider.engine.engine import verdict
 from outrider.errors import OptionError
 from outrider.server.options import ServerOptions
+
+logger = logging.getLogger("outrider")
 
 server_flags = with_flags(ServerOptions, "server")
 
@@ -51,7 +55,10 @@ def serve(
 
     def told(listening: Listening) -> None:
         facts = listening.facts
-        say_if_unfaithful(facts.faithful, facts.verifier)
+        if server.log_format == "text":
+            say_if_unfaithful(facts.faithful, facts.verifier)
+        elif not facts.faithful:
+            logger.warning(UNFAITHFUL, facts.verifier)
         if as_json:
             typer.echo(json.dumps({"url": listening.url, "model": listening.model}))
             return

@@ -7,6 +7,18 @@ from enum import Enum
 
 from outrider.core.output import AcceptanceTally, FinishReason, RoundCounter
 from outrider.core.sampling import SamplingParams
+from outrider.errors import PromptError
+
+
+def check_prompt_length(num_tokens: int, limit: int) -> None:
+    """Raises PromptError for a prompt that is empty, or leaves no room for output within `limit`, max_model_len."""
+    if not num_tokens:
+        raise PromptError("the prompt is empty: give at least one token")
+    if num_tokens >= limit:
+        raise PromptError(
+            f"the prompt has {num_tokens} tokens, which leaves no room for output within max_model_len {limit}: "
+            f"shorten it to at most {limit - 1}"
+        )
 
 
 class RequestStatus(Enum):

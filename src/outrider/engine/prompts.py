@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from outrider.core.sampling import SamplingParams
-from outrider.errors import PromptError, SamplingError
+from outrider.errors import PromptError, SamplingError, shortened
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids} as in vLLM."""
 
 Messages = Sequence[dict[str, Any]]
 """A conversation: [{"role": "user", "content": ...}, ...]."""
-
-_RESERVED = ("conversation", "tokenize", "add_generation_prompt")
-"""Arguments of the chat template that the engine gives itself."""
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -26,7 +23,9 @@ def as_prompts(prompts: Any) -> list[Any]:
     try:
         items = list(prompts)
     except TypeError:
-        raise PromptError(f"prompts must be text, token ids, a record, or a list of those: {prompts!r}") from None
+        raise PromptError(
+            f"prompts must be text, token ids, a record, or a list of those: {shortened(repr(prompts))}"
+        ) from None
     if items and all(_is_whole(item) for item in items):
         return [items]
     return items
@@ -39,10 +38,10 @@ def as_token_ids(ids: Any) -> list[int]:
     except TypeError:
         items = None
     if items is None:
-        raise PromptError(f"token ids must be a list of whole numbers: {_short(ids)}")
+        raise PromptError(f"token ids must be a list of whole numbers: {shortened(repr(ids))}")
     for index, item in enumerate(items):
         if isinstance(item, bool) or not _is_whole(item):
-            raise PromptError(f"token ids must be whole numbers: {_short(item)} at index {index}")
+            raise PromptError(f"token ids must be whole numbers: {shortened(repr(item))} at index {index}")
     return [operator.index(item) for item in items]
 
 
@@ -51,7 +50,8 @@ def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
     for index, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise PromptError(
-                f"token id {_short(token)} is outside the vocabulary of {vocab_size}, at index {index} of the prompt"
+                f"token id {shortened(repr(token))} is outside the vocabulary of {vocab_size}, at index {index} of the"
+                " prompt"
             )
 
 
@@ -60,7 +60,8 @@ def check_stop_ids(sampling: SamplingParams, vocab_size: int) -> None:
     for token in sampling.stop_token_ids or ():
         if token >= vocab_size:
             raise SamplingError(
-                f"stop token id {_short(token)} is outside the vocabulary of {vocab_size}: drop it", "stop_token_ids"
+                f"stop token id {shortened(repr(token))} is outside the vocabulary of {vocab_size}: drop it",
+                "stop_token_ids",
             )
 
 
@@ -68,7 +69,9 @@ def as_conversations(messages: Any) -> list[Messages]:
     """One conversation or several. PromptError for what is none."""
     several = messages if isinstance(messages, Sequence) and not isinstance(messages, (str, bytes)) else None
     if several is None:
-        raise PromptError(f'a conversation must be a list of {{"role": ..., "content": ...}}: {_short(messages)}')
+        raise PromptError(
+            f'a conversation must be a list of {{"role": ..., "content": ...}}: {shortened(repr(messages))}'
+        )
     if not several:
         raise PromptError("the conversation is empty: give at least one message")
     conversations = [several] if isinstance(several[0], Mapping) else list(several)
@@ -76,21 +79,19 @@ def as_conversations(messages: Any) -> list[Messages]:
         listed = isinstance(conversation, Sequence) and not isinstance(conversation, (str, bytes))
         wrong = [one for one in conversation if not isinstance(one, Mapping)] if listed else [conversation]
         if wrong:
-            raise PromptError(f'a message must be a record {{"role": ..., "content": ...}}: {_short(wrong[0])}')
+            raise PromptError(
+                f'a message must be a record {{"role": ..., "content": ...}}: {shortened(repr(wrong[0]))}'
+            )
         if not conversation:
             raise PromptError("the conversation is empty: give at least one message")
     return conversations
 
 
 def as_template_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a chat template is told. PromptError for what the engine tells it itself."""
+    """What a chat template is told. PromptError for what is no record."""
     if given is not None and not isinstance(given, Mapping):
-        raise PromptError(f"chat_template_kwargs must be a record: {_short(given)}")
-    arguments = dict(given or {})
-    taken = [name for name in _RESERVED if name in arguments]
-    if taken:
-        raise PromptError(f"chat_template_kwargs holds {', '.join(taken)}, which the engine sets itself: drop it")
-    return arguments
+        raise PromptError(f"chat_template_kwargs must be a record: {shortened(repr(given))}")
+    return dict(given or {})
 
 
 def one_each(given: Any, count: int) -> list[SamplingParams]:
@@ -102,7 +103,7 @@ def one_each(given: Any, count: int) -> list[SamplingParams]:
     listed = isinstance(given, Sequence) and not isinstance(given, str)
     wrong = [one for one in given if not isinstance(one, SamplingParams)] if listed else [given]
     if wrong:
-        raise SamplingError(f"sampling_params must be SamplingParams, or one each: {_short(wrong[0])}")
+        raise SamplingError(f"sampling_params must be SamplingParams, or one each: {shortened(repr(wrong[0]))}")
     if len(given) != count:
         raise SamplingError(f"{len(given)} sampling params for {count} prompts: give one, or one each")
     return list(given)
@@ -116,8 +117,3 @@ def _is_whole(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ class Tokenizer:
             raise CheckpointError(f"no tokenizer in {directory}: {first}") from error
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"the tokenizer in {directory} has no tokenizer.json; convert it to a fast one")
+        applying = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        self._reserved = frozenset(applying) - {"tools"}  # a template of the caller's own would be run, for one
 
     @property
     def backend(self) -> Any:
@@ -49,20 +52,22 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], **template_arguments: Any) -> list[int]:
+    def render_chat(self, messages: Sequence[dict[str, Any]], /, **template_arguments: Any) -> list[int]:
         """Token ids of a conversation under the checkpoint's chat template, ready for the reply.
 
-        Raises PromptError where there is no template or the template refuses the messages.
+        Raises PromptError where there is no template, the template refuses the messages, or an argument is none of
+        the template's but says how it is applied.
         """
-        from jinja2 import TemplateError
-
+        taken = [name for name in template_arguments if name in self._reserved]
+        if taken:
+            raise PromptError(f"chat_template_kwargs holds {', '.join(taken)}, which the engine sets itself: drop it")
         if self._tokenizer.chat_template is None:
             raise PromptError("the model has no chat template: use generate with a plain prompt")
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, **template_arguments
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # whatever the code of a template runs into
             raise PromptError(f"the chat template refused the messages: {error}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids

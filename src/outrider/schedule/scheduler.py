@@ -13,8 +13,8 @@ from collections import deque
 from outrider.cache.manager import CacheManager
 from outrider.core.output import AcceptanceTally, FinishReason, TokenDelta
 from outrider.core.plan import Admission, Growth, Row, StepPlan, StepResult
-from outrider.core.request import Request, RequestStatus
-from outrider.errors import InputError, PromptError
+from outrider.core.request import Request, RequestStatus, check_prompt_length
+from outrider.errors import InputError
 from outrider.schedule.options import SchedulerOptions
 from outrider.schedule.roster import Roster
 from outrider.schedule.seat import Seat, Sketch
@@ -68,14 +68,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a new request. PromptError, naming the numbers, if it can never be run."""
-        num_prompt, limit = request.num_prompt, self.options.max_model_len
-        if not num_prompt:
-            raise PromptError("the prompt is empty: give at least one token")
-        if num_prompt >= limit:
-            raise PromptError(
-                f"the prompt has {num_prompt} tokens, which leaves no room for output within max_model_len {limit}: "
-                f"shorten it to at most {limit - 1}"
-            )
+        check_prompt_length(request.num_prompt, self.options.max_model_len)
         if request.id in self._roster.waiting or request.id in self._roster.seats:
             raise InputError(f"request id is already in use: {request.id!r}; give each request its own")
         assert request.status is RequestStatus.NEW, f"request {request.id!r} was added before"

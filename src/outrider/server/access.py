@@ -13,7 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.engine.logs import FIELDS
-from outrider.server.responses import GONE
+from outrider.server.answers import GONE, error_response
+from outrider.server.options import POLLED_PATHS
 from outrider.server.tracing import Tracing
 
 logger = logging.getLogger("outrider.access")
@@ -29,6 +30,8 @@ def route_path(scope: Scope) -> str:
     """The path without the one under which a proxy shows the server: what routes are found by."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
+    if root and path == root:
+        return "/"
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
 
@@ -49,12 +52,12 @@ class Access:
         given = headers.get(REQUEST_ID, "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        start, status = time.monotonic(), GONE
+        start, status, begun = time.monotonic(), GONE, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
@@ -63,6 +66,10 @@ class Access:
         try:
             with tracing.current(span) if tracing is not None and span is not None else contextlib.nullcontext():
                 await self._app(scope, receive, answer)
+        except Exception as error:
+            if begun:
+                raise
+            await error_response(error)(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._counted(scope["method"], route, status)
@@ -76,4 +83,5 @@ class Access:
                 "request_id": request_id,
             }
             line = "method={method} route={route} status={status} seconds={seconds:.3f} request_id={request_id}"
-            logger.info("%s", line.format(**fields), extra={FIELDS: fields})
+            level = logging.DEBUG if route in POLLED_PATHS and status < 400 else logging.INFO
+            logger.log(level, "%s", line.format(**fields), extra={FIELDS: fields})

@@ -16,11 +16,11 @@ from outrider import __version__
 from outrider.errors import FieldError
 from outrider.server import chat, completions, page, responses_api
 from outrider.server.access import REQUEST_ID, Access
+from outrider.server.answers import error_record, error_response, in_time, json_response
 from outrider.server.deadline import HEADER, Deadline, seconds_asked
 from outrider.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from outrider.server.guard import Guard
 from outrider.server.metrics import CONTENT_TYPE
-from outrider.server.responses import error_record, error_response, in_time, json_response
 from outrider.server.responses_fields import ResponsesRequest
 from outrider.server.service import Service
 
@@ -52,7 +52,6 @@ def build(
     app.add_middleware(  # the outermost
         Access, counted=service.metrics.answered, tracing=service.tracing, root_path=root_path
     )
-    app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(HTTPException, _failed)
     posts: tuple[tuple[str, Answer, type[BaseModel]], ...] = (
         ("/v1/completions", completions.complete, CompletionRequest),
@@ -120,7 +119,7 @@ def _inlined(record: type[BaseModel]) -> dict[str, Any]:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """For what no route of ours caught: unknown paths and methods, and faults."""
+    """For what no route of ours caught: unknown paths and methods."""
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         said = f"there is no {request.method} {request.url.path[:80]} here"
         return json_response(error_record(error.status_code, said), error.status_code, dict(error.headers or {}))
@@ -134,10 +133,13 @@ async def _tokenize(service: Service, request: Request) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise FieldError("give either prompt or messages", "prompt")
     if asked.prompt is not None:
-        ids = await service.texts.encode(asked.prompt, asked.add_special_tokens)
+        ids = await service.texts.encode(asked.prompt, asked.add_special_tokens is not False)
     else:
+        if asked.add_special_tokens is not None:
+            said = "add_special_tokens is for a prompt, a conversation has its template's: leave it out"
+            raise FieldError(said, "add_special_tokens")
         ids = await service.texts.conversation(asked.messages)
-    pieces = {"token_strs": service.texts.pieces(ids)} if asked.return_token_strs else {}
+    pieces = {"token_strs": await service.texts.pieces(ids)} if asked.return_token_strs else {}
     return json_response({"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, **pieces})
 
 
@@ -145,7 +147,7 @@ async def _detokenize(service: Service, request: Request) -> Response:
     """The text of token ids."""
     asked = parse(await request.body(), DetokenizeRequest)
     service.check_model(asked.model)
-    return json_response({"prompt": service.texts.decode(asked.tokens, service.facts.vocab_size)})
+    return json_response({"prompt": await service.texts.decode(asked.tokens, service.facts.vocab_size)})
 
 
 async def _models(service: Service, request: Request) -> Response:
@@ -162,7 +164,7 @@ async def _model(service: Service, request: Request) -> Response:
 async def _health(service: Service, request: Request) -> Response:
     """200 while requests are taken, 503 when the engine is dead or started anew, or the server is going down."""
     service.client.check_alive()
-    if service.draining:
+    if service.status == "draining":
         return json_response(error_record(503, "the server is going down", code="draining"), 503)
     return json_response({"status": "ok"})
 

@@ -31,7 +31,7 @@ async def chat(service: Service, request: Request) -> Response:
 
     defaults = text_defaults(service.texts, asked, tools)
     try:
-        generation = await begin(service, asked, prompts(), **defaults)
+        generation = await begin(service, request, asked, prompts(), **defaults)
     except PromptError as error:
         raise placed(error, "messages") from None
     kind = "chat.completion.chunk" if asked.stream else "chat.completion"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import math
@@ -51,10 +50,15 @@ CHECK_SECONDS = 0.25
 """Between two looks at whether the engine has shown a sign of life."""
 
 MOST_RETRY_SECONDS = 60
-"""Most that a client is told to wait for an engine that is being started."""
+"""Most that a client is told to wait."""
 
 QUIT_SECONDS = 5.0
 """Time for the process to end by itself when told to."""
+
+
+def retry_seconds(expected: float) -> int:
+    """What a client is told to wait, in whole seconds, for what is expected to take so long."""
+    return max(1, min(MOST_RETRY_SECONDS, math.ceil(expected)))
 
 
 class EngineClient:
@@ -79,7 +83,7 @@ class EngineClient:
         self.restarting = False
         """Whether the engine is dead and another is to take its place; set by whoever decides that."""
         self.snapshot: Snapshot | None = None
-        """The newest there is; there is one once the engine is ready."""
+        """The newest there is, of an engine that died with nothing under way; there is one once the engine is ready."""
         self.cause_of_death: OutriderError | None = None
         self.on_death: Callable[[], None] = lambda: None
         """Called once, when the engine is found dead or hung, after all that wait for it were told."""
@@ -92,8 +96,8 @@ class EngineClient:
     def check_alive(self) -> None:
         """Raises EngineDeadError if no requests can be run, and EngineRestartingError if they can soon."""
         if self.restarting:
-            seconds = max(1, min(MOST_RETRY_SECONDS, math.ceil(self._start_seconds)))
-            raise EngineRestartingError("the engine failed and is being started anew: try again later", seconds)
+            said = "the engine failed and is being started anew: try again later"
+            raise EngineRestartingError(said, retry_seconds(self._start_seconds))
         if self.cause_of_death is not None:
             raise EngineDeadError("the engine is dead: the server is going down") from self.cause_of_death
 
@@ -137,10 +141,9 @@ class EngineClient:
         Raises EngineDeadError if that fails, or takes much longer than the last start took.
         """
         longest = self._timeout + 3 * self._start_seconds
-        await self._clear(0.0)
-        self.snapshot = None
         try:
             async with asyncio.timeout(longest):
+                await self._clear(0.0)
                 facts = await self.start()
         except Exception as error:
             said = f"it was not ready after {longest:.0f} seconds" if isinstance(error, TimeoutError) else error
@@ -193,11 +196,10 @@ class EngineClient:
             if process.is_alive():
                 process.kill()
                 await asyncio.to_thread(process.join)
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        self._tasks.clear()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._socket is not None:
             self._socket.close(linger=0)
 
@@ -212,17 +214,17 @@ class EngineClient:
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            message = self._decoder.decode(await socket.recv())
+            message = await socket.recv()
             self._heard = time.monotonic()
             try:
-                self._take(message)
+                self._take(self._decoder.decode(message))
             except Exception as error:  # of ours: nobody must wait for what was lost with it
                 logger.exception("a message of the engine could not be taken in")
                 self._die(EngineDeadError(f"the server could not take in what the engine sent: {error!r}"))
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Progress):
-            if message.snapshot is not None:
+            if message.snapshot is not None and self.cause_of_death is None:
                 self.snapshot = message.snapshot
             self._hand_out(message.deltas)
         elif isinstance(message, Taken | Refused):
@@ -282,6 +284,8 @@ class EngineClient:
         if self.cause_of_death is not None:
             return
         self.cause_of_death = cause
+        if self.snapshot is not None:
+            self.snapshot = msgspec.structs.replace(self.snapshot, num_running=0, num_waiting=0, cache_usage=0.0)
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(cause)
             return

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ from starlette.responses import Response
 
 from outrider.engine.completion import Completion
 from outrider.errors import InputError, PromptError
+from outrider.server.answers import DONE, EventStream, event, json_response, unless_gone
 from outrider.server.fields import CompletionRequest, Sampled, Sampling, parse
 from outrider.server.generation import Gain, Generation
-from outrider.server.responses import DONE, EventStream, event, json_response, unless_gone
 from outrider.server.service import Prompts, Service
 
 
@@ -91,7 +92,7 @@ async def complete(service: Service, request: Request) -> Response:
     """Answers `/v1/completions`."""
     asked = parse(await request.body(), CompletionRequest)
     try:
-        generation = await begin(service, asked, _prompts(service, asked))
+        generation = await begin(service, request, asked, _prompts(service, asked))
     except PromptError as error:
         raise placed(error, "prompt") from None
     form = Form(asked, head(service, request, "cmpl", "text_completion"))
@@ -99,13 +100,22 @@ async def complete(service: Service, request: Request) -> Response:
 
 
 async def begin(
-    service: Service, asked: Sampling, prompts: Coroutine[Any, Any, Prompts], **defaults: Any
+    service: Service, request: Request, asked: Sampling, prompts: Coroutine[Any, Any, Prompts], **defaults: Any
 ) -> Generation:
-    """Queues what is asked; `defaults` of sampling parameters that it leaves out. Raises as `Service.begin`."""
+    """Queues what is asked, unless the client goes first; `defaults` of sampling parameters that it leaves out.
+
+    Raises as `Service.begin`, and ClientGoneError.
+    """
     try:
         asked.check()
         service.check_model(asked.model)
-        return await service.begin(asked, prompts, asked.sampling(**defaults))
+        begun = asyncio.ensure_future(service.begin(asked, prompts, asked.sampling(**defaults)))
+        try:
+            return await unless_gone(request, begun)
+        except BaseException:
+            if begun.done() and not begun.cancelled() and begun.exception() is None:
+                service.client.abort(begun.result())
+            raise
     finally:
         prompts.close()
 
@@ -117,11 +127,11 @@ def placed(error: PromptError, field: str) -> InputError:
 
 async def _prompts(service: Service, asked: CompletionRequest) -> Prompts:
     """The prompts; each with its text if that is to be echoed, though it came as token ids."""
-    prompts = await service.texts.prompts(asked.prompt)
-    if not asked.echo:
-        return prompts
-    size = service.facts.vocab_size
-    return [(text if text is not None else service.texts.decode(ids, size), ids) for text, ids in prompts]
+
+    def check_count(count: int) -> None:
+        service.check_count(count * (asked.n or 1))
+
+    return await service.texts.prompts(asked.prompt, service.facts, check_count, bool(asked.echo))
 
 
 def head(service: Service, request: Request, prefix: str, kind: str) -> dict[str, Any]:
@@ -136,20 +146,36 @@ def head(service: Service, request: Request, prefix: str, kind: str) -> dict[str
 
 async def answer(service: Service, request: Request, generation: Generation, form: Form) -> Response:
     """The generation in its form, whole or streamed."""
+    events = _events(generation, form) if form.asked.stream else None
+    return await ended(service, request, generation, events, lambda: form.whole(generation))
+
+
+async def ended(
+    service: Service,
+    request: Request,
+    generation: Generation,
+    events: AsyncGenerator[bytes, None] | None,
+    whole: Callable[[], Any],
+    failed: Callable[[Exception], bytes] | None = None,
+) -> Response:
+    """A stream of these events, or without any the whole of it as JSON, once it has come.
+
+    The generation ends with its answer. `failed`: as `EventStream` takes it.
+    """
 
     def closed() -> None:
         service.client.abort(generation)
 
-    if form.asked.stream:
-        return EventStream(_events(generation, form), closed)
+    if events is not None:
+        return EventStream(events, closed, failed)
     try:
-        await unless_gone(request, drained(generation))
+        await unless_gone(request, _drained(generation))
     finally:
         closed()
-    return json_response(form.whole(generation))
+    return json_response(whole())
 
 
-async def drained(generation: Generation) -> None:
+async def _drained(generation: Generation) -> None:
     """Waits for its end. Raises what it failed with."""
     async for _ in generation.gains():
         pass

@@ -7,15 +7,13 @@ from typing import Any
 
 import msgspec
 
-from outrider.errors import PromptError
-from outrider.server.fields import shortened
+from outrider.errors import PromptError, shortened
+from outrider.server.fields import NONE_OR_EMPTY, ROLES
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _TAKEN = {
     "assistant": ("role", "content", "tool_calls", "reasoning", "reasoning_content"),
     "tool": ("role", "content", "tool_call_id"),
 }
-_EMPTY: tuple[Any, ...] = (None, [], "")
 
 
 def plain_conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -44,7 +42,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise PromptError(f"role must be one of {', '.join(ROLES)}: {shortened(repr(role))}", f"{where}.role")
     taken = _TAKEN.get(role, ("role", "content"))
     for name, value in message.items():
-        if name not in taken and value not in _EMPTY:
+        if name not in taken and value not in NONE_OR_EMPTY:
             raise PromptError(f"{shortened(name)} of a message of role {role} is not offered: leave it out", where)
     plain: dict[str, Any] = {"role": "system" if role == "developer" else role}
     calls = message.get("tool_calls") if role == "assistant" else None
@@ -76,14 +74,14 @@ def _part(part: Any, where: str, kinds: Sequence[str]) -> str:
         said = f'a part of a message must be {{"type": "{kinds[0]}", "text": ...}}: only text is offered'
         raise PromptError(said, where)
     for name, value in part.items():
-        if name not in ("type", "text") and value not in _EMPTY:
+        if name not in ("type", "text") and value not in NONE_OR_EMPTY:
             raise PromptError(f"a part of a message has no {shortened(name)}", where)
     return text
 
 
 def _reasoning(message: Mapping[str, Any], where: str) -> dict[str, str]:
     """Reasoning of an earlier answer, under either name, as templates call it."""
-    names = [name for name in ("reasoning", "reasoning_content") if message.get(name) not in _EMPTY]
+    names = [name for name in ("reasoning", "reasoning_content") if message.get(name) not in NONE_OR_EMPTY]
     texts = [_text(message[name], f"{where}.{name}") for name in names]
     if len(set(texts)) > 1:
         raise PromptError("reasoning contradicts reasoning_content: give one", f"{where}.reasoning")
@@ -97,7 +95,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         said = 'a tool call must be {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
         raise PromptError(said, where)
     for given, known in ((call, ("id", "type", "function", "index")), (function, ("name", "arguments"))):
-        unknown = [name for name, value in given.items() if name not in known and value not in _EMPTY]
+        unknown = [name for name, value in given.items() if name not in known and value not in NONE_OR_EMPTY]
         if unknown:
             raise PromptError(f"a tool call has no {shortened(unknown[0])}", where)
     name = _text(function.get("name"), f"{where}.function.name")

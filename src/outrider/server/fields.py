@@ -13,30 +13,34 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from outrider.core.sampling import SamplingParams
-from outrider.errors import FieldError, nearest
+from outrider.errors import FieldError, nearest, shortened
+
+MOST_NESTED = 64
+"""Lists and objects of a body, each in the next."""
 
 NOTHING: tuple[Any, ...] = (None,)
-_NONE_OR_EMPTY: tuple[Any, ...] = (None, [], {}, "")
+NONE_OR_EMPTY: tuple[Any, ...] = (None, [], {}, "")
 _NEITHER = (None, False)
+ROLES = ["system", "developer", "user", "assistant", "tool"]
 
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (None,),
-    "allowed_token_ids": _NONE_OR_EMPTY,
+    "allowed_token_ids": NONE_OR_EMPTY,
     "audio": NOTHING,
-    "bad_words": _NONE_OR_EMPTY,
+    "bad_words": NONE_OR_EMPTY,
     "best_of": (None, 1),
     "cache_salt": NOTHING,
     "chat_template": NOTHING,
     "continue_final_message": _NEITHER,
-    "documents": _NONE_OR_EMPTY,
+    "documents": NONE_OR_EMPTY,
     "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
-    "functions": _NONE_OR_EMPTY,
+    "functions": NONE_OR_EMPTY,
     "length_penalty": (None, 1),
-    "logit_bias": _NONE_OR_EMPTY,
-    "logits_processors": _NONE_OR_EMPTY,
+    "logit_bias": NONE_OR_EMPTY,
+    "logits_processors": NONE_OR_EMPTY,
     "logprobs": _NEITHER,
-    "metadata": _NONE_OR_EMPTY,
+    "metadata": NONE_OR_EMPTY,
     "modalities": (None, ["text"]),
     "prediction": NOTHING,
     "presence_penalty": (None, 0),
@@ -49,7 +53,7 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "service_tier": (None, "auto", "default"),
     "store": _NEITHER,
     "structured_outputs": NOTHING,
-    "suffix": _NONE_OR_EMPTY,
+    "suffix": NONE_OR_EMPTY,
     "top_logprobs": (None, 0),
     "truncate_prompt_tokens": NOTHING,
     "use_beam_search": _NEITHER,
@@ -75,7 +79,7 @@ Conversation = Annotated[
                 "type": "object",
                 "required": ["role"],
                 "properties": {
-                    "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+                    "role": {"enum": ROLES},
                     "content": {
                         "anyOf": [
                             {"type": "string"},
@@ -295,7 +299,7 @@ class TokenizeRequest(Record):
     model: str | None = None
     prompt: str | None = None
     messages: Conversation = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = Field(None, description="with a prompt; true if left out")
     return_token_strs: bool | None = None
 
 
@@ -317,6 +321,7 @@ def parse(body: bytes, record: type[Asked]) -> Asked:
         raise FieldError(f"the body is not JSON: {error}") from None
     if not isinstance(given, dict):
         raise FieldError("the body must be a JSON object")
+    _check_depth(given)
     known = record.model_fields
     for name in list(given):
         if name in known:
@@ -329,6 +334,17 @@ def parse(body: bytes, record: type[Asked]) -> Asked:
         return record.model_validate(given)
     except ValidationError as error:
         raise _told(error) from None
+
+
+def _check_depth(given: Any) -> None:
+    """Raises FieldError for what is nested so deeply that telling of it could fail."""
+    level = [given]
+    for _ in range(MOST_NESTED):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise FieldError(f"the body is nested more than {MOST_NESTED} deep: flatten it")
 
 
 def _asks_for_nothing(value: Any, values: tuple[Any, ...]) -> bool:
@@ -347,8 +363,3 @@ def _told(error: ValidationError) -> FieldError:
     said = "must be a whole number" if first["type"].startswith("int_") else first["msg"]
     said = said.replace("Input should be", "must be")
     return FieldError(f"{name} {said}: {shortened(repr(first['input']))}", name)
-
-
-def shortened(text: str) -> str:
-    """A value for a message: what a client sends may be of any length."""
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -30,6 +30,9 @@ class Gain:
 class Meter(Protocol):
     """What is told of tokens and ends, for metrics."""
 
+    def began(self, completion: Completion) -> None:
+        """A completion got its first tokens."""
+
     def gained(self, num_tokens: int, since: float, now: float, first: bool) -> None:
         """A completion gained tokens at `now`, having waited from `since`: its last ones, or its arrival."""
 
@@ -69,8 +72,9 @@ class Generation:
         for number, (text, ids) in enumerate(prompts):
             parent = RequestOutput(str(number), text, ids, [], verifier)
             self.outputs.append(parent)
+            prompt = tuple(ids)
             for index in range(params.n):
-                request = Request("", tuple(ids), params.of_completion(index), max_drafts=max_drafts)
+                request = Request("", prompt, params.of_completion(index), max_drafts=max_drafts)
                 output = CompletionOutput(len(self.completions), "", [])
                 completion = Completion(request, parent, output, self._inbox, eos_token_ids)
                 completion.detokenizer = texts.detokenizer(ids, params)
@@ -94,6 +98,8 @@ class Generation:
         if delta.tokens:
             if self.seconds_to_first_token is None:
                 self.seconds_to_first_token = now - self.arrival
+            if first:
+                self._meter.began(completion)
             self._meter.gained(len(delta.tokens), self._last[index], now, first)
             self._last[index] = now
         if completion.ended:

@@ -1,18 +1,31 @@
-"""What a request must pass before a route sees it: the API key, and the size of its body."""
+"""What a request must pass before a route sees it: the API key, and the size of its body, alone and with all others."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from outrider.errors import OverloadError
 from outrider.server.access import route_path
+from outrider.server.answers import error_response
 from outrider.server.options import OPEN_PATHS
-from outrider.server.responses import error_response
+
+BODIES_HELD = 64
+"""Bodies of the largest size that are held at once, or more that are smaller: each until its request is answered."""
+
+RETRY_SECONDS = 1
+"""Before a request is worth sending again when too many bodies are held."""
+
+
+@dataclass(slots=True)
+class _Body:
+    num_bytes: int = 0  # that have come
 
 
 class Guard:
@@ -22,6 +35,7 @@ class Guard:
         self._app = app
         self._keys = [sha256(key.encode()).digest() for key in keys]
         self._max_body_bytes = max_body_bytes
+        self._num_held = 0  # bytes of the bodies of all requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request pass, or answers in the application's stead."""
@@ -31,8 +45,12 @@ class Guard:
         refusal = self._refusal(route_path(scope), Headers(scope=scope))
         if refusal is not None:
             await error_response(refusal)(scope, receive, send)
-        else:
-            await self._app(scope, self._limited(receive), send)
+            return
+        body = _Body()
+        try:
+            await self._app(scope, self._limited(receive, body), send)
+        finally:
+            self._num_held -= body.num_bytes
 
     def _refusal(self, path: str, headers: Headers) -> HTTPException | None:
         if self._keys and path not in OPEN_PATHS and not self._knows(headers.get("authorization", "")):
@@ -53,17 +71,19 @@ class Guard:
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"the body is larger than {self._max_body_bytes} bytes")
 
-    def _limited(self, receive: Receive) -> Receive:
-        """The same, but a body of no stated length is refused at the limit too."""
-        num_bytes = 0
+    def _limited(self, receive: Receive, body: _Body) -> Receive:
+        """The same, but a body of no stated length is refused at the limit too, and any while too much is held."""
 
         async def limited() -> Message:
-            nonlocal num_bytes
             message = await receive()
             if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_body_bytes:
+                size = len(message.get("body", b""))
+                if body.num_bytes + size > self._max_body_bytes:
                     raise self._too_large()
+                if self._num_held + size > BODIES_HELD * self._max_body_bytes:
+                    raise OverloadError("the server holds as many bodies as it may: try again later", RETRY_SECONDS)
+                body.num_bytes += size
+                self._num_held += size
             return message
 
         return limited

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from outrider import __version__
 from outrider.engine.completion import Completion
 from outrider.engine.messages import Facts, Snapshot
-from outrider.server.client import EngineClient
+from outrider.server.client import EngineClient, retry_seconds
 
 PREFIX = "outrider:"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -21,9 +21,6 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (*_FAST[5:], 20.0, 40.0, 80.0, 160.0, 320.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-
-LEAST_RETRY, MOST_RETRY = 1, 60
-"""Seconds that a client may be told to wait."""
 
 
 class Metrics:
@@ -70,6 +67,10 @@ class Metrics:
         made = Histogram(PREFIX + name, help_, ["model_name"], buckets=buckets, registry=self._registry)
         return made.labels(**self._labels)
 
+    def began(self, completion: Completion) -> None:
+        """A completion got its first tokens."""
+        self._prompt_tokens.inc(completion.request.num_prompt)
+
     def gained(self, num_tokens: int, since: float, now: float, first: bool) -> None:
         """A completion gained tokens at `now`, having waited from `since`: its last ones, or its arrival."""
         self._generation_tokens.inc(num_tokens)
@@ -84,7 +85,6 @@ class Metrics:
         seconds, output = now - arrival, completion.output
         self._e2e.observe(seconds)
         self._typical_seconds += 0.1 * (seconds - self._typical_seconds)
-        self._prompt_tokens.inc(completion.request.num_prompt)
         self._prompt_sizes.observe(completion.request.num_prompt)
         self._output_sizes.observe(len(output.token_ids))
         self._ended.labels(finished_reason=output.finish_reason, **self._labels).inc()
@@ -104,7 +104,7 @@ class Metrics:
 
     def retry_after(self) -> int:
         """Seconds after which a place in the queue may be free: as long as requests took of late."""
-        return max(LEAST_RETRY, min(MOST_RETRY, round(self._typical_seconds)))
+        return retry_seconds(self._typical_seconds)
 
     def page(self) -> bytes:
         """In Prometheus' text format."""

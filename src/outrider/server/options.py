@@ -37,8 +37,13 @@ PLAYGROUND = {
 OPEN_PATHS = frozenset({"/health", "/version", "/metrics", *PLAYGROUND})
 """What needs no API key: a probe has none, nor has a browser before its page has asked for one."""
 
+POLLED_PATHS = frozenset({"/playground/state"})
+"""What a page asks for every second: no line in the log and no span, unless it goes wrong."""
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", re.ASCII)
+_ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>[1-9][0-9]{0,4}))?")
+"""An origin as browsers write one: in lower case, without the scheme's own port."""
+
+_OWN_PORTS = {("http", "80"), ("https", "443")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +102,12 @@ class ServerOptions:
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise OptionError(f"root_path must begin with a slash, and not end with one: {self.root_path!r}")
         for origin in self.allowed_origin or ():
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise OptionError(f"allowed_origin must be as https://example.org, without a path, or *: {origin!r}")
+            written = _ORIGIN.fullmatch(origin)
+            if origin != "*" and (written is None or written.group("scheme", "port") in _OWN_PORTS):
+                raise OptionError(
+                    "allowed_origin must be as a browser writes it, https://example.org or http://localhost:5173: in"
+                    f" lower case, without a path, a wildcard or the scheme's own port; or *: {origin!r}"
+                )
         if self.log_format not in LOG_FORMATS:
             raise OptionError(f"log_format must be one of {', '.join(LOG_FORMATS)}: {self.log_format!r}")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
@@ -134,5 +143,8 @@ class ServerOptions:
                 raise OptionError(f"api_key_file {self.api_key_file} holds no key: write one a line")
             keys += lines
         if any(not key or not key.isascii() or not key.isprintable() for key in keys):
-            raise OptionError("an API key must be printable ASCII and not empty, as it travels in a header")
+            raise OptionError(
+                "an API key must be printable ASCII and not empty, as it travels in a header; unset OUTRIDER_API_KEY"
+                " if it is not meant to be one"
+            )
         return tuple(keys)

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider import __version__
+from outrider.server.answers import json_response
 from outrider.server.options import PLAYGROUND
-from outrider.server.responses import json_response
 from outrider.server.service import Service
 
 DIRECTORY = Path(__file__).parent / "playground"
@@ -56,12 +56,12 @@ def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
 
 async def state(service: Service, request: Request) -> Response:
     """What is served, what it does at this moment, and how its drafts fare beside what is on record."""
-    snapshot, client = service.client.snapshot, service.client
+    snapshot = service.client.snapshot
     assert snapshot is not None, "requests are taken once the engine is ready"
     return json_response(
         {
             "version": __version__,
-            "status": "draining" if service.draining else "ok" if client.alive else "dead",
+            "status": service.status,
             "model": service.model_record(),
             "running": snapshot.num_running,
             "waiting": snapshot.num_waiting,

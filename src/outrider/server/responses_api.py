@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider.errors import PromptError
+from outrider.server.answers import describe, event
 from outrider.server.chat import call_id, num_reasoned, replies_of, text_defaults
-from outrider.server.completions import begin, drained
+from outrider.server.completions import begin, ended
 from outrider.server.dialect import Part, Reasoning, ReplyParser
 from outrider.server.fields import parse
 from outrider.server.generation import Generation
-from outrider.server.responses import EventStream, describe, event, json_response, unless_gone
 from outrider.server.responses_fields import ResponsesRequest, check_metadata
 from outrider.server.service import Prompts, Service
 from outrider.server.tool_calls import ToolCall
@@ -35,24 +35,15 @@ async def respond(service: Service, request: Request) -> Response:
 
     defaults = text_defaults(service.texts, asked, tools)
     try:
-        generation = await begin(service, asked, prompts(), **defaults)
+        generation = await begin(service, request, asked, prompts(), **defaults)
     except PromptError as error:
         field = "input" if error.field is None or error.field.startswith("messages") else error.field
         raise PromptError(str(error), field) from None
     (reply,) = replies_of(service.texts, generation, tools, asked.parallel_tool_calls)
     record = {"id": f"resp_{request.state.request_id}", **_record(service, asked, generation), "metadata": metadata}
     answer = _Answer(record, service, generation, reply)
-
-    def closed() -> None:
-        service.client.abort(generation)
-
-    if asked.stream:
-        return EventStream(_streamed(answer, generation), closed, answer.failed)
-    try:
-        await unless_gone(request, drained(generation))
-    finally:
-        closed()
-    return json_response(answer.whole())
+    events = _streamed(answer, generation) if asked.stream else None
+    return await ended(service, request, generation, events, answer.whole, answer.failed)
 
 
 def _record(service: Service, asked: ResponsesRequest, generation: Generation) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema
 
 from outrider.core.sampling import SamplingParams
-from outrider.errors import FieldError, PromptError
+from outrider.errors import FieldError, PromptError, shortened
 from outrider.server.conversation import text_of
-from outrider.server.fields import AFunction, Function, Sampling, ToolChoice, shortened, shown_tools
+from outrider.server.fields import NONE_OR_EMPTY, NOTHING, AFunction, Function, Sampling, ToolChoice, shown_tools
 
-_NOTHING: tuple[Any, ...] = (None,)
 _NO_REASONING: tuple[Any, ...] = (None, {}, {"effort": None}, {"summary": None}, {"effort": None, "summary": None})
 _PLAIN = {"type": "text"}
 
@@ -39,12 +38,12 @@ class ResponsesRequest(Sampling):
     not_offered: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "background": (None, False),
         "context_management": (None, []),
-        "conversation": _NOTHING,
+        "conversation": NOTHING,
         "include": (None, []),
-        "max_tool_calls": _NOTHING,
-        "moderation": _NOTHING,
-        "previous_response_id": _NOTHING,
-        "prompt": _NOTHING,
+        "max_tool_calls": NOTHING,
+        "moderation": NOTHING,
+        "previous_response_id": NOTHING,
+        "prompt": NOTHING,
         "prompt_cache_options": (None, {}),
         "prompt_cache_retention": (None, "in_memory"),
         "reasoning": _NO_REASONING,
@@ -104,7 +103,7 @@ def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
         shown = shortened(repr(kind if isinstance(item, dict) else item))
         raise PromptError(f"an item of input must be of type {', '.join(_INSIDE)}: {shown}", where)
     for name, value in item.items():
-        if name not in _INSIDE[kind] and name not in _UNREAD and value not in (None, [], ""):
+        if name not in _INSIDE[kind] and name not in _UNREAD and value not in NONE_OR_EMPTY:
             raise PromptError(f"{shortened(name)} of an item of type {kind} is not offered: leave it out", where)
     if kind == "function_call_output":
         content = text_of(item.get("output"), f"{where}.output", _PARTS)

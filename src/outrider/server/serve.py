@@ -114,6 +114,8 @@ async def _serve(
         server = _Server(config, lambda: told(Listening(_url(listener, options), name, facts)))
         life = _Life(server, service, options.drain_timeout, options.restart_engine)
         client.on_death = life.bury
+        if client.cause_of_death is not None:  # after it was ready, while the tokenizer was still loaded
+            raise client.cause_of_death
         for end in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(end, life.drain)
         if stopped.is_set():
@@ -163,6 +165,9 @@ class _Life:
         """Takes no new connections, and gives what is under way its time. Told a second time, it ends at once."""
         if self.service.draining:
             self.server.force_exit = True
+            self._give_up()
+            for connection in list(self.server.server_state.connections):
+                connection.transport.abort()  # or closing the listener waits for them, from Python 3.12 on
             return
         logger.info("draining: %d completions are under way", self.service.client.num_under_way)
         self.service.draining = True

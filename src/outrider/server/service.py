@@ -9,12 +9,13 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
 from outrider.engine.messages import Facts
-from outrider.engine.prompts import check_stop_ids, check_token_ids
-from outrider.errors import InputError, OverloadError
+from outrider.engine.prompts import check_stop_ids
+from outrider.errors import InputError, OverloadError, shortened
 from outrider.server.client import EngineClient
-from outrider.server.fields import Sampling, shortened
+from outrider.server.fields import Sampling
 from outrider.server.generation import Generation
 from outrider.server.metrics import Metrics
 from outrider.server.text import Texts
@@ -40,6 +41,15 @@ class Service:
     draining: bool = False
     _num_arriving: int = 0  # requests whose prompts are being encoded
 
+    @property
+    def status(self) -> str:
+        """What it does at this moment: "ok" while it takes requests, else "restarting", "dead" or "draining"."""
+        if self.client.restarting:
+            return "restarting"
+        if not self.client.alive:
+            return "dead"
+        return "draining" if self.draining else "ok"
+
     def check_model(self, name: str | None) -> None:
         """Raises 404 for a model that is not served."""
         if name is not None and name != self.model_name:
@@ -55,17 +65,18 @@ class Service:
         if asked.speculative is not None:
             max_drafts = asked.speculative.max_drafts(self.facts.num_speculative_tokens)
         check_stop_ids(params, self.facts.vocab_size)
-        self._check_count(params.n)
+        self.check_count(params.n)
         self._check_room(1)
         self._num_arriving += 1
         try:
             encoded = await prompts
+            count = len(encoded) * params.n
+            self.check_count(count)
+            for _, ids in encoded:
+                check_prompt_length(len(ids), self.facts.max_model_len)
+            await self.texts.check_ids([ids for _, ids in encoded], self.facts.vocab_size)
         finally:
             self._num_arriving -= 1
-        count = len(encoded) * params.n
-        self._check_count(count)
-        for _, ids in encoded:
-            check_token_ids(ids, self.facts.vocab_size)
         self._check_room(count)
         generation = Generation(
             encoded,
@@ -87,7 +98,8 @@ class Service:
         """Most completions that run and wait at once."""
         return self.facts.max_num_seqs + self.max_waiting
 
-    def _check_count(self, count: int) -> None:
+    def check_count(self, count: int) -> None:
+        """Raises InputError for more completions of one request than may ever be under way."""
         if count > self._capacity:
             raise InputError(
                 f"{count} completions are asked for, prompts times n: this server takes at most {self._capacity}", "n"

@@ -1,4 +1,4 @@
-"""Prompts to tokens, on a thread of their own, and tokens to text: neither is done where steps are run."""
+"""Text to tokens and back: what a client sends on a thread of its own, what the engine writes as it comes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
 from outrider.engine.detokenize import Detokenizer
+from outrider.engine.messages import Facts
 from outrider.engine.prompts import as_conversations, as_prompts, as_template_arguments, as_token_ids, check_token_ids
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
 from outrider.server.conversation import plain_conversation
 from outrider.server.dialect import Dialect
 
+Made = TypeVar("Made")
+
 
 class Texts:
     """A checkpoint's tokenizer for a server.
 
-    Encoding may take long, and a tokenizer cannot be used by two threads at once: so there is one for the
-    thread that encodes, and one for the event loop, which decodes a few tokens at a time.
+    What a request brings may take long, and a tokenizer cannot be used by two threads at once: so there is one for
+    the thread that works on requests, and one for the event loop, which decodes a few tokens at a time.
     """
 
     def __init__(
@@ -39,19 +43,47 @@ class Texts:
             return await self._run(lambda: self._encoder.encode(text))
         return await self._run(lambda: list(self._encoder.wrapped.encode(text, add_special_tokens=False)))
 
-    async def prompts(self, given: Any) -> list[tuple[str | None, list[int]]]:
-        """What a completion request names: a text, token ids, or a list of either. PromptError for what is none."""
+    async def prompts(
+        self, given: Any, facts: Facts, check_count: Callable[[int], None], with_texts: bool = False
+    ) -> list[tuple[str | None, list[int]]]:
+        """What a completion request names: a text, token ids, or a list of either. PromptError for what is none.
+
+        `check_count` is told how many there are before any is looked at; the first that is too long ends it.
+        `with_texts`: token ids come with their text too.
+        """
+        return await self._run(lambda: self._prompts(given, facts, check_count, with_texts))
+
+    def _prompts(
+        self, given: Any, facts: Facts, check_count: Callable[[int], None], with_texts: bool
+    ) -> list[tuple[str | None, list[int]]]:
         if given is None or isinstance(given, Mapping):
             raise PromptError("prompt must be text, token ids, or a list of either", "prompt")
-        prompts: list[tuple[str | None, list[int]]] = []
-        for prompt in as_prompts(given):
-            if isinstance(prompt, str):
-                prompts.append((prompt, await self.encode(prompt)))
-            else:
-                prompts.append((None, as_token_ids(prompt)))
-        if not prompts:
+        listed = as_prompts(given)
+        if not listed:
             raise PromptError("the prompt is empty: give at least one", "prompt")
+        check_count(len(listed))
+        prompts: list[tuple[str | None, list[int]]] = []
+        for prompt in listed:
+            if isinstance(prompt, str):
+                text, ids = prompt, self._encoder.encode(prompt)
+                check_prompt_length(len(ids), facts.max_model_len)
+            else:
+                if isinstance(prompt, list):
+                    check_prompt_length(len(prompt), facts.max_model_len)
+                text, ids = None, as_token_ids(prompt)
+                if with_texts:
+                    text = self._decoded(ids, facts.vocab_size)
+            prompts.append((text, ids))
         return prompts
+
+    async def check_ids(self, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+        """Raises PromptError for the first token that the model does not have."""
+
+        def check() -> None:
+            for ids in prompts:
+                check_token_ids(ids, vocab_size)
+
+        await self._run(check)
 
     async def conversation(
         self,
@@ -72,15 +104,17 @@ class Texts:
             arguments["tools"] = [dict(tool) for tool in tools]
         return await self._run(lambda: self._encoder.render_chat(plain, **arguments))
 
-    def decode(self, ids: Sequence[int], vocab_size: int) -> str:
+    async def decode(self, ids: Sequence[int], vocab_size: int) -> str:
         """The text of token ids, special tokens included. PromptError for one outside the model's vocabulary."""
-        check_token_ids(ids, vocab_size)
-        return self.decoder.decode(ids, skip_special_tokens=False)
+        return await self._run(lambda: self._decoded(ids, vocab_size))
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def _decoded(self, ids: Sequence[int], vocab_size: int) -> str:
+        check_token_ids(ids, vocab_size)
+        return self._encoder.decode(ids, skip_special_tokens=False)
+
+    async def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as the vocabulary has it."""
-        pieces: list[str] = self.decoder.wrapped.convert_ids_to_tokens(list(ids))
-        return pieces
+        return await self._run(lambda: list(self._encoder.wrapped.convert_ids_to_tokens(list(ids))))
 
     def detokenizer(self, prompt: list[int], params: SamplingParams) -> Detokenizer:
         """What turns a completion's tokens to text."""
@@ -89,7 +123,7 @@ class Texts:
             self.decoder, prompt, params.stop, params.include_stop_str_in_output, params.skip_special_tokens
         )
 
-    async def _run(self, work: Callable[[], list[int]]) -> list[int]:
+    async def _run(self, work: Callable[[], Made]) -> Made:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from outrider import __version__
 from outrider.errors import OptionError
 from outrider.server.generation import Generation
-from outrider.server.options import OPEN_PATHS
+from outrider.server.options import OPEN_PATHS, POLLED_PATHS
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -53,8 +53,8 @@ class Tracing:
         return cls(provider, model_name)
 
     def begin(self, method: str, path: str, headers: Mapping[str, str]) -> Span | None:
-        """The span of a request that has come, a child of its `traceparent`'s if it has one; None for a probe."""
-        if path in OPEN_PATHS:
+        """The span of a request that has come, a child of its `traceparent`'s if any; None for what is polled."""
+        if path in OPEN_PATHS or path in POLLED_PATHS:
             return None
         context = self._propagator.extract(headers)
         return self._tracer.start_span(method, context, self._trace.SpanKind.SERVER)

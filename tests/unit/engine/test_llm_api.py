@@ -15,6 +15,7 @@ from outrider.engine.engine import StepTimes
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 TEMPLATE = (
+    "{% if ratio is defined %}{{ 1 / ratio }}{% endif %}"
     "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[{{ who or 'assistant' }}]{% endif %}"
 )
@@ -130,6 +131,8 @@ def test_conversations(tmp_path: Path) -> None:
     path = write_tokenizer(write(tmp_path / "chatty"), chat_template=TEMPLATE)
     with LLM(str(path), max_model_len=64) as llm:
         messages = [{"role": "user", "content": "hé"}]
+        with pytest.raises(PromptError, match="refused the messages: division by zero"):
+            llm.chat(messages, GREEDY, chat_template_kwargs={"ratio": 0})
         expected = llm.generate("[user]hé[assistant]", GREEDY)[0]
         (found,) = llm.chat(messages, GREEDY)
         assert (found.outputs, found.prompt_token_ids) == (expected.outputs, expected.prompt_token_ids)

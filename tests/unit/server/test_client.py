@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from outrider.config import EngineOptions
+from outrider.core.output import AcceptanceTally
+from outrider.engine.messages import Progress, Snapshot
 from outrider.errors import EngineDeadError, EngineRestartingError, OptionError
 from outrider.server.client import EngineClient
 
@@ -46,5 +48,51 @@ def test_a_restart_that_fails_leaves_a_dead_engine(start: Callable[[], Awaitable
                 client.check_alive()
         finally:
             await client.close()
+
+    asyncio.run(main())
+
+
+SNAPSHOT = Snapshot(3, 4, 0.5, 0, 0, 0, 9, AcceptanceTally().report(), ())
+
+
+def test_a_message_that_is_none_kills_the_engine_rather_than_who_listens() -> None:
+    class Wire:
+        def __init__(self) -> None:
+            self.messages = [b"\xff", b""]
+
+        async def recv(self) -> bytes:
+            return self.messages.pop() if self.messages else await asyncio.Event().wait() or b""
+
+    async def main() -> None:
+        client: Any = EngineClient(EngineOptions(), timeout=0.05)
+        try:
+            listening = asyncio.create_task(client._listen(Wire()))
+            client.snapshot, died = SNAPSHOT, asyncio.Event()
+            client.on_death = died.set
+            await asyncio.wait_for(died.wait(), 10)
+            assert "could not take in" in str(client.cause_of_death) and not listening.done()
+            assert (client.snapshot.num_running, client.snapshot.num_steps) == (0, 9)
+            client._take(Progress([], SNAPSHOT))  # sent before it died
+            assert client.snapshot.num_running == 0
+            listening.cancel()
+        finally:
+            await client.close()
+
+    asyncio.run(main())
+
+
+def test_a_restart_that_cannot_clear_away_the_old_engine_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        client: Any = EngineClient(EngineOptions(), timeout=0.05)
+        clear = client._clear
+
+        async def wedged(_: float) -> None:
+            raise RuntimeError("no way")
+
+        monkeypatch.setattr(client, "_clear", wedged)
+        with pytest.raises(EngineDeadError, match="no way"):
+            await client.restart()
+        monkeypatch.setattr(client, "_clear", clear)
+        await client.close()
 
     asyncio.run(main())

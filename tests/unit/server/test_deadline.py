@@ -10,8 +10,9 @@ import pytest
 from starlette.responses import Response
 
 from outrider.errors import DeadlineError, FieldError
+from outrider.server import answers
+from outrider.server.answers import EventStream, describe, in_time
 from outrider.server.deadline import Deadline, seconds_asked
-from outrider.server.responses import EventStream, describe, in_time
 
 SOON = 0.02
 
@@ -96,6 +97,31 @@ def test_a_stream_ends_with_an_event_and_is_closed_before_it() -> None:
         await response({"type": "http"}, receive, send)
 
     asyncio.run(main())
-    head, first, passed, closed, error, end, _ = happened
-    assert (head, first, passed, closed, end) == ("", "data: 1\n\n", "passed", "closed", "")
+    head, first, passed, closed, error, _ = happened
+    assert (head, first, passed, closed) == ("", "data: 1\n\n", "passed", "closed")
     assert '"code":"request_timeout"' in error
+
+
+def test_a_stream_that_nobody_reads_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "LAST_SECONDS", SOON)
+    happened: list[str] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"data: 1\n\n"
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        async def stream() -> Response:
+            return EventStream(events(), lambda: happened.append("closed"))
+
+        response = await in_time(Deadline.after(SOON, lambda: happened.append("passed")), stream())
+        await asyncio.wait_for(response({"type": "http"}, receive, send), 20)
+
+    asyncio.run(main())
+    assert happened[:2] == ["passed", "closed"]

@@ -11,7 +11,7 @@ import pytest
 from outrider.core.sampling import NOT_OFFERED as SAMPLING_NOT_OFFERED
 from outrider.core.sampling import SamplingParams
 from outrider.errors import FieldError, InputError, SamplingError
-from outrider.server.fields import NOT_OFFERED, ChatRequest, CompletionRequest, Speculative, parse
+from outrider.server.fields import MOST_NESTED, NOT_OFFERED, ChatRequest, CompletionRequest, Speculative, parse
 
 TEXT = {"prompt": "x"}
 
@@ -118,3 +118,15 @@ def test_schemas_know_every_field() -> None:
         schema = record.model_json_schema()
         assert schema["properties"].keys() == record.model_fields.keys()
         assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("depth", [MOST_NESTED - 2, MOST_NESTED - 1, 900, 964, 967, 990, 5000])
+@pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")])
+def test_a_body_has_a_depth(depth: int, opening: str, closing: str) -> None:
+    nested = f"{opening * depth}1{closing * depth}"
+    body = f'{{"messages": [], "chat_template_kwargs": {{"a": {nested}}}}}'.encode()
+    if depth < MOST_NESTED - 1:
+        parse(body, ChatRequest)
+        return
+    with pytest.raises(FieldError, match=r"nested more than 64 deep|not JSON"):
+        parse(body, ChatRequest)

@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider.engine.logs import FIELDS
+from outrider.server import guard
 from outrider.server.access import Access
+from outrider.server.answers import error_response
 from outrider.server.guard import Guard
-from outrider.server.responses import error_response
 
 LIMIT = 1000
 
@@ -33,7 +34,11 @@ def ask(
         except Exception as error:
             return error_response(error)
 
-    for path_ in ("/health", "/metrics", "/version", "/v1/echo", "/tokenize"):
+    async def fault() -> Response:
+        raise RuntimeError("of a test's")
+
+    app.add_api_route("/fault", fault)
+    for path_ in ("/health", "/metrics", "/version", "/v1/echo", "/tokenize", "/playground/state"):
         app.add_api_route(path_, echo, methods=["GET", "POST"])
     app.add_middleware(Guard, keys=keys, max_body_bytes=LIMIT)
     app.add_middleware(Access, counted=lambda *one: counted.append(one), tracing=None, root_path=root_path)
@@ -77,6 +82,26 @@ def test_probes_need_no_key_under_a_proxy_s_path_either(path: str, status: int) 
     assert ask("GET", path, ("first",), "/api")[0].status_code == status
 
 
+def test_a_proxy_s_path_itself_is_the_playground_s() -> None:
+    assert ask("GET", "/api", ("first",), "/api")[0].status_code != 401
+
+
+def test_a_fault_outside_the_routes_is_told_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    answer, counted = ask("GET", "/fault", headers={"x-request-id": "a-1"})
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert answer.headers["x-request-id"] == "a-1" and counted == [("GET", "/fault", 500)]
+    assert "of a test's" in caplog.text
+
+
+@pytest.mark.parametrize(("path", "keys", "logged"), [("/playground/state", (), 0), ("/playground/state", ("a",), 1)])
+def test_what_is_polled_is_logged_only_if_it_goes_wrong(
+    path: str, keys: tuple[str, ...], logged: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "outrider.access"):
+        ask("GET", path, keys)
+    assert len([one for one in caplog.records if one.name == "outrider.access"]) == logged
+
+
 async def _chunks(size: int) -> AsyncIterator[bytes]:
     for _ in range(size // 100):
         yield b"x" * 100
@@ -88,6 +113,34 @@ def test_bodies_have_a_limit(size: int, status: int, stated: bool) -> None:
     answer, _ = ask("POST", "/v1/echo", content=b"x" * size if stated else _chunks(size))
     assert answer.status_code == status
     assert len(answer.content) == size if status == 200 else answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_bodies_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODIES_HELD", 2)
+    app, ended = FastAPI(), asyncio.Event()
+
+    async def wait(request: Request) -> Response:
+        try:
+            await request.body()
+        except Exception as error:
+            return error_response(error)
+        await ended.wait()
+        return Response()
+
+    app.add_api_route("/wait", wait, methods=["POST"])
+    app.add_middleware(Guard, keys=(), max_body_bytes=LIMIT)
+
+    async def main() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+            held = [asyncio.create_task(client.post("/wait", content=b"x" * LIMIT)) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            refused = await client.post("/wait", content=b"x")
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            ended.set()
+            assert [answer.status_code for answer in await asyncio.gather(*held)] == [200, 200]
+            assert (await client.post("/wait", content=b"x" * LIMIT)).status_code == 200
+
+    asyncio.run(main())
 
 
 def test_a_request_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -29,6 +29,10 @@ from outrider.server.options import ServerOptions
         ({"log_format": "xml"}, "log_format must be one of text, json: 'xml'"),
         ({"allowed_origin": ["https://a.org", "https://b.org/"]}, "allowed_origin must be .* 'https://b.org/'"),
         ({"allowed_origin": ["a.org"]}, "allowed_origin"),
+        ({"allowed_origin": ["https://*.a.org"]}, "allowed_origin"),
+        ({"allowed_origin": ["https://A.org"]}, "allowed_origin"),
+        ({"allowed_origin": ["https://a.org:443"]}, "allowed_origin"),
+        ({"allowed_origin": ["http://a.org:80"]}, "allowed_origin"),
         ({"allowed_origin": "https://a.org"}, "allowed_origin"),
         ({"ssl_keyfile": "key.pem"}, "needs ssl_certfile"),
         ({"otlp_traces_endpoint": "localhost:4318"}, "otlp_traces_endpoint must be an http or https URL"),
@@ -37,6 +41,13 @@ from outrider.server.options import ServerOptions
 def test_wrong_values(given: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         ServerOptions(**given)
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "https://a.org", "http://a.org:443", "http://localhost:5173", "http://[::1]:8080", "app://x-y_z"]
+)
+def test_origins(origin: str) -> None:
+    assert ServerOptions(allowed_origin=[origin]).allowed_origin == [origin]
 
 
 def test_certificates_are_looked_at_first(tmp_path: Path) -> None:

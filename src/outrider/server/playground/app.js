@@ -20,6 +20,7 @@ const page = {
   turns: [], // of the conversation so far
   accepted: null, // rates of the run that is shown
   shown: null, // its lanes, for a replay
+  keyless: false, // whether the key dialog was sent away
 };
 
 const chart = new AcceptanceChart($("chart"), $("rates"), $("lengths"));
@@ -34,14 +35,16 @@ async function send([path, body], speculative, told) {
   const limits = page.state?.model.num_speculative_tokens ? speculative : {};
   let usage = null;
   let reason = null;
+  let content = ""; // what is the answer in the text, without the reasoning that the server tells apart
   const request = { ...body, speculative: { ...limits, return_tokens: true } };
   for await (const chunk of stream(path, request, page.running.signal)) {
     usage = chunk.usage ?? usage;
     const [choice] = chunk.choices;
     reason = choice?.finish_reason ?? reason;
+    content += choice?.delta?.content ?? "";
     if (choice?.speculative) told({ ...choice.speculative, at: 1000 * choice.speculative.seconds });
   }
-  return { usage, reason };
+  return { usage, reason, content };
 }
 
 // --- running -------------------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ function run() {
       cancelAnimationFrame(drawing);
       draw();
     }
-    const { usage, reason } = ended;
+    const { usage, reason, content } = ended;
     const all = deliveries.flatMap((delivery) => delivery.tokens);
     accept(usage.speculative);
     const num_accepted = all.filter((token) => token.draft_position).length;
@@ -109,7 +112,7 @@ function run() {
     const pace = perSecond(deliveries);
     say(`${tokens(all.length)}${fared}${pace ? `, ${pace}` : ""}; ended by ${reason}`);
     offerReplay([{ view: views.tokens, deliveries, tick() {} }]);
-    if (asked !== null) remember(asked, all.map((token) => token.text).join(""));
+    if (asked !== null) remember(asked, content);
   });
 }
 
@@ -187,6 +190,9 @@ function say(text, strong = false) {
 
 const FIELDS = { messages: "message", "speculative.num_speculative_tokens": "drafts", "speculative.enabled": "speculate" };
 
+/** The input that a `param` of the server's speaks of; `messages.0.content` is in the message, as `messages` is. */
+const inputOf = (param) => $(FIELDS[param] ?? FIELDS[param.split(".")[0]] ?? param.split(".")[0]);
+
 function complain(error) {
   for (const input of document.querySelectorAll("[aria-invalid]")) {
     input.removeAttribute("aria-invalid");
@@ -196,10 +202,10 @@ function complain(error) {
   $("error").textContent = error?.message ?? "";
   if (!error) return;
   if (!(error instanceof ServerError)) console.error(error);
-  const input = error.param && $(FIELDS[error.param] ?? error.param.split(".")[0]);
+  const input = error.param && inputOf(error.param);
   input?.setAttribute("aria-invalid", "true");
   input?.setAttribute("aria-describedby", "error");
-  if (error.status === 401) askForKey();
+  if (error.status === 401) askForKey(true);
 }
 
 function inspect(token) {
@@ -317,19 +323,21 @@ function showDrafts() {
 
 function stateFailed(error) {
   if (error.status === 401) {
-    askForKey();
+    askForKey(false);
     return;
   }
   $("status").textContent = "not answering";
   $("status").dataset.status = "away";
 }
 
-function askForKey() {
+/** `insists`: the dialog opens though it was sent away before. */
+function askForKey(insists) {
   $("key").hidden = false;
   $("status").textContent = "needs an API key";
   $("status").dataset.status = "away";
   if (key.get()) $("key-said").textContent = "The server does not know this key. Give another.";
-  if (!$("key-dialog").open) $("key-dialog").showModal();
+  if ($("key-dialog").open || (page.keyless && !insists)) return;
+  $("key-dialog").showModal();
 }
 
 // --- wiring --------------------------------------------------------------------------------------------------------
@@ -372,11 +380,16 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-$("key").addEventListener("click", askForKey);
-$("key-cancel").addEventListener("click", () => $("key-dialog").close());
+$("key").addEventListener("click", () => askForKey(true));
+$("key-cancel").addEventListener("click", () => {
+  page.keyless = true;
+  $("key-dialog").close();
+});
+$("key-dialog").addEventListener("cancel", () => (page.keyless = true)); // by Escape
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key.set($("key-value").value.trim());
+  page.keyless = false;
   $("key-value").value = "";
   $("key-dialog").close();
   complain(null);

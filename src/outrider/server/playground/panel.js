@@ -42,7 +42,7 @@ const put = (id, text) => {
 export function showState({ version, status, model, running, waiting, cache_usage: usage, watched }) {
   const drafts = model.num_speculative_tokens;
   put("served", model.id);
-  put("status", { ok: "ready", draining: "going down", dead: "engine dead" }[status]);
+  put("status", { ok: "ready", draining: "going down", dead: "engine dead", restarting: "starting anew" }[status]);
   document.getElementById("status").dataset.status = status;
   put("running", String(running));
   put("waiting", String(waiting));

@@ -26,6 +26,9 @@ GONE = 499
 MOST_SAID = 500
 """Characters of an error's message: it may quote what the client sent, which may be of any length."""
 
+LAST_SECONDS = 5.0
+"""Time for a client that reads slowly to take the event that a stream failed with."""
+
 _TYPES = {408: "timeout_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 Made = TypeVar("Made")
@@ -112,7 +115,7 @@ async def _first(work: asyncio.Task[Made], receive: Receive) -> Made:
         await asyncio.gather(work, watch, return_exceptions=True)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Made]) -> Made:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Made] | asyncio.Task[Made]) -> Made:
     """What the work gives, unless the client disconnects first: then it is cancelled, and ClientGoneError raised."""
     return await _first(asyncio.ensure_future(work), request.receive)
 
@@ -165,6 +168,9 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:
             self._closed()  # first: the client may take its time to read the event
-            chunk = self._failed(error)
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = self._failed(error)
+        else:
+            last = b""
+        with contextlib.suppress(TimeoutError):  # whoever reads nothing is not told: the connection is closed
+            async with asyncio.timeout(LAST_SECONDS if last else None):
+                await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -1,0 +1,125 @@
+"""How a request becomes a generation: what is refused before anything is made of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from starlette.requests import Request
+
+from fake_engine import EOS, FACTS, HERMES_TEMPLATE, FakeClient, write_tokenizer
+from outrider.core.sampling import SamplingParams
+from outrider.engine.messages import Delta
+from outrider.errors import FieldError, InputError, PromptError
+from outrider.server import generation
+from outrider.server.answers import ClientGoneError
+from outrider.server.app import _tokenize
+from outrider.server.completions import _prompts, complete
+from outrider.server.fields import Asked, CompletionRequest, TokenizeRequest, parse
+from outrider.server.metrics import Metrics
+from outrider.server.service import Service
+from outrider.server.text import Texts
+
+LENGTH = FACTS.max_model_len
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Texts]:
+    made = Texts(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), HERMES_TEMPLATE, (EOS,)))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def service(texts: Texts) -> Service:
+    client: Any = FakeClient(texts)
+    return Service(client, FACTS, texts, Metrics(client, FACTS, "fake"), "fake", 8)
+
+
+def asked(record: type[Asked] = CompletionRequest, **body: Any) -> tuple[Request, Asked]:  # type: ignore[assignment]
+    """A request with this body, whose client waits."""
+    content = msgspec.json.encode(body)
+    messages = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        return await asyncio.Event().wait()
+
+    return Request({"type": "http", "headers": [], "state": {"request_id": "1"}}, receive), parse(content, record)
+
+
+@pytest.mark.parametrize("prompt", [[1] * LENGTH, [[1], [1] * LENGTH], "x" * LENGTH, ["a", "x" * LENGTH]])
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_copied(
+    service: Service, prompt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "Request", lambda *_, **__: pytest.fail("a completion was made"))
+    request, _ = asked(prompt=prompt, n=8)
+    with pytest.raises(PromptError, match=f"has {LENGTH} tokens, which leaves no room .* at most {LENGTH - 1}"):
+        asyncio.run(complete(service, request))
+    assert service._num_arriving == 0
+
+
+def test_prompts_are_counted_before_they_are_encoded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.texts._encoder, "encode", lambda _: pytest.fail("a prompt was encoded"))
+    for body in ({"prompt": ["a"] * 17}, {"prompt": ["a"] * 6, "n": 3}):
+        with pytest.raises(InputError, match="completions are asked for"):
+            asyncio.run(complete(service, asked(**body)[0]))
+
+
+def test_what_a_request_brings_is_not_worked_on_by_the_event_loop(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def check(*_: Any) -> None:
+        seen.add(threading.current_thread())
+
+    monkeypatch.setattr("outrider.server.text.check_token_ids", check)
+
+    async def main() -> None:
+        assert await _prompts(service, asked(prompt=[[65], [66]], echo=True)[1]) == [
+            (service.texts.decoder.decode([one]), [one]) for one in (65, 66)
+        ]
+        await service.texts.check_ids([[1]], 300)
+        await service.texts.decode([65], 300)
+
+    asyncio.run(main())
+    assert len(seen) == 1 and threading.current_thread() not in seen
+
+
+def test_a_client_that_goes_while_its_prompt_waits_is_not_served(service: Service) -> None:
+    class Gone(SimpleNamespace):
+        async def receive(self) -> Any:
+            return {"type": "http.disconnect"}
+
+        async def body(self) -> bytes:
+            return b'{"prompt": "x"}'
+
+    request: Any = Gone()
+    with pytest.raises(ClientGoneError):
+        asyncio.run(complete(service, request))
+    assert service.client.num_under_way == service._num_arriving == 0
+
+
+def test_prompt_tokens_are_counted_when_a_completion_begins_to_come(service: Service) -> None:
+    params = SamplingParams(n=2)
+    made = generation.Generation(
+        [(None, [1, 2, 3])], params, service.texts, service.metrics, eos_token_ids=(), verifier="x"
+    )
+    for _ in range(2):
+        made.take(Delta("0-1", (65,), 0, None, None, 0, 0, ()))
+    assert b'outrider:prompt_tokens_total{model_name="fake"} 3.0' in service.metrics.page()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_conversation_has_its_template_s_special_tokens(service: Service, given: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "add_special_tokens": given}
+    with pytest.raises(FieldError, match="leave it out") as refused:
+        asyncio.run(_tokenize(service, asked(TokenizeRequest, **body)[0]))
+    assert refused.value.field == "add_special_tokens"
