@@ -42,10 +42,10 @@ class Sequential(PEagle):
 
 
 class TapsOffByOne(PEagle):
-    """Reads what comes out of each tapped layer, not what goes in."""
+    """Reads what enters the layer before each tapped one."""
 
     def feature_layers(self) -> tuple[int, ...]:
-        return tuple(tap + 1 for tap in HeadDrafter.feature_layers(self))
+        return tuple(tap - 1 for tap in HeadDrafter.feature_layers(self))
 
 
 class SequentialTapsOffByOne(Eagle3):

@@ -63,7 +63,7 @@ class Expectation:
     drafts: int
     rates: tuple[float, ...]
     acceptance_length: float
-    tolerance: float = 0.05  # relative, on each rate and each ratio
+    tolerance: float = 0.02  # relative, on each rate and each ratio
 
     @classmethod
     def of(cls, setting: Setting, report: AcceptanceReport) -> Expectation:
