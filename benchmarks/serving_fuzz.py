@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from typing import Any
 import httpx
 import schemathesis
 import torch
+from _server import served
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -306,20 +304,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     told = provenance(torch.device("cpu"))  # first: the checkout may change in so long a run
-    server = subprocess.Popen(
-        [sys.executable, "-m", "outrider", "serve", "--port", "0", "--json", *SERVER_FLAGS],
-        stdout=subprocess.PIPE,  # its log goes where our errors go
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        found = fuzz(json.loads(server.stdout.readline())["url"], options.requests, options.seed)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(60)
-    found["server_exit_code"] = code
+    with served(*SERVER_FLAGS) as server:
+        found = fuzz(server.url, options.requests, options.seed)
+    found["server_exit_code"] = server.exit_code
     print(json.dumps({**told, **found}, indent=2))
-    if found["faults"] or found["cache_usage_after"] or not found["healthy_after"] or code:
+    if found["faults"] or found["cache_usage_after"] or not found["healthy_after"] or server.exit_code:
         raise SystemExit(1)
 
 

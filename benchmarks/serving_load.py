@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
 import httpx
 import psutil
 import torch
+from _server import served
 
 from outrider import LLM, SamplingParams
 from outrider.bench.prompts import HELD_OUT, read_prompts
@@ -85,23 +83,12 @@ def main() -> None:
         start = time.perf_counter()
         expected = [request.outputs[0].token_ids for request in llm.generate(prompts, sampling)]
         offline = sum(map(len, expected)) / (time.perf_counter() - start)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "outrider", "serve", "--port", "0", "--json", "--no-enable-prefix-caching"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        url = json.loads(server.stdout.readline())["url"]
+    with served("--no-enable-prefix-caching") as server:
         rows = []
         for at_once in (1, options.streams):
-            asyncio.run(load(url, server.pid, prompts[:2], options.max_tokens, at_once))
-            rows.append(asyncio.run(load(url, server.pid, prompts, options.max_tokens, at_once)))
+            asyncio.run(load(server.url, server.pid, prompts[:2], options.max_tokens, at_once))
+            rows.append(asyncio.run(load(server.url, server.pid, prompts, options.max_tokens, at_once)))
             assert rows[-1].pop("tokens") == expected, "the server's tokens are not the offline API's"
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
     print(
         json.dumps(
             {

@@ -16,10 +16,7 @@ import asyncio
 import contextlib
 import json
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -29,6 +26,7 @@ from typing import Any
 import httpx
 import psutil
 import torch
+from _server import served
 
 from outrider.bench.prompts import HELD_OUT, read_prompts
 from outrider.bench.provenance import provenance
@@ -351,23 +349,13 @@ def main() -> None:
     parser.add_argument("--round-seconds", type=float, default=30.0, help="between two pauses")
     options = parser.parse_args()
     told = provenance(torch.device("cpu"))  # first: the checkout may change in so long a run
-    server = subprocess.Popen(
-        [sys.executable, "-m", "outrider", "serve", "--port", "0", "--json", *SERVER_FLAGS],
-        stdout=subprocess.PIPE,  # its log goes where our errors go
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        url = json.loads(server.stdout.readline())["url"]
+    with served(*SERVER_FLAGS) as server:
         found = asyncio.run(
-            soak(url, server.pid, options.minutes, options.clients, options.seed, options.round_seconds)
+            soak(server.url, server.pid, options.minutes, options.clients, options.seed, options.round_seconds)
         )
-    finally:
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(90)
-    found["server_exit_code"] = code
+    found["server_exit_code"] = server.exit_code
     print(json.dumps({**told, **found}, indent=2))
-    if failed(found, options.minutes) or code:
+    if failed(found, options.minutes) or server.exit_code:
         raise SystemExit(1)
 
 

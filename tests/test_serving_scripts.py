@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from outrider.server.deadline import Deadline
 from servers import Server, serving
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # as for a script that is run from there
 FUZZ, SOAK = (runpy.run_path(str(BENCHMARKS / f"serving_{name}.py")) for name in ("fuzz", "soak"))
 
 

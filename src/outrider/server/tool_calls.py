@@ -156,13 +156,11 @@ class ToolCallParser(ABC):
     def _seek(self) -> bool:
         """Looks for where a call may begin; as `_advance`."""
 
-    @abstractmethod
-    def _called(self) -> None:
-        """A call has ended."""
+    def _called(self) -> None:  # noqa: B027 - a hook, not a duty
+        """A call has ended; another may follow."""
 
-    @abstractmethod
-    def _failed(self) -> None:
-        """What looked like a call was none, and was told as text."""
+    def _failed(self) -> None:  # noqa: B027 - a hook, not a duty
+        """What looked like a call was none, and was told as text; the next may be one."""
 
 
 class HermesParser(ToolCallParser):
@@ -206,9 +204,6 @@ class HermesParser(ToolCallParser):
     def _called(self) -> None:
         self._is_after = self._closes = True
 
-    def _failed(self) -> None:
-        pass  # the next tag may open a call
-
 
 class LlamaParser(ToolCallParser):
     """`{"name": ..., "parameters": {...}}` as the whole of an answer: Llama 3.1 and 3.2.
@@ -246,9 +241,6 @@ class LlamaParser(ToolCallParser):
             return self._begin(place + len(self._TAG))
         self._is_text = not self._TAG.startswith(ahead)
         return self._is_text
-
-    def _called(self) -> None:
-        pass  # another may follow
 
     def _failed(self) -> None:
         self._is_text = True
