@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so before outrider is imported
+
 import checkpoints
 
 SERVING = ("fastapi", "httpx", "msgspec", "openai", "prometheus_client", "uvicorn", "zmq")

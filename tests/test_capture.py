@@ -129,7 +129,7 @@ def step() -> tuple[Slots, StepBatch, Tensor]:
 @pytest.mark.parametrize("op", [op for op in all_ops() if op.examples is not None], ids=lambda op: op.name)
 def test_op(op: Op) -> None:
     assert op.examples is not None
-    for example in islice(op.examples(torch.Generator().manual_seed(0), CPU), 3):
+    for example in islice(op.examples(torch.Generator().manual_seed(0), CPU, True), 3):
         record(op.reference, dict(example))
 
 

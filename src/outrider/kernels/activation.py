@@ -66,10 +66,10 @@ def _silu_mul_cpu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     for rows, width in ((1, 768), (3, 67), (17, 129)):
-        gate_up = 8 * torch.randn(rows, 2 * width, generator=generator)
-        yield {"gate_up": gate_up.to(device)}
+        for dtype in (torch.float32,) if wide else (torch.bfloat16, torch.float16, torch.float32):
+            yield {"gate_up": (8 * torch.randn(rows, 2 * width, generator=generator)).to(device, dtype)}
 
 
 SILU_MUL = Op("silu_mul", silu_mul_reference, {"cpu": _silu_mul_cpu}, examples=_examples)

@@ -131,7 +131,7 @@ def _paged_attention_cpu(
     return out
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     block_size = 16
     rows = (  # (query tokens, all tokens) of each row
         ((1, 1),),
@@ -150,8 +150,8 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
             (4, 2, 48, torch.float32),
             (8, 2, 128, torch.float32),
         ):
-            activation = torch.float32 if device.type == "cpu" else torch.bfloat16
-            cache = cache if device.type == "cpu" else activation
+            activation = torch.float32 if wide else torch.bfloat16
+            cache = cache if wide else activation
             used = [-(-length // block_size) for _, length in lengths]
             width = max(used) + 1
             order = torch.randperm(sum(used) + 3, generator=generator).int()

@@ -126,7 +126,7 @@ def commit_cpu(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[Tensor
     return committed, next_token
 
 
-def _commit_examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+def _commit_examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     for width, rows, counts in (
         (0, [(1, 1, 0, 1)], [1]),
         (3, [(4, 4, 3, 1)], [3]),
@@ -145,8 +145,8 @@ def _commit_examples(generator: torch.Generator, device: torch.device) -> Iterab
         yield {"slots": slots, "batch": batch, "verdict": Verdict(tokens, count)}
 
 
-def _store_examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
-    for example in _commit_examples(generator, device):
+def _store_examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
+    for example in _commit_examples(generator, device, wide):
         batch, width = example["batch"], example["slots"].draft_tokens.shape[1]
         tokens = torch.randint(0, 99, (batch.slot.shape[0], width), generator=generator).to(device)
         length = torch.full_like(batch.num_drafts, width)

@@ -239,7 +239,7 @@ def _decoder_layer_cpu(
     return stack(0, 1, x, residual, rope, positions, cache_slot, block_table, query_start, seq_lens)
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     shapes = (
         (96, 160, 4, 2, 64, torch.bfloat16),
         (64, 67, 4, 4, 64, torch.float32),
@@ -247,7 +247,7 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
         (64, 72, 2, 1, 80, torch.bfloat16),
     )
     for hidden, width, num_heads, num_kv_heads, head_dim, dtype in shapes:
-        activation_type = torch.float32 if device.type == "cpu" else dtype
+        activation_type = torch.float32 if wide else dtype
 
         def draw(*shape: int, dtype: torch.dtype = dtype, centre: float = 0.0, spread: float = 1.0) -> Tensor:
             return (centre + spread * torch.randn(shape, generator=generator)).to(device, dtype)

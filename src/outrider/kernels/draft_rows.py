@@ -189,7 +189,7 @@ def draft_rows_cpu(
     return *narrow.split_with_sizes([size + 1, size, size]), *by_row_and_guess
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     # slot, num_tokens, num_drafts, ends_prompt, and how many tokens the verdict gives the row
     cases = (
         ([(1, 1, 0, 1)], [1], 3, 0),

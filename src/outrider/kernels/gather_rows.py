@@ -40,9 +40,9 @@ def _gather_rows_cpu(x: Tensor, extra: Tensor | None, index: Tensor) -> Tensor:
     return out
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     for tokens, rows, size in ((1, 1, 64), (5, 8, 67), (3, 40, 256)):
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = torch.float32 if wide else torch.bfloat16
         x, extra = (torch.randn(count, size, generator=generator).to(device, dtype) for count in (tokens, 1))
         yield {"x": x, "extra": extra, "index": torch.randint(tokens + 1, (rows,), generator=generator).to(device)}
         yield {"x": x, "extra": None, "index": torch.randint(tokens, (rows,), generator=generator).to(device)}

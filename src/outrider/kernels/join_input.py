@@ -88,14 +88,14 @@ def _join_input_cpu(
     return out
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for rows, size in ((1, 64), (7, 67), (40, 256)):
             hidden = torch.randn(rows, size, generator=generator)
             yield {
                 "ids": torch.randint(31, (rows,), generator=generator).to(device),
                 "embedding": torch.randn(31, size, generator=generator).to(device, dtype),
-                "hidden": hidden.to(device, torch.float32 if device.type == "cpu" else dtype),
+                "hidden": hidden.to(device, torch.float32 if wide else dtype),
                 "token_norm": (1 + torch.randn(size, generator=generator)).to(device, dtype),
                 "hidden_norm": (1 + torch.randn(size, generator=generator)).to(device, dtype),
                 "eps": 1e-6,

@@ -137,7 +137,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return out
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for rows, inputs, outputs in (
             (1, 64, 128),
@@ -150,7 +150,7 @@ def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Exam
             x = torch.randn(rows, inputs, generator=generator)
             weight = torch.randn(outputs, inputs, generator=generator)
             bias = torch.randn(outputs, generator=generator)
-            x = x.to(device, torch.float32 if device.type == "cpu" else dtype)
+            x = x.to(device, torch.float32 if wide else dtype)
             yield {"x": x, "weight": weight.to(device, dtype), "bias": bias.to(device, dtype)}
             yield {"x": x, "weight": weight.to(device, dtype)}
 

@@ -137,7 +137,7 @@ def ngram_lookup_cpu(
     return drafts, number
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     for max_len, alphabet, num_drafts, shortest, longest in (
         (1, 2, 1, 1, 1),
         (9, 2, 3, 1, 2),

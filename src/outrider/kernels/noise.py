@@ -124,7 +124,7 @@ def bits_cpu(seed: Tensor, position: Tensor, purpose: int, num_indices: int) -> 
     return out
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     for rows, num_indices in ((1, 1), (3, 257), (7, 33)):
         seed = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator, dtype=torch.int64)
         position = torch.randint(0, 2**20, (rows,), generator=generator)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from outrider.kernels._numba import KIND, SERIAL, Emitter, Int, Real, Vector, emitted
 from outrider.kernels._threads import add, num_threads, parallel
+from outrider.kernels.gpu.norm import add_rms_norm_gpu, rms_norm_gpu
 from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
@@ -107,27 +108,27 @@ def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     return _launch(x, residual.data_ptr(), weight, eps)
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for rows, width in ((1, 256), (3, 67), (17, 1024)):
             x = torch.randn(rows, width, generator=generator)
             weight = 1 + torch.randn(width, generator=generator)
-            x = x.to(device, torch.float32 if device.type == "cpu" else dtype)
+            x = x.to(device, torch.float32 if wide else dtype)
             yield {"x": x, "weight": weight.to(device, dtype), "eps": 1e-6}
 
 
-def _add_examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
-    for example in _examples(generator, device):
+def _add_examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
+    for example in _examples(generator, device, wide):
         x = example["x"]
         residual = torch.randn(x.shape, generator=generator).to(device, x.dtype)
         yield {**example, "residual": residual}
 
 
-RMS_NORM = Op("rms_norm", rms_norm_reference, {"cpu": _rms_norm_cpu}, examples=_examples)
+RMS_NORM = Op("rms_norm", rms_norm_reference, {"cpu": _rms_norm_cpu, "cuda": rms_norm_gpu}, examples=_examples)
 ADD_RMS_NORM = Op(
     "add_rms_norm",
     add_rms_norm_reference,
-    {"cpu": _add_rms_norm_cpu},
+    {"cpu": _add_rms_norm_cpu, "cuda": add_rms_norm_gpu},
     examples=_add_examples,
     outputs=("residual",),
 )

@@ -233,12 +233,12 @@ def _rope_store_cpu(
     return query
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     block_size, max_len = 16, 97
     shapes = ((1, 4, 2, 64), (3, 4, 4, 64), (17, 16, 8, 128), (5, 8, 1, 64))
     for dtype in (torch.bfloat16, torch.float32):
         for tokens, num_heads, num_kv_heads, head_dim in shapes:
-            activation = torch.float32 if device.type == "cpu" else dtype
+            activation = torch.float32 if wide else dtype
             qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator)
             norms = 1 + torch.randn(2, head_dim, generator=generator).to(device, dtype)
             angles = torch.rand(max_len, head_dim // 2, generator=generator) * 7

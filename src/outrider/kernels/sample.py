@@ -168,7 +168,7 @@ def gumbel_argmax_cpu(
     return out
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     for rows, size, scale in ((1, 1, 1.0), (3, 7, 1.0), (5, 1031, 0.0), (7, 6144, 3.0), (2, 4999, 12.0)):
         logits = torch.randn((rows, size), generator=generator) * scale
         if size > 100:

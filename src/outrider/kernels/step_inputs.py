@@ -261,7 +261,7 @@ def example_slots(generator: torch.Generator, device: torch.device, num_slots: i
     return Slots(**{name: move(getattr(slots, name)) for name in Slots.__slots__})
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     # slot, num_tokens, num_drafts, ends_prompt: a decode row, drafts, a chunk inside a prompt, a prompt's end, padding.
     for width, padding, rows in (
         (0, 0, [(1, 1, 0, 1)]),

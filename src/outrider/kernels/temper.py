@@ -80,9 +80,9 @@ def _temper_cpu(
     return out, own, seeds
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterator[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     for rows, size in ((1, 64), (7, 67)):
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = torch.float32 if wide else torch.bfloat16
         for greedy in (False, True):
             yield {
                 "x": torch.randn(rows, size, generator=generator).to(device, dtype),

@@ -142,7 +142,7 @@ def truncate_cpu(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) ->
     return logits
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     for size, scale in ((1, 1.0), (7, 1.0), (1031, 3.0), (6144, 0.5)):
         logits = torch.randn((9, size), generator=generator) * scale
         logits[5] = logits[5].round()  # ties

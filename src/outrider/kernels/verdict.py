@@ -100,7 +100,7 @@ def judge_cpu(
     return tokens, count
 
 
-def _examples(generator: torch.Generator, device: torch.device) -> Iterable[Example]:
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     for width, owned in ((0, [1]), (3, [4]), (3, [0, 0]), (5, [1, 0, 6, 4, 2, 6, 3])):
         logits_start = torch.tensor([0, *owned]).cumsum(0).int()
         choice = torch.randint(0, 2, (sum(owned),), generator=generator)

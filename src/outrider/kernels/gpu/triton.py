@@ -1,0 +1,68 @@
+"""Triton, if it is installed, and what all kernels of this room share.
+
+A kernel of one step is launched while the one before it still runs (programmatic dependent launch): its programs take
+their places, ask for weights, and wait. So each begins with `begin(PDL)`, may then touch nothing but constants
+(weights), and calls `wait(PDL)` in every program before it reads or writes anything else, or returns. A launcher passes
+`PDL=flag` to the kernel and `**launch(flag)` to the launch, with `flag = overlaps(tensor)`.
+
+With TRITON_INTERPRET=1 in the environment Triton runs kernels as Python, on tensors of a CPU: so the tests do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    if not TYPE_CHECKING:
+        triton = tl = None
+
+__all__ = ["AVAILABLE", "begin", "jit", "launch", "next_power_of_2", "overlaps", "tl", "wait"]
+
+AVAILABLE = triton is not None
+"""Whether kernels of this room can run: without Triton the references serve a GPU too."""
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the function itself, never to be called, where there is no Triton."""
+    return triton.jit(function) if AVAILABLE else function
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@cache
+def _overlaps(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlaps(x: torch.Tensor) -> bool:
+    """Whether kernels on this tensor's device may start before the one in front has ended (Hopper and later)."""
+    return x.is_cuda and _overlaps(x.device.index)
+
+
+def launch(overlap: bool) -> dict[str, Any]:
+    """What a launch is told so that the kernel may start before the one in front has ended."""
+    return {"launch_pdl": True} if overlap else {}
+
+
+@jit
+def begin(PDL: tl.constexpr):
+    """Lets the next kernel take its places."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def wait(PDL: tl.constexpr):
+    """Until the kernel in front has ended and what it wrote can be read."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
