@@ -47,6 +47,7 @@ OPTIONAL = {
     "jinja2",
     "tqdm",
     "opentelemetry",
+    "triton",
 }  # imported where they are needed, if they are
 LATE = "outrider.server.serve"
 """The way into the one room that needs an extra's libraries: imported where it is needed too."""
