@@ -60,6 +60,13 @@ class EngineOptions:
     enable_prefix_caching: bool = option(True, "reuse keys and values of prompts that begin alike")
     tensor_parallel_size: int = option(1, "ranks that split each matrix")
     pipeline_parallel_size: int = option(1, "ranks that split the layers")
+    capture_sizes: Sequence[int] | None = option(
+        None,
+        "batch sizes the graph runner records, a step takes the next larger; left out: about twenty to max_num_seqs",
+    )
+    time_parts: bool = option(
+        False, "time the parts of a step on the device, for benchmarks; only the graph runner can"
+    )
     load_format: str = option(AUTO, "auto (safetensors), or dummy: random weights, for benchmarks")
     seed: int = option(0, "seed of requests that bring none")
     verifier: str = option(DEFAULT_VERIFIER, f"{', '.join(VERIFIERS)}; what each promises stands in its file")
@@ -173,6 +180,8 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         max_num_batched_tokens=budget,
         block_size=BLOCK_SIZE,
         memory=memory,
+        capture_sizes=_capture_sizes(options.capture_sizes, options.max_num_seqs),
+        time_parts=options.time_parts,
         seed=options.seed,
         progress=progress,
     )
@@ -246,6 +255,22 @@ def _max_model_len(wanted: int | None, limit: int) -> int:
     if wanted > limit:
         raise OptionError(f"max_model_len {wanted} is more than the model's positions: at most {limit}")
     return wanted
+
+
+def _capture_sizes(wanted: Sequence[int] | None, most: int) -> tuple[int, ...]:
+    """What was asked, or sizes of which each is at most half as large again as the one before it."""
+    if wanted is None:
+        sizes = {most}
+        for power in range(most.bit_length()):
+            sizes |= {size for size in (1 << power, 3 << power >> 1) if size < most}
+        return tuple(sorted(sizes))
+    sizes = {*wanted}
+    if not sizes or min(sizes) < 1 or max(sizes) != most:
+        raise OptionError(
+            f"capture_sizes must be batch sizes from 1 that end at max_num_seqs {most}, or a step of more rows would "
+            f"have no recorded program: {list(wanted)}; add {most} or change max_num_seqs"
+        )
+    return tuple(sorted(sizes))
 
 
 def _eos_token_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:

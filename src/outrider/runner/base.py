@@ -38,6 +38,8 @@ class RunnerConfig:
     max_num_batched_tokens: int
     block_size: int
     memory: MemoryPlan
+    capture_sizes: tuple[int, ...]  # rows of the steps to record, rising; the last is max_num_seqs
+    time_parts: bool  # whether a runner that can is to measure the parts of its steps on the device
     seed: int
     progress: Callable[[int, int], None] | None  # bytes loaded, bytes in all
 
