@@ -75,11 +75,16 @@ class _Flight:
 class Engine:
     """Runs requests to their end. Not thread-safe: one thread adds, steps and aborts."""
 
-    def __init__(self, options: EngineOptions, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        progress: Callable[[int, int], None] | None = None,  # bytes of weights loaded, and in all
+        recording: Callable[[int, int], None] | None = None,  # programs recorded, and in all
+    ) -> None:
         """Resolves the options, asks the oracle, loads the model. Raises what those raise."""
         self.resolved = resolve(options, progress)
         self.choice = verdict(self.resolved)
-        runner = self.resolved.runner
+        runner = replace(self.resolved.runner, recording=recording)
         self._worker = LocalWorker(self.choice.runner, runner, self.resolved.mesh)
         self._scheduler_options = replace(self.resolved.scheduler, depth=self._worker.depth)
         self._scheduler = Scheduler(self._scheduler_options)

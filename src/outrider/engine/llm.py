@@ -46,20 +46,23 @@ class LLM:
         model: str | None = None,
         *,
         progress: Progress | None = None,
+        recording: Progress | None = None,
         **options: Any,
     ) -> None:
-        """`progress` is told the bytes of weights loaded so far and in all."""
-        self._open(EngineOptions.from_kwargs(model=model, **options), progress)
+        """`progress` is told the bytes of weights loaded so far and in all; `recording` the programs recorded."""
+        self._open(EngineOptions.from_kwargs(model=model, **options), progress, recording)
 
     @classmethod
-    def from_options(cls, options: EngineOptions, progress: Progress | None = None) -> Self:
+    def from_options(
+        cls, options: EngineOptions, progress: Progress | None = None, recording: Progress | None = None
+    ) -> Self:
         """From a record of options instead of keyword arguments."""
         llm = cls.__new__(cls)
-        llm._open(options, progress)
+        llm._open(options, progress, recording)
         return llm
 
-    def _open(self, options: EngineOptions, progress: Progress | None) -> None:
-        self._engine = Engine(options, progress)
+    def _open(self, options: EngineOptions, progress: Progress | None, recording: Progress | None) -> None:
+        self._engine = Engine(options, progress, recording)
         self._tokenizer: Tokenizer | None = None
         self._num_requests = 0
         self._completions: dict[str, Completion] = {}  # under way, whoever waits for them

@@ -42,6 +42,7 @@ class RunnerConfig:
     time_parts: bool  # whether a runner that can is to measure the parts of its steps on the device
     seed: int
     progress: Callable[[int, int], None] | None  # bytes loaded, bytes in all
+    recording: Callable[[int, int], None] | None = None  # programs recorded, programs in all
 
     def count_loaded(self) -> Callable[[int], None]:
         """A function that adds up the bytes of weights loaded and reports them."""

@@ -17,7 +17,7 @@ from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
 from outrider.runner.build import build_drafter, build_model
-from outrider.runner.slots import SlotTable
+from outrider.runner.slots import SlotTable, to_device
 from outrider.runner.step import StepProgram
 from outrider.tensors import StepBatch
 
@@ -97,7 +97,7 @@ class EagerRunner:
         num_logits = sum(row.num_drafts + 1 for row in plan.rows if row.ends_prompt)
         num_query = sum(row.num_tokens for row in plan.rows)
         numbers = np.fromiter(chain.from_iterable(plan.rows), np.int64).reshape(-1, len(Row._fields))
-        columns = torch.from_numpy(numbers).to(self._config.device).unbind(1)
+        columns = to_device(numbers, self._config.device).unbind(1)
         batch: StepBatch = self._assemble(self._table.slots, *columns, num_query, num_logits, self._config.block_size)
         return batch
 

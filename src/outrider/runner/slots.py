@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from outrider.capability import Feature
-from outrider.core.plan import Admission, StepPlan
+from outrider.core.plan import Admission, Growth, StepPlan
 from outrider.core.sampling import MAX_STOP_IDS
 from outrider.draft.base import Drafter
 from outrider.tensors import Slots
@@ -71,10 +76,10 @@ class SlotTable:
         """Brings the tables to where the plan's rows can be run."""
         for slot in plan.release:
             self._release(slot)
-        for admission in plan.admit:
-            self._admit(admission)
-        for slot, start, blocks in plan.grow:
-            self.slots.block_table[slot, start : start + len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        if plan.admit:
+            self._admit(plan.admit)
+        if plan.grow:
+            self._grow(plan.grow)
 
     def reset(self) -> None:
         """Empties every slot, as after an interrupted step, whatever part of an update that had done."""
@@ -91,20 +96,46 @@ class SlotTable:
         self._drafted.discard(slot)
         self._drafter.release(slot)
 
-    def _admit(self, admission: Admission) -> None:
-        slots, slot, sampling = self.slots, admission.slot, admission.sampling
-        slots.tokens[slot, : len(admission.tokens)] = torch.tensor(admission.tokens)
-        slots.length[slot] = len(admission.tokens)
-        slots.computed[slot] = admission.num_cached
-        slots.temperature[slot] = sampling.temperature
-        slots.top_k[slot] = min(sampling.top_k, INT32_MAX)
-        slots.top_p[slot] = sampling.top_p
-        slots.min_p[slot] = sampling.min_p
-        slots.seed[slot] = admission.seed
-        slots.min_length[slot] = min(admission.num_prompt + sampling.min_tokens, INT32_MAX)
-        slots.barred[slot] = -1
-        slots.barred[slot, : len(admission.stop_ids)] = torch.tensor(admission.stop_ids, dtype=torch.int64)
-        slots.draft_length[slot] = 0
+    def _admit(self, admissions: Sequence[Admission]) -> None:
+        """A few writes for all of them, none of which waits for the device."""
+        slots = self.slots
+        whole = [(one.slot, len(one.tokens), one.num_cached, *_whole_numbers(one)) for one in admissions]
+        broken = [(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in admissions]
+        slot, length, computed, top_k, seed, min_length, *barred = self._send(np.array(whole, np.int64).T)
+        temperature, top_p, min_p = self._send(np.array(broken, np.float32).T)
+        for table, values in (
+            (slots.length, length),
+            (slots.computed, computed),
+            (slots.top_k, top_k),
+            (slots.seed, seed),
+            (slots.min_length, min_length),
+            (slots.barred, torch.stack(barred, dim=1)),
+            (slots.temperature, temperature),
+            (slots.top_p, top_p),
+            (slots.min_p, min_p),
+            (slots.draft_length, torch.zeros_like(length)),
+        ):
+            table.index_copy_(0, slot, values.to(table.dtype))
+        width = slots.tokens.shape[1]
+        place = np.concatenate([np.arange(len(one.tokens)) + one.slot * width for one in admissions])
+        tokens = np.fromiter(chain.from_iterable(one.tokens for one in admissions), np.int64, len(place))
+        slots.tokens.view(-1).index_copy_(0, *self._send(np.stack((place, tokens))))
+        for admission in admissions:
+            self._seat(admission)
+
+    def _grow(self, growth: Sequence[Growth]) -> None:
+        table = self.slots.block_table
+        width = table.shape[1]
+        place = [one.slot * width + one.start + index for one in growth for index in range(len(one.blocks))]
+        blocks = [block for one in growth for block in one.blocks]
+        at, values = self._send(np.array((place, blocks), np.int64))
+        table.view(-1).index_copy_(0, at, values.int())
+
+    def _send(self, array: NDArray[Any]) -> Tensor:
+        return to_device(array, self.slots.length.device)
+
+    def _seat(self, admission: Admission) -> None:
+        slot, sampling = admission.slot, admission.sampling
         self._drafter.admit(slot, admission.tokens)  # first: a slot is taken once the drafter knows of it
         wanted = tuple(index for index, processor in enumerate(self._processors) if processor.wanted(sampling))
         self._wanted_by[slot] = wanted
@@ -112,3 +143,17 @@ class SlotTable:
             self._num_wanting[index] += 1
         if admission.drafts:
             self._drafted.add(slot)
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of the array; a CUDA device gets it in the order of its stream, and nobody waits."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _whole_numbers(admission: Admission) -> tuple[int, ...]:
+    """top_k, seed, min_length, and the tokens that are barred below that length."""
+    sampling, stop_ids = admission.sampling, admission.stop_ids
+    shortest = min(admission.num_prompt + sampling.min_tokens, INT32_MAX)
+    padding = (-1,) * (2 * MAX_STOP_IDS - len(stop_ids))
+    return (min(sampling.top_k, INT32_MAX), admission.seed, shortest, *stop_ids, *padding)

@@ -6,7 +6,7 @@ replaying it), never in what.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,6 +16,13 @@ from outrider.kernels.commit import COMMIT, STORE_DRAFT
 from outrider.models.decoder import Decoder
 from outrider.tensors import Draft, Slots, StepBatch, TargetOutput, Verdict
 from outrider.verify.base import LogitsProcessor, Verifier
+
+Mark = Callable[[str], None]
+"""Told the name of a part of the step when all of its work has been given to the device."""
+
+
+def unmarked(part: str) -> None:
+    """Takes no note."""
 
 
 class StepProgram:
@@ -41,6 +48,7 @@ class StepProgram:
         slots: Slots,  # advanced in place
         processors: Sequence[LogitsProcessor],
         drafts: bool = True,  # whether any row's request verifies some, ever; else the drafter is left out
+        mark: Mark = unmarked,  # of "target", "verify" and "draft"
     ) -> tuple[Verdict, Draft | None]:
         """The verdict on `draft`, and the drafts for the rows' next step."""
         hidden, features = self._model.forward(batch, self._cache, self._taps if drafts else ())
@@ -48,13 +56,16 @@ class StepProgram:
         spoken = hidden if num_logits == hidden.shape[0] else hidden.index_select(0, batch.logits_index)
         logits = self._model.logits(spoken)
         target = TargetOutput(logits, hidden, features)
+        mark("target")
         for processor in processors:
             logits = processor(logits, batch, slots)
         verdict = self._verifier(logits, batch, draft, slots)
         committed, next_token = self._commit(slots, batch, verdict)
+        mark("verify")
         if not drafts:
             return verdict, None
         noise = self._verifier.draft_noise
         proposed = self._drafter.propose(DraftContext(batch, target, committed, next_token, slots, noise))
         self._store_draft(slots, batch, proposed)
+        mark("draft")
         return verdict, proposed
