@@ -10,10 +10,14 @@ import pytest
 import torch
 
 import checkpoints
+from checkpoints import SIZES, cache_bytes
+from heads import NUM_LAYERS as HEAD_LAYERS
 from heads import drafting, tiny_head
 from outrider import LLM, DraftContext, SamplingParams
 from outrider.draft.registry import METHODS
+from outrider.runner.registry import RUNNERS
 from outrider.tensors import Draft
+from workloads import drive, random_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -41,11 +45,91 @@ def tokens(path: Path, sampling: SamplingParams, **options: Any) -> list[list[in
 @pytest.mark.parametrize("family", sorted(checkpoints.FAMILIES))
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("method", METHODS)
-def test_same_tokens_as_on_the_cpu(tiny: Callable[..., Path], family: str, sampling: str, method: str) -> None:
+@pytest.mark.parametrize("runner", RUNNERS, ids=lambda runner: runner.name)
+def test_same_tokens_as_on_the_cpu(
+    tiny: Callable[..., Path], runner: type[Any], family: str, sampling: str, method: str
+) -> None:
     path, params = tiny(family), SAMPLINGS[sampling]
-    config = drafting(method, 4)
-    on_gpu = tokens(path, params, device="cuda", speculative_config=config, max_num_batched_tokens=64)
-    assert on_gpu == tokens(path, params, device="cpu")
+    given = {"speculative_config": drafting(method, 4), "max_num_batched_tokens": 64, "runner": runner.name}
+    assert tokens(path, params, device="cuda", **given) == tokens(path, params, device="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_runners_agree_on_random_workloads(tiny: Callable[..., Path], method: str, seed: int) -> None:
+    """Arrivals, aborts, preemptions and prefix hits: what runs to its end is the same on both."""
+    path, cases = tiny("qwen3"), random_cases(40, seed)
+    found = {}
+    for runner in RUNNERS:
+        options = {"max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 40, "dtype": "float32"}
+        tight = cache_bytes(8, num_hidden_layers=SIZES["num_hidden_layers"] + HEAD_LAYERS)
+        with LLM(
+            str(path),
+            device="cuda",
+            runner=runner.name,
+            speculative_config=drafting(method, 4),
+            kv_cache_memory=tight,
+            **options,
+        ) as llm:
+            found[runner.name] = drive(llm, cases, seed)
+    (ours, dropped), (theirs, also_dropped) = found.values()
+    both = [number for number in ours if number not in dropped | also_dropped]
+    assert len(both) > 20 and all(ours[number] == theirs[number] for number in both)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("none", "ngram")])
+def test_runners_accept_alike_at_every_position(method: str) -> None:
+    """The bundled heads, in float32: the same tokens, and the same drafts accepted."""
+    reports, texts = [], []
+    prompts = ["def main():\n", "import os\n", "class Stack:\n    def push(", "for i in range("]
+    for runner in RUNNERS:
+        config = {"method": method, "num_speculative_tokens": 5}
+        with LLM(device="cuda", dtype="float32", runner=runner.name, speculative_config=config) as llm:
+            outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=True))
+            texts.append([output.outputs[0].token_ids for output in outputs])
+            reports.append(llm.acceptance())
+    assert texts[0] == texts[1]
+    assert reports[0] == reports[1] and reports[0].length > 2
+
+
+def decode_without_waiting(llm: LLM, num_steps: int) -> None:
+    """Steps past every prompt, in which torch raises for what waits for the device, but for an older step."""
+    for number in range(3):
+        llm.engine.add(str(number), PROMPTS[number], SAMPLINGS["sampled" if number == 1 else "greedy"])
+    for _ in range(4):
+        llm.engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(num_steps):
+            llm.engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        for number in range(3):
+            llm.engine.abort(str(number))
+    while llm.engine.has_work:
+        llm.engine.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_decode_loop_never_waits_for_the_device(tiny: Callable[..., Path], method: str) -> None:
+    with LLM(
+        str(tiny("qwen3")), device="cuda", runner="graph", speculative_config=drafting(method, 2), max_num_seqs=4
+    ) as llm:
+        decode_without_waiting(llm, 6)
+
+
+def test_a_decode_loop_that_waits_is_noticed(tiny: Callable[..., Path]) -> None:
+    with (
+        LLM(str(tiny("qwen3")), device="cuda", runner="eager", max_num_seqs=4) as llm,
+        pytest.raises(Exception, match="synchroniz"),
+    ):
+        decode_without_waiting(llm, 6)
+
+
+def test_programs_take_the_memory_that_was_planned(tiny: Callable[..., Path]) -> None:
+    with LLM(str(tiny("qwen3")), device="cuda", runner="graph", max_num_seqs=8) as llm:
+        runner = llm.engine._worker._runner
+        assert runner.programs_bytes <= llm.engine.resolved.runner.memory.programs  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "sequential"])
@@ -55,6 +139,7 @@ def test_a_head_drafts_the_same_as_on_the_cpu(tiny: Callable[..., Path], paralle
     drafts: dict[str, list[list[list[int]]]] = {"cpu": [], "cuda": []}
     for device, found in drafts.items():
         forced = {"verifier": "synthetic", "synthetic_rates": [0.8, 0.6, 0.5, 0.4]}
+        forced["runner"] = "eager"  # a recorded program cannot be looked into
         with LLM(str(tiny("qwen3")), device=device, speculative_config=config, max_num_seqs=8, **forced) as llm:
             drafter = checkpoints.program(llm)._drafter
             propose = drafter.propose
