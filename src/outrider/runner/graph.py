@@ -21,6 +21,7 @@ from torch import Tensor
 from outrider.capability import Feature, Offer
 from outrider.core.plan import Row, StepPlan, StepResult
 from outrider.errors import CapacityError
+from outrider.kernels.report import REPORT
 from outrider.kernels.step_inputs import ASSEMBLE, load_draft
 from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
@@ -35,7 +36,7 @@ from outrider.verify.base import LogitsProcessor
 logger = logging.getLogger("outrider")
 
 PARTS = ("inputs", "target", "verify", "draft")
-_START = "start"
+_START, _END = "start", "end"
 _ONE_PROCESS = "the graph runner holds the whole model in one process; leave it at 1"
 
 
@@ -119,7 +120,7 @@ class GraphRunner:
             device=config.device,
         )
         self._program = StepProgram(model, cache, drafter, config.verifier, config.device)
-        self._assemble = ASSEMBLE.on(config.device)
+        self._assemble, self._report = ASSEMBLE.on(config.device), REPORT.on(config.device)
         self._recorded: dict[Kind, list[Recorded]] = {}
         self._last: Marks | None = None  # of the step read last
         self._spent = dict.fromkeys((*PARTS, "gap"), 0.0)
@@ -169,12 +170,12 @@ class GraphRunner:
     def _record_one(self, kind: Kind, size: int) -> Recorded:
         width = self._num_drafts + 3
         rows = torch.tensor([[self._spare, 0, 0, 0]] * size, dtype=torch.int64, device=self._device)
-        out = torch.zeros(size, width, dtype=torch.int64, device=self._device)
+        out = torch.empty(size, width, dtype=torch.int64, device=self._device)
         num_tokens = size * (self._num_drafts + 1 if kind.drafts else 1)
         processors = self._config.processors if kind.processed else ()
         copies: list[tuple[Callable[[], None], Marks | None]] = []
         for _ in range(self.depth if self._config.time_parts else 1):
-            marks = self._recorder.marks((_START, *PARTS)) if self._config.time_parts else None
+            marks = self._recorder.marks((_START, *PARTS, _END)) if self._config.time_parts else None
 
             def body(marks: Marks | None = marks) -> None:
                 self._run(rows, num_tokens, num_tokens, processors, kind.drafts, out, marks or unmarked)
@@ -199,12 +200,8 @@ class GraphRunner:
         draft = load_draft(slots, batch)
         mark("inputs")
         verdict, proposed = self._program(batch, draft, slots, processors, drafts, mark)
-        out[:, :-2].copy_(verdict.tokens)
-        out[:, -2].copy_(verdict.count)
-        if proposed is not None:
-            out[:, -1].copy_(proposed.length)
-        else:
-            mark("draft")
+        self._report(verdict.tokens, verdict.count, None if proposed is None else proposed.length, out)
+        mark("end")
 
     # Running.
 
@@ -240,7 +237,7 @@ class GraphRunner:
     def _call(self, rows: tuple[Row, ...], processors: tuple[LogitsProcessor, ...], drafts: bool) -> Tensor:
         """Runs rows that are inside their prompts, or leave them."""
         numbers = to_device(np.array(rows, np.int64), self._device)
-        out = torch.zeros(len(rows), self._num_drafts + 3, dtype=torch.int64, device=self._device)
+        out = torch.empty(len(rows), self._num_drafts + 3, dtype=torch.int64, device=self._device)
         num_logits = sum(row.num_drafts + 1 for row in rows if row.ends_prompt)
         self._run(numbers, sum(row.num_tokens for row in rows), num_logits, processors, drafts, out)
         return out
@@ -251,7 +248,7 @@ class GraphRunner:
         for part, before in zip(PARTS, (_START, *PARTS), strict=False):
             self._spent[part] += marks.milliseconds(before, marks, part)
         if self._last is not None and self._last is not marks:
-            self._spent["gap"] += self._last.milliseconds(PARTS[-1], marks, _START)
+            self._spent["gap"] += self._last.milliseconds(_END, marks, _START)
         self._last = marks
         self._num_timed += 1
 

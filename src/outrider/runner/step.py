@@ -63,6 +63,7 @@ class StepProgram:
         committed, next_token = self._commit(slots, batch, verdict)
         mark("verify")
         if not drafts:
+            mark("draft")
             return verdict, None
         noise = self._verifier.draft_noise
         proposed = self._drafter.propose(DraftContext(batch, target, committed, next_token, slots, noise))

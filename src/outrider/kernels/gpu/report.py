@@ -1,0 +1,39 @@
+"""A step's results in one table: a program a row. See `kernels.report`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, tl, wait
+
+
+@jit
+def _report_kernel(tokens, count, drafted, out, width, DRAFTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    wait(PDL)
+    token = tl.load(tokens + row * width + column, mask=column < width)
+    tl.store(out + row * (width + 2) + column, token, mask=column < width)
+    tl.store(out + row * (width + 2) + width, tl.load(count + row).to(tl.int64))
+    waiting = tl.load(drafted + row).to(tl.int64) if DRAFTS else 0
+    tl.store(out + row * (width + 2) + width + 1, waiting)
+
+
+def report_gpu(tokens: Tensor, count: Tensor, drafted: Tensor | None, out: Tensor) -> None:
+    """`report` in one kernel."""
+    rows, width = tokens.shape
+    assert tokens.is_contiguous() and out.is_contiguous() and out.shape == (rows, width + 2)
+    overlap = overlaps(out)
+    _report_kernel[(rows,)](
+        tokens,
+        count,
+        drafted,
+        out,
+        width,
+        DRAFTS=drafted is not None,
+        BLOCK=next_power_of_2(width),
+        PDL=overlap,
+        num_warps=1,
+        **launch(overlap),
+    )
