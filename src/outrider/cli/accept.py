@@ -72,8 +72,8 @@ def accept(
     samplings = [
         SamplingParams(temperature=each, max_tokens=max_tokens) for each in dict.fromkeys(temperature or [0.0])
     ]
-    with loading(quiet=as_json) as progress:
-        llm = LLM.from_options(options, progress)
+    with loading(quiet=as_json) as told:
+        llm = LLM.from_options(options, *told)
     verifier = llm.engine.resolved.runner.verifier
     say_if_unfaithful(verifier.faithful, verifier.name)
     if record is not None and not verifier.faithful:

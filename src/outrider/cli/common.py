@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from outrider.cli.flags import with_flags
@@ -21,6 +21,7 @@ from outrider.draft.registry import FOR_BUNDLED, NO_DRAFTS, WITHOUT_WEIGHTS, nam
 from outrider.engine.recorded import head_directory
 from outrider.errors import OptionError
 from outrider.load.heads import read_head
+from outrider.runner.memory import MIB
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
@@ -94,15 +95,23 @@ def without_drafts(options: EngineOptions) -> EngineOptions:
 
 
 @contextmanager
-def loading(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar for weights, on stderr; it stays hidden for models that load at once."""
+def loading(quiet: bool) -> Iterator[tuple[Callable[[int, int], None] | None, Callable[[int, int], None] | None]]:
+    """Progress bars on stderr, for weights and then for programs recorded, as `LLM` takes both."""
     if quiet:
-        yield None
+        yield None, None
         return
-    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("weights", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        weights = bar.add_task("loading weights", total=None, amount="")
+        programs = bar.add_task("recording programs", total=None, amount="", visible=False)
+
+        def loaded(done: int, total: int) -> None:
+            bar.update(weights, completed=done, total=total, amount=f"{done / MIB:.0f}/{total / MIB:.0f} MiB")
+
+        def recorded(done: int, total: int) -> None:
+            bar.update(programs, completed=done, total=total, amount=f"{done}/{total}", visible=True)
+
+        yield loaded, recorded
 
 
 @contextmanager
