@@ -82,8 +82,8 @@ def _workload(input_len: int, output_len: int, prompts: Path | None) -> Workload
 
 
 def _report(options: EngineOptions, workload: Workload, concurrency: list[int], repeats: int, as_json: bool) -> None:
-    with loading(quiet=as_json) as progress:
-        llm = LLM.from_options(options, progress)
+    with loading(quiet=as_json) as told:
+        llm = LLM.from_options(options, *told)
     result = bench(llm, workload, concurrency, repeats)
     if as_json:
         print_json(result)
