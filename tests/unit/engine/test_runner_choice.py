@@ -12,9 +12,9 @@ import pytest
 
 from checkpoints import Knowing, Right, plugin, prompt
 from outrider import LLM, OptionError, SamplingParams, UnsupportedError
+from outrider import config as config_module
 from outrider.capability import Feature, Offer, Part
 from outrider.cli.main import main
-from outrider.engine import engine as engine_module
 from outrider.oracle import RefusedError, choose
 from outrider.runner.eager import EagerRunner
 
@@ -102,7 +102,7 @@ def path(tiny: Callable[..., Path]) -> str:
 
 @pytest.fixture
 def two_runners(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "RUNNERS", BOTH)
+    monkeypatch.setattr(config_module, "RUNNERS", BOTH)
     monkeypatch.setattr(Fast, "offer", offer(Feature.HOST_CODE))
 
 
