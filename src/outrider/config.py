@@ -143,9 +143,9 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     parts = _parts(hardware, model, drafter, verifier, mesh)
     verdict = _ask(options.runner, parts)
     capture_sizes = _capture_sizes(options.capture_sizes, options.max_num_seqs)
-    limit, budget = model_config.max_position_embeddings, _budget(options, device, num_drafts)
+    budget = _budget(options, device, num_drafts)
     dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
-    max_model_len = _max_model_len(options.max_model_len, limit)
+    max_model_len = _max_model_len(options.max_model_len, model_config.max_position_embeddings)
     facts = TargetFacts(
         vocab_size=model_config.vocab_size,
         hidden_size=model_config.hidden_size,
@@ -176,8 +176,6 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         utilization=options.gpu_memory_utilization,
     )
     memory = _plan(demand, verdict)
-    if options.max_model_len is None and memory.max_model_len < limit:
-        logger.warning("max_model_len is lowered from %d to %d, which fits in memory", limit, memory.max_model_len)
     runner = RunnerConfig(
         model=model,
         model_config=model_config,
@@ -246,11 +244,15 @@ def _ask(runner: str, parts: Sequence[Part]) -> Choice | RefusedError:
 def _plan(demand: Demand, verdict: Choice | RefusedError) -> MemoryPlan:
     """The memory plan. What no runner serves is refused for that, and not for want of memory."""
     try:
-        return plan_memory(demand)
+        plan = plan_memory(demand)
     except CapacityError as error:
         if isinstance(verdict, RefusedError):
             raise verdict from error
         raise
+    asked, fits = demand.max_model_len, plan.max_model_len
+    if fits < asked:
+        logger.warning("max_model_len is lowered from %d to %d, which fits in memory", asked, fits)
+    return plan
 
 
 def _budget(options: EngineOptions, device: torch.device, num_drafts: int) -> int:
