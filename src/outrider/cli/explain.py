@@ -139,12 +139,14 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     out.print(needs)
     share = _memory(resolved)["drafter"]
     held = f"{memory.num_blocks} blocks, {memory.num_tokens} tokens"
+    sizes = runner.capture_sizes
+    recorded = f"for {len(sizes)} batch sizes, to {sizes[-1]} rows" if memory.programs else ""
     drafts = "of that for drafting" if any(share.values()) else ""
     plan = table("\nmemory", "for", "MiB", drafts, "")
     for what, name, note in (
         ("weights", "weights", ""),
         ("workspace, at most", "workspace", ""),
-        ("recorded programs", "programs", ""),
+        ("recorded programs", "programs", recorded),
         ("keys and values", "cache", held),
     ):
         plan.add_row(what, f"{getattr(memory, name) / MIB:.1f}", f"{share[name] / MIB:.1f}" if drafts else "", note)

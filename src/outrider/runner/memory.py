@@ -121,7 +121,7 @@ def plan_memory(demand: Demand) -> MemoryPlan:
 def _workspace(demand: Demand, activation: torch.dtype) -> int:
     config, slots = demand.config, demand.max_num_seqs
     # widest live tensors of a layer: residual, its norm, qkv or gate_up, and what comes of it
-    width = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
+    width = 4 * config.hidden_size + 3 * max(config.intermediate_size, config.num_heads * config.head_dim)
     activations = demand.max_num_batched_tokens * width * activation.itemsize
     # logits; where nothing is in place, what processors make of them and noise too
     copies = 1 if demand.in_place else 3
