@@ -11,6 +11,7 @@ All of it runs on a CPU, and again on a GPU where there is one (`pytest -m gpu`)
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -320,6 +321,13 @@ def verify_gap(
     assert found != expected, f"runner {runner.name} declares that it lacks {feature.name}, but has it"
 
 
+@contextmanager
+def in_its_own_process() -> Iterator[Callable[..., Any]]:
+    """`attempt`, elsewhere: a recording that fails may leave CUDA in no state for the tests that follow."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda *given: pool.submit(attempt, *given).result()
+
+
 GAPS = [(runner, feature) for runner in registry.RUNNERS for feature in runner.offer.lacks]
 
 
@@ -342,12 +350,7 @@ def test_what_a_runner_lacks_it_cannot_do(runner: type[Any], feature: Feature, s
     if device == "cpu":
         verify_gap(runner, feature, {**options, **PROBES[feature]}, work)
         return
-    # In a process of its own: a recording that fails may leave CUDA in no state for the tests that follow.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-
-        def elsewhere(*given: Any) -> Any:
-            return pool.submit(attempt, *given).result()
-
+    with in_its_own_process() as elsewhere:
         verify_gap(runner, feature, {**options, **PROBES[feature]}, work, elsewhere)
 
 
@@ -369,6 +372,16 @@ def test_the_support_page_is_what_the_code_says(
     page = (Path(__file__).parent.parent / "docs" / "support.md").read_text()
     assert not ended.value.code
     assert page == capsys.readouterr().out, "write it anew: outrider explain --table > docs/support.md"
+
+
+def test_the_support_table_for_scripts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["outrider", "explain", "--table", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    rows = json.loads(capsys.readouterr().out)["support"]
+    (row,) = [row for row in rows if row["part"] == "drafter peagle" and row["device"] == "CPU"]
+    lacking = {"runner": "graph", "feature": "cpu", "reason": GraphRunner.offer.lacks[Feature.CPU]}
+    assert row["runners"] == ["eager"] and row["passed_over"] == [lacking]
 
 
 def test_the_support_table_has_every_part_and_every_reason() -> None:
@@ -491,6 +504,13 @@ def test_a_part_that_needs_more_than_it_declares_is_caught(served: Served, lend:
     lend(Recording)
     with pytest.raises(Exception, match="read on the host"):
         verify_promise(Recording, {**options, "speculative_config": plugin(Secretive)}, work)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
+def test_a_part_that_needs_more_than_it_declares_is_caught_by_recording(device: str, served: Served) -> None:
+    options, (cases, _) = served(device)
+    with in_its_own_process() as elsewhere, pytest.raises(Exception, match=r"(?i)captur|on the host"):
+        elsewhere(GraphRunner, {**options, "speculative_config": plugin(Secretive)}, cases)
 
 
 def test_a_runner_that_has_less_than_it_offers_is_caught(served: Served, lend: Callable[..., None]) -> None:

@@ -235,8 +235,9 @@ def device_part(device: torch.device) -> Part:
 
 def _ask(runner: str, parts: Sequence[Part]) -> Choice | RefusedError:
     """The oracle's verdict; the option wins over the environment."""
+    asked = (runner, None) if runner != AUTO else (env.runner() or AUTO, env.RUNNER)
     try:
-        return choose(RUNNERS, parts, runner if runner != AUTO else env.runner() or AUTO)
+        return choose(RUNNERS, parts, *asked)
     except RefusedError as refusal:
         return refusal
 

@@ -137,10 +137,10 @@ def test_the_environment_chooses_unless_the_option_does(
     with LLM(path, runner="fast") as llm:
         assert llm.choice.runner is Fast
     monkeypatch.setenv("OUTRIDER_RUNNER", "fast")
-    with pytest.raises(RefusedError, match="runner fast"):
+    with pytest.raises(RefusedError, match="runner fast, from OUTRIDER_RUNNER, cannot serve"):
         LLM(path, speculative_config=plugin(Right))
     monkeypatch.setenv("OUTRIDER_RUNNER", "slwo")
-    with pytest.raises(OptionError, match=r"unknown runner: slwo .*slow"):
+    with pytest.raises(OptionError, match=r"unknown runner: slwo, from OUTRIDER_RUNNER, \(did you mean slow\?\)"):
         LLM(path)
     monkeypatch.setenv("OUTRIDER_RUNNER", "")
     with LLM(path) as llm:
