@@ -71,3 +71,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`fake_gpu(capability, free, triton)`: from then on torch tells of one GPU. Nothing can be put on it."""
+
+    def fake(capability: tuple[int, int] = (9, 0), free: int = 80 << 30, triton: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, free))
+        monkeypatch.setattr("outrider.kernels.gpu.triton.AVAILABLE", triton)
+
+    return fake

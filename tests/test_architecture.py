@@ -21,7 +21,8 @@ models
 load
 draft
 runner
-oracle config
+oracle
+config
 workers
 engine
 server train bench

@@ -17,9 +17,9 @@ from checkpoints import Case, run
 from emulated import ABSURD, Emulated, Recorder
 from heads import drafting
 from outrider import LLM, SamplingParams
+from outrider import config as config_module
 from outrider.draft.head import HeadDrafter
 from outrider.draft.registry import METHODS
-from outrider.engine import engine as engine_module
 from outrider.errors import CapacityError
 from outrider.runner.eager import EagerRunner
 from outrider.runner.graph import Kind
@@ -29,7 +29,7 @@ from workloads import agree, drive, random_cases
 
 @pytest.fixture(autouse=True)
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "RUNNERS", (Emulated,))
+    monkeypatch.setattr(config_module, "RUNNERS", (Emulated,))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_acceptance_is_counted_as_by_the_eager_runner(
     greedy = [case for case in CASES if case.sampling.greedy and not case.sampling.min_tokens]
     reports = []
     for runners in ((EagerRunner,), (Emulated,)):
-        monkeypatch.setattr(engine_module, "RUNNERS", runners)
+        monkeypatch.setattr(config_module, "RUNNERS", runners)
         with serve(path, speculative_config=config) as llm:
             run(llm, greedy)
             reports.append(llm.acceptance())

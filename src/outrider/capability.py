@@ -21,8 +21,14 @@ class Feature(Enum):
     DRAFT_LOGITS = auto()  # the drafter's own logits, kept from one step to the next
     CPU = auto()  # a machine without an accelerator
     CUDA = auto()  # an NVIDIA GPU
+    WITHOUT_TRITON = auto()  # kernels in plain torch on a GPU, where Triton is not installed
+    OLD_CUDA = auto()  # kernels in plain torch on a GPU below compute capability 8.0, for which Triton compiles none
     TENSOR = auto()  # the model's matrices split over ranks
     PIPELINE = auto()  # the model's layers split over ranks
+
+
+DEVICES = frozenset({Feature.CPU, Feature.CUDA, Feature.WITHOUT_TRITON, Feature.OLD_CUDA})
+"""What a device is, rather than what a part of the program makes use of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,8 @@ class Gap:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.part} needs {self.feature.name.lower()}: {self.reason}"
+        needs = "" if self.feature in DEVICES else f" needs {self.feature.name.lower()}"
+        return f"{self.part}{needs}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,20 +15,24 @@ from typing import Any
 
 import torch
 
+from outrider import env
 from outrider.capability import Feature, Part
 from outrider.core.option import option, wrong_types
 from outrider.core.sampling import MAX_STOP_IDS
 from outrider.draft.base import Drafter, TargetFacts
 from outrider.draft.registry import parse_speculative_config
-from outrider.errors import CheckpointError, OptionError, nearest
+from outrider.errors import CapacityError, CheckpointError, OptionError, nearest
+from outrider.kernels.gpu import triton
 from outrider.load.checkpoint import read_json
 from outrider.load.hub import BUNDLED_HEADS, locate
 from outrider.models.config import DTYPES, ModelConfig, token_ids
 from outrider.models.decoder import Decoder
 from outrider.models.registry import find_model
+from outrider.oracle import AUTO, Choice, RefusedError, choose
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
-from outrider.runner.memory import Demand, plan_memory
+from outrider.runner.memory import Demand, MemoryPlan, plan_memory
+from outrider.runner.registry import RUNNERS
 from outrider.schedule.options import SchedulerOptions
 from outrider.verify.base import Verifier
 from outrider.verify.processors import PROCESSORS
@@ -36,9 +40,11 @@ from outrider.verify.registry import DEFAULT_VERIFIER, VERIFIERS, build_verifier
 
 logger = logging.getLogger("outrider")
 
-AUTO = "auto"
 BLOCK_SIZE = 16
 """Tokens a key/value block holds."""
+
+TRITON_CAPABILITY = (8, 0)
+"""The least compute capability that Triton compiles for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """An answered configuration: what the runner is built from, and what the oracle is asked."""
+    """An answered configuration: what the runner is built from, what the oracle was asked and what it said."""
 
     options: EngineOptions
     directory: Path  # of the checkpoint, where the tokenizer is too
@@ -100,7 +106,14 @@ class Resolved:
     scheduler: SchedulerOptions  # at depth 1; the runner chosen may allow more
     mesh: Mesh
     parts: tuple[Part, ...]
+    verdict: Choice | RefusedError
     eos_token_ids: tuple[int, ...]
+
+    def served_by(self) -> Choice:
+        """The runner that serves, and why not the others. RefusedError, with every reason, if none does."""
+        if isinstance(self.verdict, RefusedError):
+            raise self.verdict
+        return self.verdict
 
     @property
     def method(self) -> str:
@@ -109,9 +122,10 @@ class Resolved:
 
 
 def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None = None) -> Resolved:
-    """Reads the checkpoint's config, checks the options against it, and sizes the memory.
+    """Reads the checkpoint's config, checks the options against it, asks the oracle, and sizes the memory.
 
-    Raises OptionError, CheckpointError or CapacityError, each naming the value and the remedy.
+    Raises OptionError, CheckpointError or CapacityError, each naming the value and the remedy. What the oracle
+    refuses is resolved too, so that it can be explained; then memory is planned without a runner's own.
     `progress` is told the bytes loaded so far and in all when the runner is built.
     """
     _check_values(options)
@@ -124,15 +138,14 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     )
     num_drafts = draft_options.num_speculative_tokens
     verifier = build_verifier(options.verifier, synthetic_rates=options.synthetic_rates)
-    limit = model_config.max_position_embeddings
-    budget = options.max_num_batched_tokens or (2048 if device.type == "cpu" else 8192)
-    if budget < num_drafts + 1:
-        raise OptionError(
-            f"max_num_batched_tokens {budget} cannot hold one row of {num_drafts} drafts and a token: raise it"
-        )
-    dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
     mesh = Mesh(options.tensor_parallel_size, options.pipeline_parallel_size)
-    max_model_len = _max_model_len(options.max_model_len, limit)
+    hardware = device_part(device)
+    parts = _parts(hardware, model, drafter, verifier, mesh)
+    verdict = _ask(options.runner, parts)
+    capture_sizes = _capture_sizes(options.capture_sizes, options.max_num_seqs)
+    budget = _budget(options, device, num_drafts)
+    dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
+    max_model_len = _max_model_len(options.max_model_len, model_config.max_position_embeddings)
     facts = TargetFacts(
         vocab_size=model_config.vocab_size,
         hidden_size=model_config.hidden_size,
@@ -144,26 +157,25 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         device=device,
         dtype=dtype,
     )
-    memory = plan_memory(
-        Demand(
-            model=model,
-            config=model_config,
-            dtype=dtype,
-            device=device,
-            block_size=BLOCK_SIZE,
-            max_model_len=max_model_len,
-            may_shorten=options.max_model_len is None,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=budget,
-            num_drafts=num_drafts,
-            keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
-            drafter=drafter.footprint(draft_options, facts),
-            cache_bytes=options.kv_cache_memory,
-            utilization=options.gpu_memory_utilization,
-        )
+    demand = Demand(
+        model=model,
+        config=model_config,
+        dtype=dtype,
+        device=device,
+        block_size=BLOCK_SIZE,
+        max_model_len=max_model_len,
+        may_shorten=options.max_model_len is None,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget,
+        num_drafts=num_drafts,
+        keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
+        drafter=drafter.footprint(draft_options, facts),
+        programs=verdict.runner.footprint(capture_sizes, num_drafts) if isinstance(verdict, Choice) else 0,
+        in_place=hardware.needs == {Feature.CUDA},
+        cache_bytes=options.kv_cache_memory,
+        utilization=options.gpu_memory_utilization,
     )
-    if options.max_model_len is None and memory.max_model_len < limit:
-        logger.warning("max_model_len is lowered from %d to %d, which fits in memory", limit, memory.max_model_len)
+    memory = _plan(demand, verdict)
     runner = RunnerConfig(
         model=model,
         model_config=model_config,
@@ -180,14 +192,14 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         max_num_batched_tokens=budget,
         block_size=BLOCK_SIZE,
         memory=memory,
-        capture_sizes=_capture_sizes(options.capture_sizes, options.max_num_seqs),
+        capture_sizes=capture_sizes,
         time_parts=options.time_parts,
         seed=options.seed,
         progress=progress,
     )
-    parts = _parts(device, model, drafter, verifier, mesh)
     scheduler = _scheduler_options(runner, options.enable_prefix_caching)
-    return Resolved(options, directory, runner, scheduler, mesh, parts, _eos_token_ids(directory, model_config))
+    eos = _eos_token_ids(directory, model_config)
+    return Resolved(options, directory, runner, scheduler, mesh, parts, verdict, eos)
 
 
 def _scheduler_options(runner: RunnerConfig, enable_prefix_caching: bool) -> SchedulerOptions:
@@ -206,12 +218,60 @@ def _scheduler_options(runner: RunnerConfig, enable_prefix_caching: bool) -> Sch
     )
 
 
+def device_part(device: torch.device) -> Part:
+    """The device as the oracle sees it: its kind, and what is special about this one."""
+    name = f"device {device}"
+    if device.type == "cpu":
+        return Part(name, frozenset({Feature.CPU}))
+    needs = {Feature.CUDA}
+    capability = torch.cuda.get_device_capability(device)
+    if capability < TRITON_CAPABILITY:
+        name = "{} of compute capability {}.{}".format(name, *capability)
+        needs.add(Feature.OLD_CUDA)
+    if not triton.AVAILABLE:
+        needs.add(Feature.WITHOUT_TRITON)
+    return Part(name, frozenset(needs))
+
+
+def _ask(runner: str, parts: Sequence[Part]) -> Choice | RefusedError:
+    """The oracle's verdict; the option wins over the environment."""
+    asked = (runner, None) if runner != AUTO else (env.runner() or AUTO, env.RUNNER)
+    try:
+        return choose(RUNNERS, parts, *asked)
+    except RefusedError as refusal:
+        return refusal
+
+
+def _plan(demand: Demand, verdict: Choice | RefusedError) -> MemoryPlan:
+    """The memory plan. What no runner serves is refused for that, and not for want of memory."""
+    try:
+        plan = plan_memory(demand)
+    except CapacityError as error:
+        if isinstance(verdict, RefusedError):
+            raise verdict from error
+        raise
+    asked, fits = demand.max_model_len, plan.max_model_len
+    if fits < asked:
+        logger.warning("max_model_len is lowered from %d to %d, which fits in memory", asked, fits)
+    return plan
+
+
+def _budget(options: EngineOptions, device: torch.device, num_drafts: int) -> int:
+    """Most tokens a step."""
+    budget = options.max_num_batched_tokens or (2048 if device.type == "cpu" else 8192)
+    if budget < num_drafts + 1:
+        raise OptionError(
+            f"max_num_batched_tokens {budget} cannot hold one row of {num_drafts} drafts and a token: raise it"
+        )
+    return budget
+
+
 def _parts(
-    device: torch.device, model: type[Decoder], drafter: type[Drafter], verifier: Verifier, mesh: Mesh
+    device: Part, model: type[Decoder], drafter: type[Drafter], verifier: Verifier, mesh: Mesh
 ) -> tuple[Part, ...]:
     """Everything the oracle has to place."""
     return (
-        Part(f"device {device}", frozenset({Feature.CPU if device.type == "cpu" else Feature.CUDA})),
+        device,
         model.part(),
         drafter.part(),
         Part(f"verifier {verifier.name}", verifier.needs),
@@ -245,7 +305,10 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"device is not supported: {name} (known: auto, cpu, cuda, cuda:N)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"no such device: {name}; torch sees {torch.cuda.device_count()} CUDA devices")
+        raise OptionError(
+            f"no such device: {name}; torch sees {torch.cuda.device_count()} CUDA devices: "
+            "name one of them, or take auto or cpu"
+        )
     return device
 
 

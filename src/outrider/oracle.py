@@ -48,35 +48,43 @@ class Choice:
 class RefusedError(UnsupportedError):
     """No runner, or not the one asked for, serves the configuration."""
 
-    def __init__(self, refused: Sequence[PassedOver]) -> None:
-        self.refused = tuple(refused)
-        reasons = [f"runner {entry.runner}: {gap}" for entry in refused for gap in entry.gaps]
-        super().__init__("no runner serves this configuration\n  " + "\n  ".join(reasons))
+    def __init__(self, asked: str, refused: Sequence[PassedOver], able: Sequence[str]) -> None:
+        """`asked`: the runner asked for, and by whom; `able`: those that lack nothing, none of them asked for."""
+        self.refused, self.able = tuple(refused), tuple(able)
+        who = f"runner {asked} cannot serve" if able else "no runner serves"
+        lines = [f"runner {entry.runner}: {gap}" for entry in refused for gap in entry.gaps]
+        lines += [f"runner {name} lacks nothing: ask for it, or for {AUTO}" for name in able]
+        super().__init__(f"{who} this configuration\n  " + "\n  ".join(lines))
 
     def to_list(self) -> list[dict[str, str]]:
         """The reasons as `explain --json` prints them under `refused`."""
         return [reason for entry in self.refused for reason in entry.to_list()]
 
 
-def choose(runners: Sequence[type[Runner]], parts: Iterable[Part], wanted: str = AUTO) -> Choice:
+def choose(
+    runners: Sequence[type[Runner]], parts: Iterable[Part], wanted: str = AUTO, wanted_by: str | None = None
+) -> Choice:
     """The first runner, fastest first, that lacks nothing the parts need.
 
     A runner asked for by name is taken or refused, never replaced. Raises RefusedError with
-    every runner's reasons at once, OptionError for a name that no runner has.
+    every reason of every runner at once, OptionError for a name that no runner has; `wanted_by`: where the
+    name stands, if not in the option, for their messages.
     """
+    asked = wanted if wanted_by is None else f"{wanted}, from {wanted_by},"
     names = {runner.name: runner for runner in runners}
     if wanted != AUTO and wanted not in names:
-        raise OptionError(f"unknown runner: {wanted} ({nearest(wanted, [AUTO, *names])})")
+        raise OptionError(f"unknown runner: {asked} ({nearest(wanted, [AUTO, *names])})")
     parts = tuple(parts)
     passed_over: list[PassedOver] = []
-    taken: type[Runner] | None = None
+    able: list[type[Runner]] = []
     for runner in runners:
         gaps = tuple(gap for part in parts for gap in runner.offer.gaps(part))
         if gaps:
             passed_over.append(PassedOver(runner.name, gaps))
-        elif taken is None and wanted in (AUTO, runner.name):
-            taken = runner
+        else:
+            able.append(runner)
+    taken = next((runner for runner in able if wanted in (AUTO, runner.name)), None)
     if taken is None:
-        raise RefusedError(passed_over)
+        raise RefusedError(asked, passed_over, [runner.name for runner in able])
     faster = {runner.name for runner in runners[: list(runners).index(taken)]}
     return Choice(taken, tuple(entry for entry in passed_over if entry.runner in faster), forced=wanted != AUTO)

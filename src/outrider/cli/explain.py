@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -19,12 +19,18 @@ from outrider.cli.common import (
     print_json,
     table,
 )
+from outrider.cli.support import support, to_markdown, to_rows
 from outrider.config import EngineOptions, Resolved, resolve
-from outrider.engine.engine import verdict
 from outrider.engine.recorded import head_directory
 from outrider.load.heads import read_head
 from outrider.oracle import Choice, RefusedError
 from outrider.runner.memory import MIB
+from outrider.runner.registry import RUNNERS
+
+Table = Annotated[
+    bool,
+    typer.Option("--table", help="print what each runner serves on each kind of device, as markdown, and nothing else"),
+]
 
 
 @engine_flags
@@ -34,19 +40,25 @@ def explain(
     drafting: Drafting,
     model: Model = None,
     as_json: Json = False,
+    as_table: Table = False,
 ) -> None:
     """Say which runner serves a configuration and why, without loading it. Exit code 2 if none does."""
-    options = engine_options(engine, drafting, model, drafts=False)
-    resolved = resolve(options)
+    if as_table:
+        cells = support(RUNNERS)
+        print_json({"support": to_rows(cells)}) if as_json else typer.echo(to_markdown(cells), nl=False)
+        return
+    configuration: dict[str, Any] = {}
     try:
-        choice = verdict(resolved)
+        resolved = resolve(engine_options(engine, drafting, model, drafts=False))
+        configuration = _configuration(resolved)
+        choice = resolved.served_by()
     except RefusedError as refusal:
         if not as_json:
             raise
-        print_json(_configuration(resolved) | {"refused": refusal.to_list()})
+        print_json({**configuration, "refused": refusal.to_list(), "able": list(refusal.able)})
         raise typer.Exit(2) from None
     if as_json:
-        print_json({**choice.to_dict(), **_configuration(resolved), "memory": _memory(resolved)})
+        print_json({**choice.to_dict(), **configuration, "memory": _memory(resolved)})
     else:
         _print(resolved, choice)
 
@@ -96,6 +108,7 @@ def _memory(resolved: Resolved) -> dict[str, Any]:
     share = {
         "weights": drafter.weights,
         "workspace": drafter.workspace,
+        "programs": 0,
         "cache": drafter.per_block * plan.num_blocks,
     }
     return {**plan.to_dict(), "drafter": share}
@@ -126,11 +139,14 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     out.print(needs)
     share = _memory(resolved)["drafter"]
     held = f"{memory.num_blocks} blocks, {memory.num_tokens} tokens"
+    sizes = runner.capture_sizes
+    recorded = f"for {len(sizes)} batch sizes, to {sizes[-1]} rows" if memory.programs else ""
     drafts = "of that for drafting" if any(share.values()) else ""
     plan = table("\nmemory", "for", "MiB", drafts, "")
     for what, name, note in (
         ("weights", "weights", ""),
         ("workspace, at most", "workspace", ""),
+        ("recorded programs", "programs", recorded),
         ("keys and values", "cache", held),
     ):
         plan.add_row(what, f"{getattr(memory, name) / MIB:.1f}", f"{share[name] / MIB:.1f}" if drafts else "", note)

@@ -22,7 +22,6 @@ from outrider.cli.common import (
 )
 from outrider.cli.flags import with_flags
 from outrider.config import EngineOptions, resolve
-from outrider.engine.engine import verdict
 from outrider.errors import OptionError
 from outrider.server.options import ServerOptions
 
@@ -44,7 +43,7 @@ def serve(
     """Serve a model over HTTP, as OpenAI's clients expect it. Ends on SIGTERM or Ctrl-C, after what is under way."""
     options = engine_options(engine, drafting, model, drafts=True)
     resolved = resolve(options)
-    verdict(resolved)  # what cannot be served is refused here, before a process is started for it
+    resolved.served_by()  # what cannot be served is refused here, before a process is started for it
     try:
         from outrider.server.serve import Listening
         from outrider.server.serve import serve as run

@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from outrider import env
-from outrider.config import AUTO, EngineOptions, Resolved, resolve
+from outrider.config import EngineOptions, resolve
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import StepPlan
 from outrider.core.request import Request
@@ -16,22 +15,12 @@ from outrider.core.sampling import SamplingParams
 from outrider.engine.prompts import check_stop_ids, check_token_ids
 from outrider.engine.watchdog import Watchdog
 from outrider.errors import EngineDeadError
-from outrider.oracle import Choice, choose
 from outrider.runner.base import Pending
-from outrider.runner.registry import RUNNERS
 from outrider.schedule.scheduler import Scheduler
 from outrider.workers.local import LocalWorker
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd and irregular, so that the n-th seedless requests of engines with neighbouring seeds share no noise."""
-
-
-def verdict(resolved: Resolved) -> Choice:
-    """The oracle's choice of runner for a resolved configuration; the option wins over the environment."""
-    wanted = resolved.options.runner
-    if wanted == AUTO:
-        wanted = env.runner() or AUTO
-    return choose(RUNNERS, resolved.parts, wanted)
 
 
 @dataclass(slots=True)
@@ -81,9 +70,9 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,  # bytes of weights loaded, and in all
         recording: Callable[[int, int], None] | None = None,  # programs recorded, and in all
     ) -> None:
-        """Resolves the options, asks the oracle, loads the model. Raises what those raise."""
+        """Resolves the options and loads the model. Raises what that raises; RefusedError if no runner serves."""
         self.resolved = resolve(options, progress)
-        self.choice = verdict(self.resolved)
+        self.choice = self.resolved.served_by()
         runner = replace(self.resolved.runner, recording=recording)
         self._worker = LocalWorker(self.choice.runner, runner, self.resolved.mesh)
         self._scheduler_options = replace(self.resolved.scheduler, depth=self._worker.depth)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, Self
@@ -70,6 +70,13 @@ class Runner(Protocol):
     name: ClassVar[str]
     offer: ClassVar[Offer]
     depth: ClassVar[int]  # steps that may be submitted before the oldest is read
+
+    @classmethod
+    def footprint(cls, capture_sizes: Sequence[int], num_drafts: int) -> int:
+        """Bytes of the device that the runner itself will hold beside weights, workspace and cache, told before any is.
+
+        `capture_sizes` as in RunnerConfig; `num_drafts`: K.
+        """
 
     @classmethod
     def build(cls, config: RunnerConfig, mesh: Mesh) -> Self:

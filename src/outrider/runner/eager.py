@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import ClassVar, Self
@@ -49,10 +49,17 @@ class EagerRunner:
                 Feature.DRAFT_LOGITS,
                 Feature.CPU,
                 Feature.CUDA,
+                Feature.WITHOUT_TRITON,
+                Feature.OLD_CUDA,
             }
         ),
         lacks={Feature.TENSOR: _ONE_PROCESS, Feature.PIPELINE: _ONE_PROCESS},
     )
+
+    @classmethod
+    def footprint(cls, capture_sizes: Sequence[int], num_drafts: int) -> int:
+        """Nothing: it keeps no programs."""
+        return 0
 
     def __init__(self, config: RunnerConfig, model: Decoder, progress: Callable[[int], None] | None = None) -> None:
         """Binds a loaded model to a cache, a drafter and slots; use `build`. `progress` as `load_weights` takes it."""

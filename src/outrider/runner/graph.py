@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -96,6 +96,10 @@ class GraphRunner:
             Feature.HOST_CODE: "a recorded step has no Python in it; write the part with tensors alone, or take the "
             "eager runner",
             Feature.CPU: "a CPU has no CUDA graphs to record; the eager runner is the fast one there",
+            Feature.WITHOUT_TRITON: "the graph runner records Triton's kernels, and the plain torch ones would take "
+            "many times their memory in each program; install Triton (pip install triton), or take the eager runner",
+            Feature.OLD_CUDA: "the graph runner records Triton's kernels, which need a GPU of compute capability 8.0 "
+            "(A100) or later; take one, or the eager runner",
             Feature.TENSOR: _ONE_PROCESS,
             Feature.PIPELINE: _ONE_PROCESS,
         },
@@ -128,6 +132,11 @@ class GraphRunner:
         self._record()
 
     @classmethod
+    def footprint(cls, capture_sizes: Sequence[int], num_drafts: int) -> int:
+        """A first estimate, of what CUDA keeps for each program."""
+        return len(capture_sizes) * len(_kinds(num_drafts)) * 10 * MIB
+
+    @classmethod
     def build(cls, config: RunnerConfig, mesh: Mesh) -> Self:
         """Loads the target's weights, makes everything that lives beside them, and records every program."""
         assert mesh == Mesh(), "the oracle refuses a split model for this runner"
@@ -140,7 +149,7 @@ class GraphRunner:
     def _record(self) -> None:
         """Every kind of step at every size, the largest first: smaller ones then lie in its memory."""
         start, before = time.perf_counter(), self._recorder.used()
-        kinds = [Kind(drafts, processed) for drafts in {self._num_drafts > 0, False} for processed in (False, True)]
+        kinds = _kinds(self._num_drafts)
         sizes = self._config.capture_sizes
         done, total = 0, len(kinds) * len(sizes)
         self._recorded = {kind: [] for kind in kinds}
@@ -273,6 +282,11 @@ class GraphRunner:
         self._recorder.fence().wait()
         self._recorded.clear()
         del self._program, self._table
+
+
+def _kinds(num_drafts: int) -> list[Kind]:
+    """What is recorded at every size."""
+    return [Kind(drafts, processed) for drafts in {num_drafts > 0, False} for processed in (False, True)]
 
 
 def _is_decode(row: Row) -> bool:

@@ -1,4 +1,4 @@
-"""Where the memory goes: weights, working space, and as many key/value blocks as the rest holds."""
+"""Where the memory goes: weights, working space, recorded programs, and as many key/value blocks as the rest holds."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ class Demand:
     num_drafts: int
     keeps_draft_logits: bool
     drafter: Footprint
+    programs: int  # bytes that the runner itself will hold
+    in_place: bool  # whether kernels change logits where they stand; torch's make copies
     cache_bytes: int | None  # None: what the device has left, no more than all sequences could fill
     utilization: float  # share of a GPU's free memory to use
 
@@ -51,6 +53,7 @@ class MemoryPlan:
 
     weights: int  # the target's and the drafter's, as are all that follow
     workspace: int  # most that a step's activations and logits take, and the tables of all slots
+    programs: int  # what the runner keeps of recorded steps
     cache: int
     bytes_per_block: int
     num_blocks: int
@@ -76,16 +79,17 @@ def plan_memory(demand: Demand) -> MemoryPlan:
     workspace = _workspace(demand, activation) + demand.drafter.workspace
     per_block = shape.cache_layout(demand.block_size).bytes_per_block + demand.drafter.per_block
     blocks_per_seq = -(-demand.max_model_len // demand.block_size)
+    taken = weights + workspace + demand.programs
     free = free_memory(demand.device)
-    left = max(int(_usable(demand, free - weights - workspace)), 0)
+    left = max(int(_usable(demand, free - taken)), 0)
     if demand.cache_bytes is None:
         room = min(left, per_block * blocks_per_seq * demand.max_num_seqs)
     else:
         room = demand.cache_bytes
-        if room > free - weights - workspace:
+        if room > free - taken:
             raise CapacityError(
-                f"kv_cache_memory asks for {room / MIB:.1f} MiB; beside weights and workspace "
-                f"{max(free - weights - workspace, 0) / MIB:.1f} MiB are free: lower it"
+                f"kv_cache_memory asks for {room / MIB:.1f} MiB; beside weights, workspace and recorded programs "
+                f"{max(free - taken, 0) / MIB:.1f} MiB are free: lower it"
             )
     num_blocks = room // per_block
     max_model_len = demand.max_model_len
@@ -93,23 +97,35 @@ def plan_memory(demand: Demand) -> MemoryPlan:
     if fits < max_model_len and demand.may_shorten and fits >= SHORTEST:
         max_model_len = fits
     if fits < max_model_len:
+        needed = f"one sequence of max_model_len {max_model_len} needs {blocks_per_seq * per_block / MIB:.1f} MiB of"
+        found = f"key/value cache, there is room for {room / MIB:.1f} MiB, or {fits} tokens"
+        if demand.cache_bytes is not None:
+            raise CapacityError(f"{needed} {found}: lower max_model_len or raise kv_cache_memory")
         raise CapacityError(
-            f"one sequence of max_model_len {max_model_len} needs {blocks_per_seq * per_block / MIB:.1f} MiB of "
-            f"key/value cache, there is room for {room / MIB:.1f} MiB, or {fits} tokens: "
-            "lower max_model_len or raise kv_cache_memory"
+            f"{needed} {found}, of {free / MIB:.1f} MiB free on {demand.device}: weights take {weights / MIB:.1f}, a "
+            f"step's workspace {workspace / MIB:.1f}, recorded programs {demand.programs / MIB:.1f}; lower "
+            "max_model_len, max_num_seqs or max_num_batched_tokens, or free memory there"
         )
     return MemoryPlan(
-        weights, workspace, num_blocks * per_block, per_block, num_blocks, demand.block_size, max_model_len
+        weights=weights,
+        workspace=workspace,
+        programs=demand.programs,
+        cache=num_blocks * per_block,
+        bytes_per_block=per_block,
+        num_blocks=num_blocks,
+        block_size=demand.block_size,
+        max_model_len=max_model_len,
     )
 
 
 def _workspace(demand: Demand, activation: torch.dtype) -> int:
     config, slots = demand.config, demand.max_num_seqs
     # widest live tensors of a layer: residual, its norm, qkv or gate_up, and what comes of it
-    width = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
+    width = 4 * config.hidden_size + 3 * max(config.intermediate_size, config.num_heads * config.head_dim)
     activations = demand.max_num_batched_tokens * width * activation.itemsize
-    # logits, what processors make of them, and noise
-    logits = 3 * min(slots * (demand.num_drafts + 1), demand.max_num_batched_tokens) * config.vocab_size * 4
+    # logits; where nothing is in place, what processors make of them and noise too
+    copies = 1 if demand.in_place else 3
+    logits = copies * min(slots * (demand.num_drafts + 1), demand.max_num_batched_tokens) * config.vocab_size * 4
     history = slots * demand.max_model_len * 8
     draft_logits = slots * demand.num_drafts * config.vocab_size * 4 if demand.keeps_draft_logits else 0
     rope = demand.max_model_len * config.head_dim * 4

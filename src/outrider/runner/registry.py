@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from outrider.runner.base import Runner
 from outrider.runner.eager import EagerRunner
+from outrider.runner.graph import GraphRunner
 
-RUNNERS: tuple[type[Runner], ...] = (EagerRunner,)
+RUNNERS: tuple[type[Runner], ...] = (GraphRunner, EagerRunner)

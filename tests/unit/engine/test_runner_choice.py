@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -9,14 +10,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from checkpoints import Knowing, Right, plugin, prompt
+from heads import drafting
 from outrider import LLM, OptionError, SamplingParams, UnsupportedError
+from outrider import config as config_module
 from outrider.capability import Feature, Offer, Part
 from outrider.cli.main import main
-from outrider.engine import engine as engine_module
+from outrider.config import EngineOptions, Resolved, resolve
+from outrider.draft.registry import METHODS
 from outrider.oracle import RefusedError, choose
 from outrider.runner.eager import EagerRunner
+from outrider.runner.graph import GraphRunner
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3}
 
@@ -67,6 +73,7 @@ def test_the_one_asked_for() -> None:
 def test_none_with_every_reason_of_every_runner() -> None:
     with pytest.raises(RefusedError) as refused:
         choose(BOTH, [MODEL, HOST, SPLIT, STAGES])
+    assert refused.value.able == ()
     found = [(entry["runner"], entry["part"], entry["feature"]) for entry in refused.value.to_list()]
     assert found == [
         ("fast", "drafter mine", "cpu"),
@@ -85,6 +92,7 @@ def test_the_one_asked_for_cannot() -> None:
     with pytest.raises(RefusedError) as refused:
         choose(BOTH, [HOST], "fast")
     assert {entry["runner"] for entry in refused.value.to_list()} == {"fast"}
+    assert "runner fast cannot serve" in str(refused.value) and refused.value.able == ("slow",)
     with pytest.raises(RefusedError) as refused:
         choose(BOTH, [HOST, SPLIT], "slow")
     assert {entry["runner"] for entry in refused.value.to_list()} == {"fast", "slow"}, "all runners' reasons at once"
@@ -102,7 +110,7 @@ def path(tiny: Callable[..., Path]) -> str:
 
 @pytest.fixture
 def two_runners(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "RUNNERS", BOTH)
+    monkeypatch.setattr(config_module, "RUNNERS", BOTH)
     monkeypatch.setattr(Fast, "offer", offer(Feature.HOST_CODE))
 
 
@@ -129,10 +137,10 @@ def test_the_environment_chooses_unless_the_option_does(
     with LLM(path, runner="fast") as llm:
         assert llm.choice.runner is Fast
     monkeypatch.setenv("OUTRIDER_RUNNER", "fast")
-    with pytest.raises(RefusedError, match="runner fast"):
+    with pytest.raises(RefusedError, match="runner fast, from OUTRIDER_RUNNER, cannot serve"):
         LLM(path, speculative_config=plugin(Right))
     monkeypatch.setenv("OUTRIDER_RUNNER", "slwo")
-    with pytest.raises(OptionError, match=r"unknown runner: slwo .*slow"):
+    with pytest.raises(OptionError, match=r"unknown runner: slwo, from OUTRIDER_RUNNER, \(did you mean slow\?\)"):
         LLM(path)
     monkeypatch.setenv("OUTRIDER_RUNNER", "")
     with LLM(path) as llm:
@@ -157,9 +165,17 @@ def test_explain_json(explain: Any) -> None:
     code, out, _ = explain("--draft", "ngram", "-k", "3", "--json")
     told = json.loads(out)
     assert code == 0
-    expected = {"runner": "eager", "method": "ngram", "num_speculative_tokens": 3, "passed_over": [], "forced": False}
+    expected = {"runner": "eager", "method": "ngram", "num_speculative_tokens": 3, "forced": False}
     assert {key: told[key] for key in expected} == expected
+    (reason,) = told["passed_over"]
+    assert reason == {
+        "runner": "graph",
+        "part": "device cpu",
+        "feature": "cpu",
+        "reason": GraphRunner.offer.lacks[Feature.CPU],
+    }
     memory = told["memory"]
+    assert memory["programs"] == 0
     assert memory["num_tokens"] == memory["num_blocks"] * memory["block_size"]
     assert memory["cache"] == memory["num_blocks"] * memory["bytes_per_block"] and memory["weights"] > 0
     assert "refused" not in told
@@ -177,13 +193,36 @@ def test_explain_json_of_a_refusal(explain: Any) -> None:
     code, out, _ = explain("--tensor-parallel-size", "2", "--json")
     told = json.loads(out)
     assert code == 2 and "runner" not in told
-    (refused,) = told["refused"]
-    assert {key: refused[key] for key in ("runner", "part", "feature")} == {
-        "runner": "eager",
-        "part": "tensor_parallel_size=2",
-        "feature": "tensor",
-    }
-    assert "leave it at 1" in refused["reason"]
+    found = [(refused["runner"], refused["part"], refused["feature"]) for refused in told["refused"]]
+    assert found == [
+        ("graph", "device cpu", "cpu"),
+        ("graph", "tensor_parallel_size=2", "tensor"),
+        ("eager", "tensor_parallel_size=2", "tensor"),
+    ]
+    assert "leave it at 1" in told["refused"][-1]["reason"] and told["able"] == []
+    assert told["method"] == "none" and told["device"] == "cpu", "the configuration stands beside the reasons"
+
+
+def test_explain_of_a_runner_that_cannot(explain: Any) -> None:
+    code, out, _ = explain("--draft", "ngram", "--runner", "graph", "--json")
+    told = json.loads(out)
+    assert code == 2 and told["able"] == ["eager"] and told["method"] == "ngram"
+    assert [(refused["runner"], refused["feature"]) for refused in told["refused"]] == [("graph", "cpu")]
+    code, _, err = explain("--draft", "ngram", "--runner", "graph")
+    assert code == 2 and "runner graph cannot serve this configuration" in err
+    assert (
+        "runner graph: device cpu: a CPU has no CUDA graphs" in err and "runner eager lacks nothing: ask for it" in err
+    )
+    code, _, err = explain("--runner", "graph", "--tensor-parallel-size", "2")
+    assert code == 2 and "no runner serves" in err and err.count("tensor_parallel_size=2 needs tensor") == 2
+
+
+def test_what_no_runner_serves_is_refused_for_that_and_not_for_want_of_memory(explain: Any) -> None:
+    no_room = ("--kv-cache-memory", "1")
+    code, out, _ = explain("--tensor-parallel-size", "2", *no_room, "--json")
+    assert code == 2 and {refused["feature"] for refused in json.loads(out)["refused"]} == {"cpu", "tensor"}
+    code, out, _ = explain(*no_room, "--json")
+    assert code == 2 and json.loads(out)["type"] == "CapacityError"
 
 
 def test_explain_for_people(explain: Any, two_runners: None) -> None:
@@ -193,3 +232,113 @@ def test_explain_for_people(explain: Any, two_runners: None) -> None:
     assert code == 2 and "error:" in err and "runner slow: pipeline_parallel_size=2 needs pipeline" in err
     code, _, err = explain("--runner", "eagre")
     assert code == 2 and "unknown runner: eagre" in err
+
+
+# A GPU, as torch would tell of it: nothing is loaded, so none is needed.
+
+
+def on_gpu(path: str, **options: Any) -> Resolved:
+    return resolve(EngineOptions.from_kwargs(model=path, max_model_len=64, **options))
+
+
+def why_not(resolved: Resolved, runner: str = "graph") -> list[tuple[str, Feature]]:
+    """Parts and features for which a runner was passed over."""
+    passed_over = resolved.served_by().passed_over
+    return [(gap.part, gap.feature) for entry in passed_over if entry.runner == runner for gap in entry.gaps]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gpu_is_served_by_the_graph_runner(
+    family: str, method: str, tiny: Callable[..., Path], fake_gpu: Callable[..., None]
+) -> None:
+    fake_gpu()
+    choice = on_gpu(str(tiny(family)), speculative_config=drafting(method)).served_by()
+    assert choice.runner is GraphRunner and not choice.passed_over and not choice.forced
+
+
+def test_plain_python_on_a_gpu_is_served_by_the_eager_runner(
+    path: str, fake_gpu: Callable[..., None], explain: Any
+) -> None:
+    fake_gpu()
+    resolved = on_gpu(path, speculative_config=plugin(Right))
+    assert resolved.served_by().runner is EagerRunner
+    assert why_not(resolved) == [("drafter right", Feature.HOST_CODE)]
+    code, out, _ = explain("--draft", "checkpoints:Right")
+    assert code == 0 and "runner eager" in out
+    assert "not graph: drafter right needs host_code: a recorded step has no Python in it" in out
+    code, out, _ = explain("--draft", "checkpoints:Right", "--runner", "graph", "--json")
+    told = json.loads(out)
+    assert code == 2 and told["device"] == "cuda" and told["able"] == ["eager"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "features", "part"),
+    [
+        ((9, 0), False, [Feature.WITHOUT_TRITON], "device cuda"),
+        ((7, 5), True, [Feature.OLD_CUDA], "device cuda of compute capability 7.5"),
+        ((7, 5), False, [Feature.OLD_CUDA, Feature.WITHOUT_TRITON], "device cuda of compute capability 7.5"),
+        ((8, 0), True, [], ""),
+    ],
+    ids=["no-triton", "old", "old-no-triton", "oldest-served"],
+)
+def test_a_gpu_without_kernels_is_served_by_the_eager_runner(
+    capability: tuple[int, int],
+    triton: bool,
+    features: list[Feature],
+    part: str,
+    path: str,
+    fake_gpu: Callable[..., None],
+) -> None:
+    fake_gpu(capability=capability, triton=triton)
+    resolved = on_gpu(path)
+    assert resolved.served_by().runner is (EagerRunner if features else GraphRunner)
+    assert why_not(resolved) == [(part, feature) for feature in features]
+    if features:
+        with pytest.raises(RefusedError, match="runner eager lacks nothing") as refused:
+            on_gpu(path, runner="graph").served_by()
+        assert all(remedy in str(refused.value) for remedy in ("take", "eager runner"))
+        assert ("pip install triton" in str(refused.value)) == (not triton)
+
+
+def test_a_gpu_is_looked_at_only_where_it_is_served(
+    path: str, fake_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(*_: Any) -> Any:
+        raise AssertionError("the device was asked")
+
+    fake_gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", touched)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", touched)
+    assert on_gpu(path, device="cpu").served_by().runner is EagerRunner
+    with pytest.raises(AssertionError, match="was asked"):
+        on_gpu(path)
+
+
+def test_no_such_gpu(path: str, fake_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu()
+    with pytest.raises(OptionError, match=r"no such device: cuda:1; torch sees 1 CUDA devices: .*auto or cpu"):
+        on_gpu(path, device="cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(OptionError, match="no such device: cuda; torch sees 0 CUDA devices"):
+        on_gpu(path, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [([], "have no recorded program"), ([0, 4], "from 1"), ([1, 2], "add 4"), ([1, 8], "max_num_seqs 4")],
+)
+def test_sizes_to_record_must_hold_every_step(
+    path: str, fake_gpu: Callable[..., None], sizes: list[int], said: str
+) -> None:
+    fake_gpu()
+    assert on_gpu(path, max_num_seqs=4, capture_sizes=[4, 1, 4]).runner.capture_sizes == (1, 4)
+    with pytest.raises(OptionError, match=f"capture_sizes .*{said}"):
+        on_gpu(path, max_num_seqs=4, capture_sizes=sizes)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 64, 100, 128])
+def test_sizes_that_nobody_gave_waste_at_most_a_third_of_a_step(path: str, most: int) -> None:
+    sizes = on_gpu(path, device="cpu", max_num_seqs=most).runner.capture_sizes
+    assert sizes[0] == 1 and sizes[-1] == most and list(sizes) == sorted(set(sizes))
+    assert all(2 * after <= 3 * before or after - before == 1 for before, after in itertools.pairwise(sizes))

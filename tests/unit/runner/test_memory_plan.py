@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from checkpoints import cache_bytes, program
-from outrider import LLM, CapacityError
+from outrider import LLM, CapacityError, OptionError
 from outrider.config import EngineOptions, resolve
 from outrider.runner import memory
-from outrider.runner.memory import MemoryPlan
+from outrider.runner.graph import GraphRunner
+from outrider.runner.memory import MIB, MemoryPlan
 
 BLOCK = cache_bytes(1)
 
@@ -97,3 +98,66 @@ def test_what_is_planned_is_what_is_held(path: Path, dtype: torch.dtype) -> None
         assert sum(layer.key.nbytes + layer.value.nbytes for layer in running._cache) == planned.cache
         assert sum(weight.nbytes for weight in running._model.weights().values()) == planned.weights
         assert llm.engine._scheduler.cache.num_blocks == planned.num_blocks == 7
+
+
+# On a GPU that torch only tells of: nothing is put on it.
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 7}
+
+
+def gpu_plan(path: Path, **options: Any) -> MemoryPlan:
+    return resolve(EngineOptions.from_kwargs(model=str(path), device="cuda", **options)).runner.memory
+
+
+def test_recorded_programs_are_the_graph_runners_alone_and_taken_off_the_cache(
+    path: Path, fake_gpu: Callable[..., None]
+) -> None:
+    fake_gpu()
+    options = {"max_model_len": 64, "max_num_seqs": 8, "speculative_config": NGRAM}
+    graph, eager = gpu_plan(path, **options), gpu_plan(path, **options, runner="eager")
+    sizes = (1, 2, 3, 4, 6, 8)
+    assert graph.programs == GraphRunner.footprint(sizes, 7) > 0 and eager.programs == 0
+    assert (graph.weights, graph.workspace) == (eager.weights, eager.workspace)
+    assert graph.to_dict()["programs"] == graph.programs
+    fewer = gpu_plan(path, **options, capture_sizes=[8])
+    assert fewer.programs == GraphRunner.footprint((8,), 7) < graph.programs
+    without_drafts = gpu_plan(path, max_model_len=64, max_num_seqs=8)
+    assert without_drafts.programs < graph.programs, "there is less to record"
+    options = {**options, "max_num_seqs": 64, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.5}
+    tight = gpu_plan(path, **options, capture_sizes=[64])
+    free = tight.weights + tight.workspace + tight.programs + 100 * BLOCK
+    fake_gpu(free=free)
+    assert gpu_plan(path, **options, capture_sizes=[64]).num_blocks == 50
+    assert gpu_plan(path, **options, runner="eager").num_blocks == min(50 + tight.programs // BLOCK // 2, 256)
+
+
+def test_logits_are_counted_once_where_kernels_work_in_place(path: Path, fake_gpu: Callable[..., None]) -> None:
+    options = {"max_model_len": 64, "max_num_seqs": 128, "speculative_config": NGRAM}
+    logits = 128 * 8 * 260 * 4
+    workspace = {}
+    for name, special in {"kernels": {}, "torch": {"triton": False}, "old": {"capability": (7, 5)}}.items():
+        fake_gpu(**special)
+        workspace[name] = gpu_plan(path, **options).workspace
+    assert workspace["torch"] == workspace["old"] == workspace["kernels"] + 2 * logits
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(
+    path: Path, fake_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(GraphRunner, "build", lambda *_: loaded.append(_))
+    fake_gpu(free=64 * MIB)
+    with pytest.raises(CapacityError, match=r"room for 0\.0 MiB, or 0 tokens, of 64\.0 MiB free on cuda: ") as refused:
+        LLM(str(path), device="cuda", max_model_len=64)
+    for what in ("weights take", "workspace", "recorded programs", "lower max_model_len, max_num_seqs or"):
+        assert what in str(refused.value)
+    with pytest.raises(
+        CapacityError, match=r"beside weights, workspace and recorded programs 0\.0 MiB are free: lower"
+    ):
+        LLM(str(path), device="cuda", max_model_len=64, kv_cache_memory=9 * BLOCK)
+    fake_gpu()
+    with pytest.raises(OptionError, match="max_num_batched_tokens 7 cannot hold one row of 7 drafts and a token"):
+        LLM(str(path), device="cuda", max_num_batched_tokens=7, speculative_config=NGRAM)
+    with pytest.raises(OptionError, match="max_num_batched_tokens 100 is less than max_num_seqs 128"):
+        LLM(str(path), device="cuda", max_num_batched_tokens=100)
+    assert not loaded
