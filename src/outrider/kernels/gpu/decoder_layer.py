@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.linear import FEW, few_rows
-
-MOST_TILES = 1 << 14
-"""Tiles of outputs that a product split over its inputs may have."""
+from outrider.kernels.gpu.linear import FEW, Rows, few_rows, scale_rows
 
 
 class GpuLayerStack:
@@ -38,7 +35,6 @@ class GpuLayerStack:
         self._eps, self._num_heads, self._scale = eps, num_heads, scale
         self._by_ops, self._rope_store, self._attend, self._take_taps = by_ops, rope_store, attend, take_taps
         self._num_kv_heads = caches[0][0].shape[1]
-        self._tickets = torch.zeros(MOST_TILES, dtype=torch.int32, device=caches[0][0].device)
 
     def __call__(
         self,
@@ -56,48 +52,49 @@ class GpuLayerStack:
         features: Tensor | None = None,
     ) -> Tensor | None:
         """Runs layers first:last, at least one; see `LayerStack`."""
-        few = len(residual) <= FEW
+        where = rope, positions, cache_slot, block_table, query_start, seq_lens
+        if len(residual) <= FEW:
+            self._few(first, last, x, residual, where, taps, features)
+            return None
         for index in range(first, last):
             weights, cache = self._layers[index]
             self._take_taps(index, x, residual, taps, features)
-            if few:
-                self._few(x, residual, weights, cache, rope, positions, cache_slot, block_table, query_start, seq_lens)
-                x = None
-                continue
-            where = rope, positions, *cache, cache_slot, block_table, query_start, seq_lens
-            x = self._by_ops(x, residual, *weights, self._eps, *where, self._num_heads, self._scale)
+            given = *where[:2], *cache, *where[2:]
+            x = self._by_ops(x, residual, *weights, self._eps, *given, self._num_heads, self._scale)
         return x
 
     def _few(
         self,
+        first: int,
+        last: int,
         x: Tensor | None,
         residual: Tensor,
-        weights: Any,
-        cache: tuple[Tensor, Tensor],
-        rope: Tensor,
-        positions: Tensor,
-        cache_slot: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
+        where: tuple[Tensor, ...],
+        taps: Sequence[int],
+        features: Tensor | None,
     ) -> None:
-        rows = residual.shape[0]
-        if weights.input_norm is None:
-            assert x is not None, "a layer without input_norm is given what it reads"
-            source = x
-        else:
-            source = residual if x is None else residual.add_(x)
+        rope, positions, cache_slot, *rows = where
+        entry = self._layers[first][0].input_norm
+        source: Tensor | Rows | None = x
+        if entry is not None:
+            source = scale_rows(x, residual, entry, self._eps)
+        for index in range(first, last):
+            weights, cache = self._layers[index]
+            self._take_taps(index, None, residual, taps, features)
+            assert source is not None, "a layer without input_norm is given what it reads"
+            heads = self._empty(residual, weights.qkv.shape[0])
+            few_rows(source, weights.qkv, heads, bias=weights.qkv_bias)
+            norms = weights.q_norm, weights.k_norm, self._eps
+            heads_of = self._num_heads, self._num_kv_heads
+            query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *heads_of)
+            mixed = self._attend(query, *cache, *rows, self._scale).flatten(1)
+            normed = few_rows(mixed, weights.out, residual, add=True, next_norm=weights.post_norm, eps=self._eps)
+            assert normed is not None
+            gated = self._empty(residual, weights.down.shape[1])
+            few_rows(normed, weights.gate_up, gated, gate=True)
+            after = self._layers[index + 1][0].input_norm if index + 1 < last else None
+            source = few_rows(gated, weights.down, residual, add=True, next_norm=after, eps=self._eps)
 
-        def empty(width: int) -> Tensor:
-            return torch.empty(rows, width, dtype=residual.dtype, device=residual.device)
-
-        heads = empty(weights.qkv.shape[0])
-        few_rows(source, weights.qkv, heads, bias=weights.qkv_bias, norm=weights.input_norm, eps=self._eps)
-        norms = weights.q_norm, weights.k_norm, self._eps
-        heads_of = self._num_heads, self._num_kv_heads
-        query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *heads_of)
-        mixed = self._attend(query, *cache, block_table, query_start, seq_lens, self._scale).flatten(1)
-        few_rows(mixed, weights.out, residual, add=True, tickets=self._tickets)
-        gated = empty(weights.down.shape[1])
-        few_rows(residual, weights.gate_up, gated, norm=weights.post_norm, eps=self._eps, gate=True)
-        few_rows(gated, weights.down, residual, add=True, tickets=self._tickets)
+    @staticmethod
+    def _empty(like: Tensor, width: int) -> Tensor:
+        return torch.empty(like.shape[0], width, dtype=like.dtype, device=like.device)

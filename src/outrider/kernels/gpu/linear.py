@@ -1,16 +1,19 @@
 """Products of few rows, and what stands before and behind them in a decoder layer. See `kernels.linear`.
 
-With few rows a product is a read of its weights, so a program takes a few outputs, reads their weights once and keeps
-all rows beside them. What is cheap is done on the way: the norm of the rows, the gate, the sum with the residual
-stream. More rows than FEW are cuBLAS's.
+With few rows a product is a read of its weights, so the outputs are shared out evenly, to one program a multiprocessor
+where that can be, and a program reads its weights once, all rows beside them. What is cheap is done on the way: the sum
+with the residual stream, the gate, and the norm of what comes next. For that a product that adds to the residual stream
+also leaves the stream times the next norm's weight, and each program's sums of squares; the product that reads those
+scales its results by one over the root mean square. In the loop itself nothing is done but multiply: norming there took
+three times as long. More rows than FEW are cuBLAS's.
 
-The weights are known before the kernel in front has ended: each program asks for its own to be brought into the L2
-cache before it waits, so that memory does not rest while kernels change. That is most of the distance between 0.85 and
-0.95 of what the memory allows.
+A program asks for its first weights to be brought into the L2 cache before it waits for the kernel in front, so that
+memory does not rest while kernels change.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,49 +25,56 @@ from outrider.kernels.gpu.triton import begin, dot, jit, launch, next_power_of_2
 FEW = 64
 """Rows up to which these kernels are used."""
 
-_AHEAD = 64 << 10  # bytes of weights a program asks for before it waits, at most
+_AHEAD = 32 << 10  # bytes of weights a program asks for before it waits, at most
 _CHUNK = 512  # bytes a thread asks for at once
 
 
-class Tiles(NamedTuple):
-    """How a product is cut up: outputs and inputs of a step of a program, parts of the inputs, and Triton's knobs."""
+class Cut(NamedTuple):
+    """How a product is shared out: outputs of a program, parts of the inputs summed apart, inputs of a part's step."""
 
-    outputs: int
-    inputs: int
-    split: int
+    width: int
+    parts: int
+    depth: int
     warps: int
     stages: int
 
 
-def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False, may_split: bool = False) -> Tiles:
-    """Enough programs to fill the device, and no more: a rule that was measured on an H100 at the shapes of Qwen3."""
-    width = 64
-    while width > 16 and outputs // width < 256:
-        width //= 2
-    if gate and width > 16:
-        width //= 2
-    split = 1
-    while may_split and split < 4 and split * (outputs // width) < 200 and inputs // split >= 1024:
-        split *= 2
-    depth = 256 if itemsize <= 2 else 64
-    if width * (2 if gate else 1) >= 64 or rows > 32:
-        depth //= 2
-    return Tiles(width, depth, split, 4, 4 if itemsize <= 2 else 2)
+class Rows(NamedTuple):
+    """Rows that are normed in part: times the norm's weight, but not yet divided by their root mean square."""
+
+    scaled: Tensor  # [T, H]
+    squares: Tensor  # [sums, T] float32, which add up to each row's sum of squares
+    eps: float
+
+
+@cache
+def _num_multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cut_for(x: Tensor, outputs: int, *, gate: bool = False) -> Cut:
+    """A rule that was measured on an H100 at the shapes of Qwen3 (benchmarks/results/gpu_kernels.json)."""
+    programs = _num_multiprocessors(x.device.index) if x.is_cuda else 4
+    most = 32 if gate else 64
+    rounds = -(-outputs // (programs * most))
+    width = -(-outputs // (programs * rounds))
+    if x.itemsize > 2:
+        return Cut(min(width, 16), 1, 64, 4, 2)
+    return Cut(width, 2, 128, 4, 4) if width > 16 else Cut(width, 4, 128, 4, 4)
 
 
 @jit
-def _ask(weight, column, start, inputs, size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, CHUNK: tl.constexpr):
-    """Brings the first BYTES of each row's part into the L2 cache."""
+def _ask(weight, first, width, outputs, inputs, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, CHUNK: tl.constexpr):
+    """Brings the first BYTES of each of the program's rows into the L2 cache."""
     chunks: tl.constexpr = BYTES // CHUNK
     item: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     index = tl.arange(0, BLOCK_N * chunks)
-    row = tl.minimum(column + index // chunks, size - 1).to(tl.int64)
-    offset = (index % chunks) * (CHUNK // item)
-    offset = tl.where(start + offset + CHUNK // item <= inputs, start + offset, start)
+    row = tl.minimum(first + tl.minimum(index // chunks, width - 1), outputs - 1).to(tl.int64)
+    address = (weight + row * inputs + (index % chunks) * (CHUNK // item)).to(tl.int64)
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
         "=r,l,r",
-        [(weight + row * inputs + offset).to(tl.int64), tl.full([BLOCK_N * chunks], CHUNK, tl.int32)],
+        [address, tl.full([BLOCK_N * chunks], CHUNK, tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -76,145 +86,189 @@ def _few_rows_kernel(
     x,
     weight,
     bias,
-    norm,
+    squares,
     out,
-    partial,
-    tickets,
+    next_norm,
+    next_scaled,
+    next_squares,
     rows,
     outputs,
     inputs,
-    share,  # inputs of a split
+    width,
+    num_sums,
     eps,
-    NORM: tl.constexpr,  # x is normed on the way
+    NORM: tl.constexpr,  # divide by the root mean square of the rows, whose squares are given
     GATE: tl.constexpr,  # silu of an output times the one `outputs` behind it
     ADD: tl.constexpr,  # out is added to, not written
+    NEXT: tl.constexpr,  # leave out times next_norm, and its sums of squares
     BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,  # the inputs are whole steps
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     AHEAD: tl.constexpr,  # bytes of each output's weights to ask for before waiting
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, BLOCK_M)
-    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = split * share
+    tile = tl.program_id(0)
+    first = tile * width
+    up = weight + outputs.to(tl.int64) * inputs
     if AHEAD > 0:
-        _ask(weight, tile * BLOCK_N, start, inputs, outputs, BLOCK_N, AHEAD, CHUNK)
+        _ask(weight, first, width, outputs, inputs, BLOCK_N, AHEAD, CHUNK)
         if GATE:
-            _ask(weight + outputs.to(tl.int64) * inputs, tile * BLOCK_N, start, inputs, outputs, BLOCK_N, AHEAD, CHUNK)
+            _ask(up, first, width, outputs, inputs, BLOCK_N, AHEAD, CHUNK)
+    row, lane = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    column = first + lane
+    own = (lane < width) & (column < outputs)
+    step = tl.arange(0, PARTS)[:, None, None] * BLOCK_K
+    across, down = tl.arange(0, BLOCK_K)[None, None, :] + step, tl.arange(0, BLOCK_K)[None, :, None] + step
+    x_at = x + row[None, :, None] * inputs + across
+    place = tl.minimum(column, outputs - 1).to(tl.int64)[None, None, :] * inputs + down
+    x_mask, w_mask = (row < rows)[None, :, None], own[None, None, :]
+    total = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
+    total_up = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
     wait(PDL)
-    x_at = x + row[:, None] * inputs
-    w_at = weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * inputs
-    up_at = w_at + outputs.to(tl.int64) * inputs
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    end = tl.minimum(start + share, inputs)
-    for k in range(start, end, BLOCK_K):
-        place = k + tl.arange(0, BLOCK_K)
-        inside = place < end
-        value = tl.load(x_at + place[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0)
-        if NORM:
-            wide = value.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            scale = tl.load(norm + place, mask=inside, other=0).to(tl.float32)
-            value = (wide * scale[None, :]).to(value.dtype)
-        w = tl.load(w_at + place[None, :], mask=inside[None, :], other=0)
-        total = dot(value, tl.trans(w), total)
-        if GATE:
-            up = tl.load(up_at + place[None, :], mask=inside[None, :], other=0)
-            total_up = dot(value, tl.trans(up), total_up)
-    valid = (row < rows)[:, None] & (column < outputs)[None, :]
-    place = row[:, None].to(tl.int64) * outputs + column[None, :]
-    if SPLIT > 1:
-        part = partial + split.to(tl.int64) * rows * outputs
-        tl.store(part + place, total, mask=valid)
-        tl.debug_barrier()
-        last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1
-        if not last:
-            return
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for other in tl.static_range(SPLIT):
-            at = partial + other * rows.to(tl.int64) * outputs
-            total += tl.load(at + place, mask=valid, other=0, cache_modifier=".cg")
-        tl.atomic_xchg(tickets + tile, 0)
     if NORM:
-        root = tl.rsqrt(squares / inputs + eps)[:, None]
-        total *= root
-        total_up *= root
+        sums = tl.arange(0, BLOCK_S)
+        mask = (sums < num_sums)[:, None] & (row < rows)[None, :]
+        square = tl.sum(tl.load(squares + sums[:, None] * rows + row[None, :], mask=mask, other=0), axis=0)
+    for k in range(0, inputs, PARTS * BLOCK_K):
+        if EVEN:
+            value = tl.load(x_at + k, mask=x_mask, other=0)
+            gate = tl.load(weight + place + k, mask=w_mask, other=0)
+        else:
+            value = tl.load(x_at + k, mask=x_mask & (across + k < inputs), other=0)
+            gate = tl.load(weight + place + k, mask=w_mask & (down + k < inputs), other=0)
+        total = dot(value, gate, total)
+        if GATE:
+            if EVEN:
+                raised = tl.load(up + place + k, mask=w_mask, other=0)
+            else:
+                raised = tl.load(up + place + k, mask=w_mask & (down + k < inputs), other=0)
+            total_up = dot(value, raised, total_up)
+    result = tl.sum(total, axis=0)
+    if NORM:
+        root = tl.rsqrt(square / inputs + eps)[:, None]
+        result *= root
     if BIAS:
-        total += tl.load(bias + column, mask=column < outputs, other=0).to(tl.float32)[None, :]
+        result += tl.load(bias + column, mask=own, other=0).to(tl.float32)[None, :]
     if GATE:
-        total = total / (1 + tl.exp(-total)) * total_up
+        result = result / (1 + tl.exp(-result)) * (tl.sum(total_up, axis=0) * root)
+    valid = (row < rows)[:, None] & own[None, :]
+    at = row[:, None].to(tl.int64) * outputs + column[None, :]
     if ADD:
-        total += tl.load(out + place, mask=valid, other=0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=valid)
+        result += tl.load(out + at, mask=valid, other=0).to(tl.float32)
+    stored = result.to(out.dtype.element_ty)
+    tl.store(out + at, stored, mask=valid)
+    if NEXT:
+        wide = tl.where(valid, stored.to(tl.float32), 0)
+        scale = tl.load(next_norm + column, mask=own, other=0).to(tl.float32)[None, :]
+        tl.store(next_scaled + at, (wide * scale).to(out.dtype.element_ty), mask=valid)
+        tl.store(next_squares + tile * rows + row, tl.sum(wide * wide, axis=1), mask=row < rows)
+
+
+@jit
+def _scale_kernel(x, residual, norm, scaled, squares, size, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    scale = tl.load(norm + column, mask=inside, other=0).to(tl.float32)
+    wait(PDL)
+    value = tl.load(residual + row * size + column, mask=inside, other=0)
+    if ADD:
+        more = tl.load(x + row * size + column, mask=inside, other=0).to(tl.float32)
+        value = (value.to(tl.float32) + more).to(value.dtype)
+        tl.store(residual + row * size + column, value, mask=inside)
+    wide = value.to(tl.float32)
+    tl.store(scaled + row * size + column, (wide * scale).to(value.dtype), mask=inside)
+    tl.store(squares + row, tl.sum(wide * wide))
+
+
+def scale_rows(x: Tensor | None, residual: Tensor, norm: Tensor, eps: float) -> Rows:
+    """Adds x to residual [T, H] in place, if there is one, and norms that in part."""
+    rows, size = residual.shape
+    scaled, squares = torch.empty_like(residual), torch.empty(1, rows, dtype=torch.float32, device=residual.device)
+    overlap = overlaps(residual)
+    block = next_power_of_2(size)
+    _scale_kernel[(rows,)](
+        x, residual, norm, scaled, squares, size, ADD=x is not None, BLOCK=block, PDL=overlap, **launch(overlap)
+    )
+    return Rows(scaled, squares, eps)
 
 
 def few_rows(
-    x: Tensor,  # [T, I], at most FEW rows
+    x: Tensor | Rows,  # [T, I], at most FEW rows
     weight: Tensor,  # [O, I], or [2*O, I] with `gate`
     out: Tensor,  # [T, O]
     *,
     bias: Tensor | None = None,
-    norm: Tensor | None = None,  # [I]
-    eps: float = 0.0,
-    gate: bool = False,
-    add: bool = False,
-    tickets: Tensor | None = None,  # int32, all 0, one a tile at least; without them the inputs are not split
-    cut: Tiles | None = None,
-) -> Tensor:
-    """out, or out +, (norm of) x @ weight.T + bias, or the gate of its halves. Returns out."""
+    gate: bool = False,  # silu of the first half of the outputs times the second; x is `Rows`
+    add: bool = False,  # to out, instead of writing it
+    next_norm: Tensor | None = None,  # [O]
+    eps: float = 0.0,  # of that
+    cut: Cut | None = None,
+) -> Rows | None:
+    """out, or out +, (norm of) x @ weight.T + bias, or the gate of its halves; what is normed in part if asked."""
+    squares = x.squares if isinstance(x, Rows) else None
+    own_eps = x.eps if isinstance(x, Rows) else 0.0
+    x = x.scaled if isinstance(x, Rows) else x
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
     assert rows <= FEW and x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
     assert out.shape == (rows, outputs) and weight.shape[1] == inputs and weight.dtype == x.dtype
-    if cut is None:
-        may_split = tickets is not None and norm is None and not gate
-        cut = tiles(rows, outputs, inputs, x.itemsize, gate=gate, may_split=may_split)
-    share = -(-inputs // (cut.split * cut.inputs)) * cut.inputs
-    partial = torch.empty(cut.split, rows, outputs, dtype=torch.float32, device=x.device) if cut.split > 1 else None
+    assert squares is not None or not gate
+    cut = cut or cut_for(x, outputs, gate=gate)
+    num_tiles = -(-outputs // cut.width)
+    block = max(16, next_power_of_2(cut.width))
     overlap = overlaps(x)
-    ahead = 0
-    if overlap and inputs * x.itemsize % 16 == 0 and share * x.itemsize >= _CHUNK:
-        most = _AHEAD // cut.outputs // (2 if gate else 1)
-        ahead = min(share * x.itemsize, most) // _CHUNK * _CHUNK
-        ahead = 1 << (ahead.bit_length() - 1) if ahead else 0
-    num_tiles = -(-outputs // cut.outputs)
-    assert tickets is None or len(tickets) >= num_tiles
-    _few_rows_kernel[(num_tiles, cut.split)](
+    after = None
+    if next_norm is not None:
+        sums = torch.empty(num_tiles, rows, dtype=torch.float32, device=x.device)
+        after = Rows(torch.empty_like(out), sums, eps)
+    _few_rows_kernel[(num_tiles,)](
         x,
         weight,
         bias,
-        norm,
+        squares,
         out,
-        partial,
-        tickets,
+        next_norm,
+        None if after is None else after.scaled,
+        None if after is None else after.squares,
         rows,
         outputs,
         inputs,
-        share,
-        eps,
-        NORM=norm is not None,
+        cut.width,
+        0 if squares is None else squares.shape[0],
+        own_eps,
+        NORM=squares is not None,
         GATE=gate,
         ADD=add,
+        NEXT=after is not None,
         BIAS=bias is not None,
-        SPLIT=cut.split,
+        EVEN=inputs % (cut.parts * cut.depth) == 0,
+        PARTS=cut.parts,
         BLOCK_M=max(16, next_power_of_2(rows)),
-        BLOCK_N=cut.outputs,
-        BLOCK_K=cut.inputs,
-        AHEAD=ahead,
+        BLOCK_N=block,
+        BLOCK_K=cut.depth,
+        BLOCK_S=1 if squares is None else next_power_of_2(squares.shape[0]),
+        AHEAD=_ahead(inputs * x.itemsize, block * (2 if gate else 1)) if overlap else 0,
         CHUNK=_CHUNK,
         PDL=overlap,
         num_warps=cut.warps,
         num_stages=cut.stages,
         **launch(overlap),
     )
-    return out
+    return after
+
+
+def _ahead(size: int, lines: int) -> int:
+    """Bytes to ask for of each of a program's `lines` of weights, which have `size` bytes."""
+    chunks = min(size, _AHEAD // lines) // _CHUNK
+    return 0 if size % 16 or not chunks else (1 << (chunks.bit_length() - 1)) * _CHUNK
 
 
 def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
@@ -222,7 +276,8 @@ def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool
     rows, outputs = x.shape[0], weight.shape[0]
     if 0 < rows <= FEW:
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
-        return few_rows(x.contiguous(), weight, out, bias=bias)
+        few_rows(x.contiguous(), weight, out, bias=bias)
+        return out
     if not wide or x.dtype == torch.float32:
         return functional.linear(x, weight, bias)
     if x.is_cuda and bias is None:
