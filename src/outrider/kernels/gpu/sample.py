@@ -39,7 +39,7 @@ def _gumbel(number):
 
 @jit
 def _gumbel_bound(number):
-    """No less than `_gumbel`: -log1p(-u) > u + u * u / 2. Errors, of log2 and of rounding, are below 4e-6."""
+    """No less than `_gumbel`: -log1p(-u) > u + u * u / 2. Errors, of log2 and of rounding, are below 6e-6."""
     uniform = (number.to(tl.float32) + 0.5) * (2.0**-32)
     return tl.log2(uniform + 0.5 * uniform * uniform) * -0.6931471805599453 + 1e-5
 
@@ -85,8 +85,8 @@ def _best_of_block_kernel(
         found, most = nothing, tl.max(bound)
         while most > found:
             place = _column(most)
-            token = tl.load(ids + place) if MAPPED else place
-            exact = tl.load(logits + place) + _gumbel(bits(a, b, token))
+            likely = tl.load(ids + place) if MAPPED else place
+            exact = tl.load(logits + place) + _gumbel(bits(a, b, likely))
             found = tl.maximum(found, _ranked(exact, place))
             bound = tl.where(column == place, nothing, bound)
             most = tl.max(bound)
