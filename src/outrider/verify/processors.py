@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from outrider.capability import Feature
@@ -62,13 +61,8 @@ class Truncation:
         return narrows and not sampling.greedy
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
-        slot = batch.logits_slot
-        drawn = slots.temperature[slot] != 0
         truncated: Tensor = TRUNCATE.on(logits.device)(
-            logits,
-            torch.where(drawn, slots.top_k[slot], 0),
-            torch.where(drawn, slots.top_p[slot], 1.0),
-            torch.where(drawn, slots.min_p[slot], 0.0),
+            logits, slots.top_k, slots.top_p, slots.min_p, slots.temperature, batch.logits_slot
         )
         return truncated
 
