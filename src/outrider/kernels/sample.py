@@ -208,7 +208,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
         (7, 6144, 3.0),
         (2, 4999, 12.0),
         (33, 2050, 1.0),
-        (2, 151_936, 2.0),
+        (1, 151_936, 2.0),
     ):
         logits = torch.randn((rows, size), generator=generator) * scale
         if size > 100:
@@ -235,22 +235,6 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
         if size in (7, 6144):
             yield {**example, "temperature": None, "ids": ids}
             yield {**example, "temperature": None}
-
-
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    for rows, size, scale in ((1, 1, 1.0), (3, 7, 1.0), (5, 1031, 0.0), (7, 6144, 3.0), (2, 4999, 12.0)):
-        logits = torch.randn((rows, size), generator=generator) * scale
-        if size > 100:
-            logits[0, ::3] = -torch.inf
-        example = {
-            "logits": logits.to(device),
-            "temperature": (torch.arange(rows) % 3).float().to(device),
-            "seed": torch.randint(0, 2**62, (rows,), generator=generator).to(device),
-            "position": torch.randint(0, 4096, (rows,), generator=generator).to(device),
-            "purpose": int(Purpose.TARGET),
-        }
-        yield example
-        yield {**example, "ids": torch.randperm(3 * size, generator=generator)[:size].sort().values.to(device)}
 
 
 GUMBEL_ARGMAX = Op(

@@ -180,11 +180,11 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
         logits[5] = logits[5].round()  # ties
         logits[6, 1::2] = -torch.inf
         yield {"logits": logits.to(device), **asked}
-    for slot, size in (([3], 700), ([6], 151_936), ([7, 0, 3, 8] * 8 + [1], 70)):
+    for slot, size in (([3], 700), ([6], 151_936), ([7, 0, 3, 8, 1, 2, 4, 6, 5, 7, 3], 70)):
         logits = torch.randn((len(slot), size), generator=generator) * 2
-        if len(slot) > 8:
-            logits[7, 1:] = -torch.inf
-            logits[8:10] = 0.0
+        if len(slot) > 1:
+            logits[2, 1:] = -torch.inf
+            logits[7:9] = 0.0
         yield {
             "logits": logits.to(device),
             **asked,

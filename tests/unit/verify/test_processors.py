@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,17 @@ import torch
 from torch import Tensor
 
 from outrider.core.sampling import SamplingParams
+from outrider.kernels.gpu.truncate import truncate_gpu
 from outrider.kernels.truncate import truncate_cpu, truncate_reference
 from outrider.verify.processors import PROCESSORS, MinTokens, Temperature, Truncation
 
 INF = math.inf
+INTERPRETED = pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
+)
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "truncate", [truncate_reference, truncate_cpu, pytest.param(truncate_gpu, marks=INTERPRETED)]
+)
 
 
 def rows(**tables: list) -> tuple[SimpleNamespace, SimpleNamespace]:
@@ -44,11 +52,13 @@ def cut(logits: list[float], top_k: int, top_p: float, min_p: float) -> list[flo
     return [x if x >= least else -INF for x in logits]
 
 
-@pytest.mark.parametrize("truncate", [truncate_reference, truncate_cpu])
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("kind", ["smooth", "tied", "masked", "steep"])
 def test_truncation(truncate, kind: str) -> None:
     generator = torch.Generator().manual_seed(len(kind))
     choices = [(k, p, m) for k in (0, 1, 5, 100, 101) for p in (1.0, 0.9, 0.3, 1e-6) for m in (0.0, 0.1, 1.0)]
+    if truncate is truncate_gpu:
+        choices = choices[::7]  # the interpreter is slow
     logits = torch.randn((len(choices), 101), generator=generator) * (40.0 if kind == "steep" else 2.0)
     if kind == "tied":
         logits = logits.round()
@@ -61,7 +71,7 @@ def test_truncation(truncate, kind: str) -> None:
     assert truncate(logits.clone(), top_k.int(), top_p, min_p).tolist() == expected
 
 
-@pytest.mark.parametrize("truncate", [truncate_reference, truncate_cpu])
+@IMPLEMENTATIONS
 def test_rows_with_everything_off_keep_their_bits(truncate) -> None:
     logits = torch.randn((2, 50), generator=torch.Generator().manual_seed(0))
     logits[:, 3], logits[:, 4] = -0.0, -INF

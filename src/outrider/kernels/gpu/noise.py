@@ -23,11 +23,11 @@ def _mix(x):
 @jit
 def row_key(seed, position, PURPOSE: tl.constexpr):
     """`kernels.noise.row_key`: seed and position int64, of any one shape -> two uint32 of it."""
-    STEP: tl.constexpr = (PURPOSE * 0x85EBCA6B) & 0xFFFFFFFF
+    step: tl.constexpr = (PURPOSE * 0x85EBCA6B) & 0xFFFFFFFF
     a = _mix(seed.to(tl.uint32) + 0x9E3779B9)
     b = _mix((seed >> 32).to(tl.uint32) ^ a)
     a = _mix(a ^ b ^ position.to(tl.uint32))
-    b = _mix(b + a + STEP)
+    b = _mix(b + a + step)
     return _mix(a ^ b), b
 
 

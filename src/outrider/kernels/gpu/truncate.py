@@ -96,7 +96,8 @@ def _count_kernel(
     learned,  # [L, 2] int64, this turn's
     stride,
     size,
-    TURN: tl.constexpr,
+    shift,  # of this turn's digit
+    FIRST: tl.constexpr,
     BY_SLOT: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -108,26 +109,24 @@ def _count_kernel(
     inside = column < size
     wait(PDL)
     k, p, least = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
-    if TURN == 0:
-        if (k > 0) | (p < 1) | (least > 0):
-            value = tl.load(logits + row * stride + column, mask=inside, other=-float("inf"))
-            tl.store(most + row * num_blocks + block, tl.max(value))
+    if ((k > 0) | (p < 1) | (least > 0)) & FIRST:
+        value = tl.load(logits + row * stride + column, mask=inside, other=-float("inf"))
+        tl.store(most + row * num_blocks + block, tl.max(value))
     if k > 0:
         key = _key(tl.load(logits + row * stride + column, mask=inside, other=0))
-        counted = inside
         wanted = k
         prefix = tl.full((), 0, tl.uint32)
-        if TURN > 0:
+        if not FIRST:
             prefix = tl.load(known + row * 2).to(tl.uint32)
             wanted = tl.load(known + row * 2 + 1).to(tl.int32)
             prefix, wanted = _next_by_count(before, row, num_blocks, prefix, wanted, BLOCKS)
-            counted = inside & ((key >> (32 - 8 * TURN)) == prefix)
         if block == 0:
             tl.store(learned + row * 2, prefix.to(tl.int64))
             tl.store(learned + row * 2 + 1, wanted.to(tl.int64))
-        digit = ((key >> (24 - 8 * TURN)) & 255).to(tl.int32)
+        key >>= shift
         place = (row * num_blocks + block) * 256 + tl.arange(0, 256)
-        tl.store(counts + place, tl.histogram(digit, 256, mask=counted))
+        counted = tl.histogram((key & 255).to(tl.int32), 256, mask=inside & ((key >> 8) == prefix))
+        tl.store(counts + place, counted)
 
 
 @jit
@@ -148,7 +147,8 @@ def _mass_kernel(
     bounds,  # [L, 2] float64: what no kept logit is below by min-p and top-k; the mass wanted by top-p
     stride,
     size,
-    TURN: tl.constexpr,
+    shift,  # of this turn's digit
+    TURN: tl.constexpr,  # 2 stands for all later ones too
     BY_SLOT: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -191,13 +191,13 @@ def _mass_kernel(
                 tl.store(learned + row, prefix.to(tl.int64))
         value = tl.load(logits + row * stride + column, mask=column < size, other=-float("inf"))
         key = _key(value)
-        least_key = prefix << (32 - 4 * TURN) if TURN > 0 else prefix
+        least_key = (prefix << 4) << shift
         place = masses + row * 16 * num_blocks + block
         if (tl.max(value).to(tl.float64) >= floor) & (tl.max(key) >= least_key):
             wide = value.to(tl.float64)
             weight = tl.where(wide >= floor, tl.exp(wide - largest), 0.0)
             for digit in tl.static_range(16):
-                reached = key >= (least_key | (digit << (28 - 4 * TURN)))
+                reached = key >= (((prefix << 4) | digit) << shift)
                 tl.store(place + digit * num_blocks, tl.sum(tl.where(reached, weight, 0.0)))
         else:
             for digit in tl.static_range(16):
@@ -270,20 +270,20 @@ def truncate_gpu(
         "BLOCKS": next_power_of_2(blocks),
         "BLOCK": _BLOCK,
         "PDL": overlap,
-        "num_warps": 8,
+        "num_warps": 16,
         **launch(overlap),
     }
     shape, grid = (logits.stride(0), size), (rows, blocks)
     for turn in range(_COUNT_TURNS):
         old, now = 1 - turn % 2, turn % 2
-        _count_kernel[grid](
-            logits, *asked, counts[old], counts[now], counted[old], counted[now], *shape, TURN=turn, **fixed
-        )
+        found = (counts[old], counts[now], counted[old], counted[now])
+        _count_kernel[grid](logits, *asked, *found, *shape, 24 - 8 * turn, FIRST=turn == 0, **fixed)
     last = (_COUNT_TURNS - 1) % 2
+    asked_last = (*asked, counts[last], counted[last])
     for turn in range(_MASS_TURNS):
         old, now = 1 - turn % 2, turn % 2
         found = (masses[old], masses[now], prefix[old], prefix[now])
-        _mass_kernel[grid](logits, *asked, counts[last], counted[last], *found, bounds, *shape, TURN=turn, **fixed)
+        _mass_kernel[grid](logits, *asked_last, *found, bounds, *shape, 28 - 4 * turn, TURN=min(turn, 2), **fixed)
     last = (_MASS_TURNS - 1) % 2
     _cut_kernel[grid](logits, *asked, masses[last], prefix[last], bounds, *shape, **fixed)
     return logits
