@@ -71,25 +71,26 @@ def _best_of_block_kernel(
     wait(PDL)
     logits += row * stride
     score = tl.load(logits + column, mask=inside, other=0)
-    greedy = True
+    found = nothing
     if NOISY:
         owner = tl.load(slot + row) if BY_SLOT else row
-        greedy = tl.load(temperature + owner) == 0
-    if greedy:
-        found = tl.max(tl.where(inside, _ranked(score, column), nothing))
-    else:
-        a, b = row_key(tl.load(seed + owner), tl.load(position + row), PURPOSE)
-        token = tl.load(ids + column, mask=inside, other=0) if MAPPED else column
-        bound = _ranked(score + _gumbel_bound(bits(a, b, token)), column)
-        bound = tl.where(inside, bound, nothing)
-        found, most = nothing, tl.max(bound)
-        while most > found:
-            place = _column(most)
-            likely = tl.load(ids + place) if MAPPED else place
-            exact = tl.load(logits + place) + _gumbel(bits(a, b, likely))
-            found = tl.maximum(found, _ranked(exact, place))
-            bound = tl.where(column == place, nothing, bound)
+        if tl.load(temperature + owner) == 0:
+            found = tl.max(tl.where(inside, _ranked(score, column), nothing))
+        else:
+            a, b = row_key(tl.load(seed + owner), tl.load(position + row), PURPOSE)
+            token = tl.load(ids + column, mask=inside, other=0) if MAPPED else column
+            bound = _ranked(score + _gumbel_bound(bits(a, b, token)), column)
+            bound = tl.where(inside, bound, nothing)
             most = tl.max(bound)
+            while most > found:
+                place = _column(most)
+                likely = tl.load(ids + place) if MAPPED else place
+                exact = tl.load(logits + place) + _gumbel(bits(a, b, likely))
+                found = tl.maximum(found, _ranked(exact, place))
+                bound = tl.where(column == place, nothing, bound)
+                most = tl.max(bound)
+    else:
+        found = tl.max(tl.where(inside, _ranked(score, column), nothing))
     tl.store(best + row * tl.num_programs(1) + block, found)
 
 
