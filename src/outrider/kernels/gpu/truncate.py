@@ -3,8 +3,9 @@
 The bits of a float, ordered, are an unsigned key of 32 bits. The k-th largest logit is the largest key that k logits
 reach: four kernels find it, 8 bits each, from histograms of the digit. The last logit that top-p keeps is the largest
 key such that the logits that reach it have mass top_p: eight kernels find it, 4 bits each, from the mass that reaches
-each of 16 keys. Every program leaves what it counted, and every program of the next kernel adds that up in the same
-order, so nothing is atomic. A last kernel cuts. Rows with nothing to cut leave each kernel as soon as they know.
+each of 16 keys. What is counted is left block by block of a row's logits, and every program of the next kernel adds
+that up in the same order: nothing is atomic, and nothing depends on how many programs share a row. A last kernel cuts.
+Programs of rows with nothing to cut leave each kernel as soon as they know.
 
 Masses are sums in float64, in an order of their own: where the mass of some tokens equals top_p to rounding, a few
 parts in 10**16 of it, this and the reference may differ by a token.
@@ -19,6 +20,7 @@ from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, ove
 
 _BLOCK = 4096
 _COUNT_TURNS, _MASS_TURNS = 4, 8
+_PROGRAMS = 528  # about as many as a GPU has room for: many rows with nothing to cut are soon passed over
 
 
 @jit
@@ -96,6 +98,7 @@ def _count_kernel(
     learned,  # [L, 2] int64, this turn's
     stride,
     size,
+    num_blocks,
     shift,  # of this turn's digit
     FIRST: tl.constexpr,
     BY_SLOT: tl.constexpr,
@@ -104,29 +107,30 @@ def _count_kernel(
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    row, block, num_blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    inside = column < size
+    row, first, step = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     wait(PDL)
     k, p, least = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
     if ((k > 0) | (p < 1) | (least > 0)) & FIRST:
-        value = tl.load(logits + row * stride + column, mask=inside, other=-float("inf"))
-        tl.store(most + row * num_blocks + block, tl.max(value))
+        for block in range(first, num_blocks, step):
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * stride + column, mask=column < size, other=-float("inf"))
+            tl.store(most + row * num_blocks + block, tl.max(value))
     if k > 0:
-        key = _key(tl.load(logits + row * stride + column, mask=inside, other=0))
         wanted = k
         prefix = tl.full((), 0, tl.uint32)
         if not FIRST:
             prefix = tl.load(known + row * 2).to(tl.uint32)
             wanted = tl.load(known + row * 2 + 1).to(tl.int32)
             prefix, wanted = _next_by_count(before, row, num_blocks, prefix, wanted, BLOCKS)
-        if block == 0:
+        if first == 0:
             tl.store(learned + row * 2, prefix.to(tl.int64))
             tl.store(learned + row * 2 + 1, wanted.to(tl.int64))
-        key >>= shift
-        place = (row * num_blocks + block) * 256 + tl.arange(0, 256)
-        counted = tl.histogram((key & 255).to(tl.int32), 256, mask=inside & ((key >> 8) == prefix))
-        tl.store(counts + place, counted)
+        for block in range(first, num_blocks, step):
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            key = _key(tl.load(logits + row * stride + column, mask=column < size, other=0)) >> shift
+            meant = (column < size) & ((key >> 8) == prefix)
+            place = (row * num_blocks + block) * 256 + tl.arange(0, 256)
+            tl.store(counts + place, tl.histogram((key & 255).to(tl.int32), 256, mask=meant))
 
 
 @jit
@@ -147,6 +151,7 @@ def _mass_kernel(
     bounds,  # [L, 2] float64: what no kept logit is below by min-p and top-k; the mass wanted by top-p
     stride,
     size,
+    num_blocks,
     shift,  # of this turn's digit
     TURN: tl.constexpr,  # 2 stands for all later ones too
     BY_SLOT: tl.constexpr,
@@ -155,8 +160,7 @@ def _mass_kernel(
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    row, block, num_blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    row, first, step = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     wait(PDL)
     k, p, least = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
     floor = tl.full((), -float("inf"), tl.float64)
@@ -171,7 +175,7 @@ def _mass_kernel(
                 wanted = tl.load(counted + row * 2 + 1).to(tl.int32)
                 kth, _ = _next_by_count(counts, row, num_blocks, prefix, wanted, BLOCKS)
                 floor = tl.maximum(floor, _value(kth).to(tl.float64))
-            if block == 0:
+            if first == 0:
                 tl.store(bounds + row * 2, floor)
         else:
             floor = tl.load(bounds + row * 2)
@@ -181,27 +185,29 @@ def _mass_kernel(
             mass = _mass_by_key(before, row, num_blocks, BLOCKS)
             if TURN == 1:
                 needed = p.to(tl.float64) * tl.max(mass)
-                if block == 0:
+                if first == 0:
                     tl.store(bounds + row * 2 + 1, needed)
             else:
                 prefix = tl.load(known + row).to(tl.uint32)
                 needed = tl.load(bounds + row * 2 + 1)
             prefix = _next_by_mass(mass, prefix, needed)
-            if block == 0:
+            if first == 0:
                 tl.store(learned + row, prefix.to(tl.int64))
-        value = tl.load(logits + row * stride + column, mask=column < size, other=-float("inf"))
-        key = _key(value)
         least_key = (prefix << 4) << shift
-        place = masses + row * 16 * num_blocks + block
-        if (tl.max(value).to(tl.float64) >= floor) & (tl.max(key) >= least_key):
-            wide = value.to(tl.float64)
-            weight = tl.where(wide >= floor, tl.exp(wide - largest), 0.0)
-            for digit in tl.static_range(16):
-                reached = key >= (((prefix << 4) | digit) << shift)
-                tl.store(place + digit * num_blocks, tl.sum(tl.where(reached, weight, 0.0)))
-        else:
-            for digit in tl.static_range(16):
-                tl.store(place + digit * num_blocks, tl.full((), 0.0, tl.float64))
+        for block in range(first, num_blocks, step):
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(logits + row * stride + column, mask=column < size, other=-float("inf"))
+            key = _key(value)
+            place = masses + row * 16 * num_blocks + block
+            if (tl.max(value).to(tl.float64) >= floor) & (tl.max(key) >= least_key):
+                wide = value.to(tl.float64)
+                weight = tl.where(wide >= floor, tl.exp(wide - largest), 0.0)
+                for digit in tl.static_range(16):
+                    reached = key >= (((prefix << 4) | digit) << shift)
+                    tl.store(place + digit * num_blocks, tl.sum(tl.where(reached, weight, 0.0)))
+            else:
+                for digit in tl.static_range(16):
+                    tl.store(place + digit * num_blocks, tl.full((), 0.0, tl.float64))
 
 
 @jit
@@ -218,14 +224,14 @@ def _cut_kernel(
     bounds,
     stride,
     size,
+    num_blocks,
     BY_SLOT: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    row, block, num_blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    row, first, step = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     wait(PDL)
     k, p, least = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
     if (k > 0) | (p < 1) | (least > 0):
@@ -236,9 +242,11 @@ def _cut_kernel(
             last = _value(_next_by_mass(mass, prefix, tl.load(bounds + row * 2 + 1)))
             last = tl.minimum(last, _largest(most, row, num_blocks, BLOCKS))  # at least one is kept
             floor = tl.maximum(floor, last.to(tl.float64))
-        place = logits + row * stride + column
-        value = tl.load(place, mask=column < size, other=0)
-        tl.store(place, -float("inf"), mask=(column < size) & (value.to(tl.float64) < floor))
+        for block in range(first, num_blocks, step):
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            place = logits + row * stride + column
+            value = tl.load(place, mask=column < size, other=0)
+            tl.store(place, -float("inf"), mask=(column < size) & (value.to(tl.float64) < floor))
 
 
 def truncate_gpu(
@@ -273,7 +281,7 @@ def truncate_gpu(
         "num_warps": 16,
         **launch(overlap),
     }
-    shape, grid = (logits.stride(0), size), (rows, blocks)
+    shape, grid = (logits.stride(0), size, blocks), (rows, min(blocks, -(-_PROGRAMS // rows)))
     for turn in range(_COUNT_TURNS):
         old, now = 1 - turn % 2, turn % 2
         found = (counts[old], counts[now], counted[old], counted[now])
