@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from outrider.core.sampling import SamplingParams
+from outrider.kernels.gpu import truncate as truncate_programs
 from outrider.kernels.gpu.truncate import truncate_gpu
 from outrider.kernels.truncate import truncate_cpu, truncate_reference
 from outrider.verify.processors import PROCESSORS, MinTokens, Temperature, Truncation
@@ -78,6 +79,17 @@ def test_rows_with_everything_off_keep_their_bits(truncate) -> None:
     out = truncate(logits.clone(), torch.tensor([0, 3], dtype=torch.int32), torch.tensor([1.0, 0.5]), torch.zeros(2))
     assert torch.equal(out[0].view(torch.int32), logits[0].view(torch.int32))
     assert not torch.equal(out[1], logits[1])
+
+
+@INTERPRETED
+def test_truncation_does_not_depend_on_the_programs_that_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn((1, 9000), generator=torch.Generator().manual_seed(0))
+    found = []
+    for programs in (1, 2, 528):
+        monkeypatch.setattr(truncate_programs, "_PROGRAMS", programs)
+        found.append(truncate_gpu(logits.clone(), torch.tensor([700]).int(), torch.tensor([0.7]), torch.zeros(1)))
+    expected = truncate_reference(logits.clone(), torch.tensor([700]).int(), torch.tensor([0.7]), torch.zeros(1))
+    assert all(torch.equal(each, expected) for each in found)
 
 
 def test_truncation_leaves_greedy_rows_alone() -> None:
