@@ -16,6 +16,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.gpu.ngram import ngram_lookup_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
 
@@ -143,9 +144,12 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
         (9, 2, 3, 1, 2),
         (65, 3, 5, 2, 4),
         (301, 40, 7, 1, 3),
+        (4999, 150, 8, 2, 3),  # of three tokens there is one copy or none
+        (40_960, 3000, 32, 1, 3),
     ):
         rows = 7
         length = torch.randint(1, max_len + 1, (rows,), generator=generator).int()
+        length[0] = max_len
         owned = torch.tensor([1, 1, 0, 2, 1, 1, 1])
         yield {
             "tokens": torch.randint(0, alphabet, (rows, max_len), generator=generator).to(device),
@@ -161,7 +165,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 NGRAM_LOOKUP = Op(
     name="ngram_lookup",
     reference=ngram_lookup_reference,
-    kernels={"cpu": ngram_lookup_cpu},
+    kernels={"cpu": ngram_lookup_cpu, "cuda": ngram_lookup_gpu},
     examples=_examples,
     tolerance=0.0,
     why="tokens",

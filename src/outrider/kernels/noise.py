@@ -22,6 +22,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.gpu.noise import noise_bits_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
 
@@ -139,7 +140,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 NOISE_BITS = Op(
     name="noise_bits",
     reference=bits_reference,
-    kernels={"cpu": bits_cpu},
+    kernels={"cpu": bits_cpu, "cuda": noise_bits_gpu},
     examples=_examples,
     tolerance=0.0,
     why="the integers define the noise, so they must agree to the last bit",

@@ -8,8 +8,9 @@ vocabulary. The noise is then that token's, and it is the token that is returned
 their noise token by token.
 
 The logits are ready to be sampled from: the temperature processor has divided them (and a drafter
-divides its own). `temperature` says only which rows are greedy. Sums are rounded to float32; the
-first index wins a tie. A token whose logit is -inf is never drawn while the row has another. Rows
+divides its own). `temperature` says only which rows are greedy; None: all of them. With `slot`, the
+tables of temperatures and seeds are per slot, and row l is drawn for slot[l]. Sums are rounded to float32;
+the first index wins a tie. A token whose logit is -inf is never drawn while the row has another. Rows
 that hold a NaN give an index in range and nothing more.
 """
 
@@ -24,6 +25,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.gpu.sample import gumbel_argmax_gpu
 from outrider.kernels.native import Floats, Tokens, compiled, largest, pointer
 from outrider.kernels.noise import GUMBEL_MAX, bits_at, gumbel, native_bits, native_key
 from outrider.kernels.op import Example, Op
@@ -32,13 +34,19 @@ from outrider.tensors import Purpose
 
 def gumbel_argmax_reference(
     logits: Tensor,  # [L, V] float32
-    temperature: Tensor,  # [L] float32
-    seed: Tensor,  # [L] int64
+    temperature: Tensor | None,  # [L] float32, or [S]
+    seed: Tensor,  # [L] int64, or [S]
     position: Tensor,  # [L] int64
     purpose: int,
     ids: Tensor | None = None,  # [V] int64
+    slot: Tensor | None = None,  # [L] int64
 ) -> Tensor:
     """[L] int64, the token drawn from each row."""
+    if temperature is None:
+        column = logits.argmax(dim=-1)
+        return column if ids is None else ids[column]
+    if slot is not None:
+        temperature, seed = temperature.index_select(0, slot), seed.index_select(0, slot)
     index = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids
     noise = gumbel(bits_at(seed, position, purpose, index))
     greedy = (temperature == 0)[:, None]
@@ -113,81 +121,126 @@ def _gumbel_argmax_kernel(
     logits_at: int,
     stride: int,
     temperature_at: int,
+    noisy: bool,
     seed_at: int,
+    slot_at: int,
+    by_slot: bool,
     position_at: int,
     purpose: int,
     ids_at: int,
     mapped: bool,
     out_at: int,
     num_rows: int,
+    num_slots: int,
     size: int,
 ) -> None:
-    temperature = carray(pointer(temperature_at), (num_rows,), np.float32)
-    seed = carray(pointer(seed_at), (num_rows,), np.int64)
+    temperature = carray(pointer(temperature_at), (num_slots,), np.float32)
+    seed = carray(pointer(seed_at), (num_slots,), np.int64)
+    slot = carray(pointer(slot_at), (num_rows,), np.int64)
     position = carray(pointer(position_at), (num_rows,), np.int64)
     ids = carray(pointer(ids_at), (size,), np.int64)
     out = carray(pointer(out_at), (num_rows,), np.int64)
     scratch = np.empty(1 + _BLOCK, np.float32)
     for row in range(num_rows):
         logits = carray(pointer(logits_at + 4 * stride * row), (size,), np.float32)
-        if temperature[row] == 0:
+        owner = slot[row] if by_slot else row
+        if not noisy or temperature[owner] == 0:
             out[row] = _greedy_row(logits, scratch)
         else:
-            a, b = native_key(seed[row], position[row], purpose)
+            a, b = native_key(seed[owner], position[row], purpose)
             out[row] = _noisy_row(logits, ids, a, b, scratch)
         if mapped:
             out[row] = ids[out[row]]
 
 
 def gumbel_argmax_cpu(
-    logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, purpose: int, ids: Tensor | None = None
+    logits: Tensor,
+    temperature: Tensor | None,
+    seed: Tensor,
+    position: Tensor,
+    purpose: int,
+    ids: Tensor | None = None,
+    slot: Tensor | None = None,
 ) -> Tensor:
     """One pass over the logits, and no noise at all for greedy rows."""
-    assert logits.dtype == temperature.dtype == torch.float32 and seed.dtype == position.dtype == torch.int64
+    assert logits.dtype == torch.float32 and seed.dtype == position.dtype == torch.int64
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    temperature, seed, position = temperature.contiguous(), seed.contiguous(), position.contiguous()
+    temperature = None if temperature is None else temperature.contiguous()
+    slot = None if slot is None else slot.contiguous()
+    seed, position = seed.contiguous(), position.contiguous()
     rows, size = logits.shape
-    assert temperature.shape == seed.shape == position.shape == (rows,)
+    owners = seed.shape if slot is not None else (rows,)
+    assert temperature is None or (temperature.dtype == torch.float32 and temperature.shape == owners)
+    assert seed.shape == owners and position.shape == (rows,)
+    assert slot is None or (slot.dtype == torch.int64 and slot.shape == (rows,))
     index = _every_token(size) if ids is None else ids
     assert index.shape == (size,) and index.dtype == torch.int64 and index.is_contiguous()
     out = torch.empty(rows, dtype=torch.int64)
     _gumbel_argmax_kernel(
         logits.data_ptr(),
         logits.stride(0),
-        temperature.data_ptr(),
+        0 if temperature is None else temperature.data_ptr(),
+        temperature is not None,
         seed.data_ptr(),
+        0 if slot is None else slot.data_ptr(),
+        slot is not None,
         position.data_ptr(),
         int(purpose),
         index.data_ptr(),
         ids is not None,
         out.data_ptr(),
         rows,
+        len(seed),
         size,
     )
     return out
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    for rows, size, scale in ((1, 1, 1.0), (3, 7, 1.0), (5, 1031, 0.0), (7, 6144, 3.0), (2, 4999, 12.0)):
+    slots = 4
+    temperature = torch.arange(slots).float() % 3
+    seed = torch.randint(-(2**62), 2**62, (slots,), generator=generator)
+    for rows, size, scale in (
+        (1, 1, 1.0),
+        (3, 7, 1.0),
+        (5, 1031, 0.0),
+        (7, 6144, 3.0),
+        (2, 4999, 12.0),
+        (33, 2050, 1.0),
+        (1, 151_936, 2.0),
+    ):
         logits = torch.randn((rows, size), generator=generator) * scale
         if size > 100:
             logits[0, ::3] = -torch.inf
+        if rows > 4:
+            logits[1] = logits[1].round()  # ties
+            logits[2] = -torch.inf
+            logits[3] = -torch.inf
+            logits[3, size - 1] = -900.0
+            logits[4, 5::7] = torch.inf
+        slot = (torch.arange(rows) + 1) % slots  # a row alone is drawn with noise
         example = {
             "logits": logits.to(device),
-            "temperature": (torch.arange(rows) % 3).float().to(device),
-            "seed": torch.randint(0, 2**62, (rows,), generator=generator).to(device),
+            "temperature": temperature.to(device),
+            "seed": seed.to(device),
             "position": torch.randint(0, 4096, (rows,), generator=generator).to(device),
             "purpose": int(Purpose.TARGET),
+            "slot": slot.to(device),
         }
+        own = {"temperature": temperature[slot].to(device), "seed": seed[slot].to(device), "slot": None}
+        ids = torch.randperm(3 * size, generator=generator)[:size].sort().values.to(device)
         yield example
-        yield {**example, "ids": torch.randperm(3 * size, generator=generator)[:size].sort().values.to(device)}
+        yield {**example, **own, "ids": ids}
+        if size in (7, 6144):
+            yield {**example, "temperature": None, "ids": ids}
+            yield {**example, "temperature": None}
 
 
 GUMBEL_ARGMAX = Op(
     name="gumbel_argmax",
     reference=gumbel_argmax_reference,
-    kernels={"cpu": gumbel_argmax_cpu},
+    kernels={"cpu": gumbel_argmax_cpu, "cuda": gumbel_argmax_gpu},
     examples=_examples,
     tolerance=0.0,
     why="tokens are compared, not numbers",

@@ -2,7 +2,8 @@
 
 Each asks for the logits at or above some value, so the three together are one threshold a row, and
 tokens that tie with the last one kept are kept too: the result is a function of the row's values,
-not of how a sort orders equals. All sums are in float64.
+not of how a sort orders equals. All sums are in float64. With `slot`, the tables are per slot, row l
+belongs to slot[l], and rows of temperature 0 have everything off.
 
     min-p   keep tokens with at least min_p times the largest probability
     top-k   of those, keep what is no less than the k-th largest logit
@@ -20,8 +21,23 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.gpu.truncate import truncate_gpu
 from outrider.kernels.native import Floats, compiled, largest, pointer
 from outrider.kernels.op import Example, Op
+
+
+def _by_row(
+    top_k: Tensor, top_p: Tensor, min_p: Tensor, temperature: Tensor | None, slot: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each row is asked, [L] each."""
+    if slot is None or temperature is None:
+        return top_k, top_p, min_p
+    drawn = temperature[slot] != 0
+    return (
+        torch.where(drawn, top_k[slot], 0),
+        torch.where(drawn, top_p[slot], 1.0),
+        torch.where(drawn, min_p[slot], 0.0),
+    )
 
 
 def truncate_reference(
@@ -29,8 +45,11 @@ def truncate_reference(
     top_k: Tensor,  # [L] int32, 0 is off
     top_p: Tensor,  # [L] float32, 1 is off
     min_p: Tensor,  # [L] float32, 0 is off
+    temperature: Tensor | None = None,  # [S] float32, given with `slot`; the three above are then [S]
+    slot: Tensor | None = None,  # [L] int64
 ) -> Tensor:
     """`logits`, with -inf for what is cut. Rows with everything off keep their bits."""
+    top_k, top_p, min_p = _by_row(top_k, top_p, min_p, temperature, slot)
     size = logits.shape[1]
     ordered = logits.sort(dim=-1, descending=True).values
     most = ordered[:, :1].double()
@@ -130,8 +149,16 @@ def _truncate_kernel(
             logits[i] = logits[i] if logits[i] >= floor else _LEAST
 
 
-def truncate_cpu(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def truncate_cpu(
+    logits: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    temperature: Tensor | None = None,
+    slot: Tensor | None = None,
+) -> Tensor:
     """No sort of the vocabulary: a histogram finds the bin a threshold falls in, and only that bin is sorted."""
+    top_k, top_p, min_p = _by_row(top_k, top_p, min_p, temperature, slot)
     assert logits.dtype == top_p.dtype == min_p.dtype == torch.float32 and top_k.dtype == torch.int32
     assert logits.stride(1) == 1 and top_k.is_contiguous() and top_p.is_contiguous() and min_p.is_contiguous()
     rows, size = logits.shape
@@ -143,22 +170,33 @@ def truncate_cpu(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) ->
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
+    asked = {
+        "top_k": torch.tensor([0, 1, 40, 0, 0, 5, 20, 5, 9999], dtype=torch.int32, device=device),
+        "top_p": torch.tensor([1.0, 1.0, 1.0, 0.9, 1.0, 0.5, 0.95, 0.01, 0.999], device=device),
+        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05, 0.0, 0.01, 0.0, 0.5], device=device),
+    }
     for size, scale in ((1, 1.0), (7, 1.0), (1031, 3.0), (6144, 0.5)):
         logits = torch.randn((9, size), generator=generator) * scale
         logits[5] = logits[5].round()  # ties
         logits[6, 1::2] = -torch.inf
+        yield {"logits": logits.to(device), **asked}
+    for slot, size in (([3], 700), ([6], 151_936), ([7, 0, 3, 8, 1, 2, 4, 6, 5, 7, 3], 70)):
+        logits = torch.randn((len(slot), size), generator=generator) * 2
+        if len(slot) > 1:
+            logits[2, 1:] = -torch.inf
+            logits[7:9] = 0.0
         yield {
             "logits": logits.to(device),
-            "top_k": torch.tensor([0, 1, 40, 0, 0, 5, 20, 5, 9999], dtype=torch.int32, device=device),
-            "top_p": torch.tensor([1.0, 1.0, 1.0, 0.9, 1.0, 0.5, 0.95, 0.01, 0.999], device=device),
-            "min_p": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05, 0.0, 0.01, 0.0, 0.5], device=device),
+            **asked,
+            "temperature": torch.tensor([1.0, 1.0, 0.5, 2.0, 1.0, 1.0, 0.6, 0.0, 1.0], device=device),
+            "slot": torch.tensor(slot, device=device),
         }
 
 
 TRUNCATE = Op(
     name="truncate",
     reference=truncate_reference,
-    kernels={"cpu": truncate_cpu},
+    kernels={"cpu": truncate_cpu, "cuda": truncate_gpu},
     examples=_examples,
     outputs=("logits",),
     tolerance=0.0,

@@ -27,12 +27,12 @@ class Exact:
     faithful: ClassVar[bool] = True
 
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
-        slot = batch.logits_slot
         choice = GUMBEL_ARGMAX.on(logits.device)(
             logits,
-            slots.temperature.index_select(0, slot),
-            slots.seed.index_select(0, slot),
+            slots.temperature,
+            slots.seed,
             batch.logits_position,
             Purpose.TARGET,
+            slot=batch.logits_slot,
         )
         return Verdict(*JUDGE.on(logits.device)(choice, None, batch.logits_start, draft.tokens))

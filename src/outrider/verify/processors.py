@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from outrider.capability import Feature
 from outrider.core.sampling import SamplingParams
+from outrider.kernels.bar_tokens import BAR_TOKENS
+from outrider.kernels.divide_logits import DIVIDE_LOGITS
 from outrider.kernels.truncate import TRUNCATE
 from outrider.tensors import Slots, StepBatch
 from outrider.verify.base import LogitsProcessor
@@ -28,13 +29,9 @@ class MinTokens:
         return sampling.min_tokens > 0
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
-        slot = batch.logits_slot
-        barred = slots.barred[slot]  # [L, N]
-        early = (batch.logits_position < slots.min_length[slot])[:, None]
-        # The padding must be scattered somewhere; a minimum with +inf leaves that logit as it is.
-        bars = early & (barred >= 0) & (barred < logits.shape[1])
-        ceiling = torch.where(bars, -torch.inf, torch.inf)
-        return logits.scatter_reduce_(1, torch.where(bars, barred, 0), ceiling, "amin")
+        bar = BAR_TOKENS.on(logits.device)
+        barred: Tensor = bar(logits, batch.logits_slot, batch.logits_position, slots.min_length, slots.barred)
+        return barred
 
 
 class Temperature:
@@ -48,8 +45,8 @@ class Temperature:
         return sampling.temperature not in (0.0, 1.0)
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
-        temperature = slots.temperature[batch.logits_slot]
-        return logits.div_(torch.where(temperature == 0, 1.0, temperature)[:, None])
+        divided: Tensor = DIVIDE_LOGITS.on(logits.device)(logits, slots.temperature, batch.logits_slot)
+        return divided
 
 
 class Truncation:
@@ -64,13 +61,8 @@ class Truncation:
         return narrows and not sampling.greedy
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
-        slot = batch.logits_slot
-        drawn = slots.temperature[slot] != 0
         truncated: Tensor = TRUNCATE.on(logits.device)(
-            logits,
-            torch.where(drawn, slots.top_k[slot], 0),
-            torch.where(drawn, slots.top_p[slot], 1.0),
-            torch.where(drawn, slots.min_p[slot], 0.0),
+            logits, slots.top_k, slots.top_p, slots.min_p, slots.temperature, batch.logits_slot
         )
         return truncated
 

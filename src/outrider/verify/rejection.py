@@ -37,10 +37,9 @@ class Rejection:
 
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
         slot, position = batch.logits_slot, batch.logits_position
-        seed, temperature = slots.seed[slot], slots.temperature[slot]
         sample, judge = GUMBEL_ARGMAX.on(logits.device), JUDGE.on(logits.device)
         if draft.tokens.shape[1] == 0:
-            choice = sample(logits, temperature, seed, position, Purpose.TARGET)
+            choice = sample(logits, slots.temperature, slots.seed, position, Purpose.TARGET, slot=slot)
             return Verdict(*judge(choice, None, batch.logits_start, draft.tokens))
 
         row, place = locate(batch.logits_start, logits.shape[0])
@@ -55,12 +54,13 @@ class Rejection:
             guessed = draft.logits[row, place].softmax(dim=-1)
             likelihood = guessed.gather(1, guess).double()
             residual = (target - guessed).clamp(min=0).log()
-        chance = uniform(NOISE_BITS.on(logits.device)(seed, position, Purpose.ACCEPT, 1))
+        chance = uniform(NOISE_BITS.on(logits.device)(slots.seed[slot], position, Purpose.ACCEPT, 1))
         stands = (chance * likelihood < target.gather(1, guess).double())[:, 0]
 
         # Rounding can leave nothing of a residual; then p equals q and the draft all but surely stands.
-        greedy = temperature == 0
+        greedy = slots.temperature[slot] == 0
         whole = greedy | ~drafted | (residual == -torch.inf).all(dim=-1)
-        choice = sample(torch.where(whole[:, None], logits, residual), temperature, seed, position, Purpose.TARGET)
+        law = torch.where(whole[:, None], logits, residual)
+        choice = sample(law, slots.temperature, slots.seed, position, Purpose.TARGET, slot=slot)
         stands = torch.where(greedy, choice == guess[:, 0], stands)
         return Verdict(*judge(choice, stands, batch.logits_start, draft.tokens))

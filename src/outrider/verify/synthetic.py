@@ -12,6 +12,7 @@ from torch import Tensor
 from outrider.capability import Feature
 from outrider.errors import OptionError
 from outrider.kernels.noise import NOISE_BITS, uniform
+from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.step_inputs import locate
 from outrider.kernels.verdict import JUDGE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
@@ -42,7 +43,8 @@ class Synthetic:
         self._chances = [rate / given if given > 0 else 0.0 for given, rate in zip(before, rates, strict=False)]
 
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
-        choice = logits.argmax(dim=-1)
+        likeliest = GUMBEL_ARGMAX.on(logits.device)
+        choice = likeliest(logits, None, slots.seed, batch.logits_position, Purpose.TARGET, slot=batch.logits_slot)
         _, place = locate(batch.logits_start, logits.shape[0])
         bits = NOISE_BITS.on(logits.device)(slots.seed[batch.logits_slot], batch.logits_position, Purpose.ACCEPT, 1)
         given = torch.zeros_like(choice, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,12 @@ from outrider.draft.base import DraftOptions, TargetFacts
 from outrider.draft.ngram import Ngram, NgramOptions
 from outrider.draft.none import NoDrafter
 from outrider.errors import OptionError
+from outrider.kernels.gpu.ngram import ngram_lookup_gpu
 from outrider.kernels.ngram import ngram_lookup_cpu, ngram_lookup_reference
 
+INTERPRETED = pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
+)
 IMPLEMENTATIONS = pytest.mark.parametrize("lookup", [ngram_lookup_reference, ngram_lookup_cpu])
 FACTS = TargetFacts(10, 1, 1, 64, 4, 64, 16, torch.device("cpu"), torch.float32)
 
@@ -56,6 +61,14 @@ TEXTS = st.integers(1, 4).flatmap(
 def test_lookup(lookup, texts: list[list[int]], num_drafts: int, shortest: int, more: int) -> None:
     expected = [search(text, num_drafts, shortest, shortest + more) for text in texts]
     assert run(lookup, texts, num_drafts, shortest, shortest + more) == expected
+
+
+@INTERPRETED
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(texts=TEXTS, num_drafts=st.integers(1, 6), shortest=st.integers(1, 3), more=st.integers(0, 3))
+def test_lookup_by_a_gpu_kernel(texts: list[list[int]], num_drafts: int, shortest: int, more: int) -> None:
+    expected = [search(text, num_drafts, shortest, shortest + more) for text in texts]
+    assert run(ngram_lookup_gpu, texts, num_drafts, shortest, shortest + more) == expected
 
 
 @IMPLEMENTATIONS

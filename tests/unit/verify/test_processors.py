@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,18 @@ import torch
 from torch import Tensor
 
 from outrider.core.sampling import SamplingParams
+from outrider.kernels.gpu import truncate as truncate_programs
+from outrider.kernels.gpu.truncate import truncate_gpu
 from outrider.kernels.truncate import truncate_cpu, truncate_reference
 from outrider.verify.processors import PROCESSORS, MinTokens, Temperature, Truncation
 
 INF = math.inf
+INTERPRETED = pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
+)
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "truncate", [truncate_reference, truncate_cpu, pytest.param(truncate_gpu, marks=INTERPRETED)]
+)
 
 
 def rows(**tables: list) -> tuple[SimpleNamespace, SimpleNamespace]:
@@ -44,11 +53,13 @@ def cut(logits: list[float], top_k: int, top_p: float, min_p: float) -> list[flo
     return [x if x >= least else -INF for x in logits]
 
 
-@pytest.mark.parametrize("truncate", [truncate_reference, truncate_cpu])
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("kind", ["smooth", "tied", "masked", "steep"])
 def test_truncation(truncate, kind: str) -> None:
     generator = torch.Generator().manual_seed(len(kind))
     choices = [(k, p, m) for k in (0, 1, 5, 100, 101) for p in (1.0, 0.9, 0.3, 1e-6) for m in (0.0, 0.1, 1.0)]
+    if truncate is truncate_gpu:
+        choices = choices[::7]  # the interpreter is slow
     logits = torch.randn((len(choices), 101), generator=generator) * (40.0 if kind == "steep" else 2.0)
     if kind == "tied":
         logits = logits.round()
@@ -61,13 +72,24 @@ def test_truncation(truncate, kind: str) -> None:
     assert truncate(logits.clone(), top_k.int(), top_p, min_p).tolist() == expected
 
 
-@pytest.mark.parametrize("truncate", [truncate_reference, truncate_cpu])
+@IMPLEMENTATIONS
 def test_rows_with_everything_off_keep_their_bits(truncate) -> None:
     logits = torch.randn((2, 50), generator=torch.Generator().manual_seed(0))
     logits[:, 3], logits[:, 4] = -0.0, -INF
     out = truncate(logits.clone(), torch.tensor([0, 3], dtype=torch.int32), torch.tensor([1.0, 0.5]), torch.zeros(2))
     assert torch.equal(out[0].view(torch.int32), logits[0].view(torch.int32))
     assert not torch.equal(out[1], logits[1])
+
+
+@INTERPRETED
+def test_truncation_does_not_depend_on_the_programs_that_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn((1, 9000), generator=torch.Generator().manual_seed(0))
+    found = []
+    for programs in (1, 2, 528):
+        monkeypatch.setattr(truncate_programs, "_PROGRAMS", programs)
+        found.append(truncate_gpu(logits.clone(), torch.tensor([700]).int(), torch.tensor([0.7]), torch.zeros(1)))
+    expected = truncate_reference(logits.clone(), torch.tensor([700]).int(), torch.tensor([0.7]), torch.zeros(1))
+    assert all(torch.equal(each, expected) for each in found)
 
 
 def test_truncation_leaves_greedy_rows_alone() -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from outrider.kernels.gpu.sample import _gumbel, _gumbel_bound, gumbel_argmax_gpu
+from outrider.kernels.gpu.triton import jit, tl
+from outrider.kernels.noise import gumbel
 from outrider.kernels.sample import gumbel_argmax_cpu, gumbel_argmax_reference
 from outrider.tensors import Purpose
 
-IMPLEMENTATIONS = pytest.mark.parametrize("draw", [gumbel_argmax_reference, gumbel_argmax_cpu])
+INTERPRETED = pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
+)
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "draw", [gumbel_argmax_reference, gumbel_argmax_cpu, pytest.param(gumbel_argmax_gpu, marks=INTERPRETED)]
+)
 
 
 def numbers(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,10 +35,10 @@ def test_greedy_takes_the_first_of_equals(draw) -> None:
 
 @IMPLEMENTATIONS
 def test_masked_tokens_are_never_drawn(draw) -> None:
-    logits = torch.full((500, 3000), -torch.inf)
+    logits = torch.full((50, 3000), -torch.inf)
     logits[:, 1234] = -900.0
     logits[:, 2999] = -900.0
-    drawn = draw(logits, torch.ones(500), *numbers(500), 1)
+    drawn = draw(logits, torch.ones(50), *numbers(50), 1)
     assert set(drawn.tolist()) == {1234, 2999}
 
 
@@ -50,11 +60,50 @@ def test_kernel_and_reference_draw_the_same_tokens() -> None:
         assert torch.equal(gumbel_argmax_cpu(*arguments), gumbel_argmax_reference(*arguments))
 
 
-def test_kernel_reads_padded_rows() -> None:
-    logits = torch.randn((4, 96), generator=torch.Generator().manual_seed(3))
-    for view in (logits[:, :70], logits.t()):
+@IMPLEMENTATIONS
+def test_kernel_reads_padded_rows(draw) -> None:
+    logits = torch.randn((4, 30), generator=torch.Generator().manual_seed(3))
+    for view in (logits[:, :20], logits.t()):
         arguments = (view, torch.ones(view.shape[0]), *numbers(view.shape[0]), 1)
-        assert torch.equal(gumbel_argmax_cpu(*arguments), gumbel_argmax_reference(*arguments))
+        assert torch.equal(draw(*arguments), gumbel_argmax_reference(*arguments))
+
+
+@IMPLEMENTATIONS
+def test_rows_are_drawn_for_their_slots(draw) -> None:
+    logits = torch.randn((6, 300), generator=torch.Generator().manual_seed(4))
+    temperature, seed = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([5, -7, 2**40])
+    slot, position = torch.tensor([2, 0, 1, 1, 0, 2]), torch.arange(6)
+    found = draw(logits, temperature, seed, position, 1, slot=slot)
+    assert torch.equal(found, gumbel_argmax_reference(logits, temperature[slot], seed[slot], position, 1))
+    assert torch.equal(draw(logits, None, seed, position, 1, slot=slot), logits.argmax(-1))
+
+
+@jit
+def _noise_kernel(numbers, exact, bound, BLOCK: tl.constexpr):  # noqa: N803
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(numbers + place).to(tl.uint32)
+    tl.store(exact + place, _gumbel(number))
+    tl.store(bound + place, _gumbel_bound(number))
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_the_bound_of_the_noise_is_one_and_close_where_noise_is_large(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    powers = 2 ** torch.arange(33)
+    near = (powers[:, None] + torch.arange(-16, 16)).flatten()
+    scale = torch.rand(1 << 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    log_even = (2 ** (32 * scale)).long()
+    numbers = torch.cat([torch.arange(1024), near, log_even]).clamp(0, 2**32 - 1)
+    numbers = numbers[: len(numbers) // 1024 * 1024].to(device)
+    exact, bound = (torch.full(numbers.shape, torch.nan, device=device) for _ in range(2))
+    _noise_kernel[(len(numbers) // 1024,)](numbers, exact, bound, BLOCK=1024)
+    assert torch.equal(exact, gumbel(numbers))
+    slack = bound.double() - exact.double()
+    assert bool((slack > 0).all()) and float(slack[exact > 3].max()) < 1e-3
+    assert not bool((slack - 2e-5 > 0).all()), "a bound that is too low would not be noticed"
 
 
 def test_draws_have_the_softmax_law() -> None:

@@ -1,0 +1,55 @@
+"""Barring tokens that would end a request before its least length.
+
+Row l of the logits predicts the token at position[l] of the request in slot[l]. Where that is below min_length, every
+token of the slot's `barred` that is in the vocabulary gets -inf; -1 is padding. All other logits keep their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.gpu.bar_tokens import bar_tokens_gpu
+from outrider.kernels.op import Example, Op
+
+
+def bar_tokens_reference(
+    logits: Tensor,  # [L, V] float32, in place
+    slot: Tensor,  # [L] int64
+    position: Tensor,  # [L] int64
+    min_length: Tensor,  # [S] int32
+    barred: Tensor,  # [S, N] int64
+) -> Tensor:
+    """`logits`."""
+    own = barred[slot]  # [L, N]
+    early = (position < min_length[slot])[:, None]
+    # The padding must be scattered somewhere; a minimum with +inf leaves that logit as it is.
+    bars = early & (own >= 0) & (own < logits.shape[1])
+    ceiling = torch.where(bars, -torch.inf, torch.inf)
+    return logits.scatter_reduce_(1, torch.where(bars, own, 0), ceiling, "amin")
+
+
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
+    for rows, size, width in ((1, 5, 1), (33, 70, 3), (7, 1031, 9)):
+        slots = 4
+        barred = torch.randint(-1, size + 5, (slots, width), generator=generator)
+        yield {
+            "logits": torch.randn((rows, size), generator=generator).to(device),
+            "slot": torch.randint(0, slots, (rows,), generator=generator).to(device),
+            "position": torch.randint(0, 10, (rows,), generator=generator).to(device),
+            "min_length": torch.randint(0, 10, (slots,), generator=generator).int().to(device),
+            "barred": barred.to(device),
+        }
+
+
+BAR_TOKENS = Op(
+    name="bar_tokens",
+    reference=bar_tokens_reference,
+    kernels={"cuda": bar_tokens_gpu},
+    examples=_examples,
+    outputs=("logits",),
+    tolerance=0.0,
+    why="logits are kept or barred, never changed",
+)
