@@ -38,6 +38,7 @@ class StepBatch:
     block_table: Tensor  # [B, M] int32
     cache_slot: Tensor  # [T] int64, block * block_size + offset where a token's key and value go; -1: nowhere
     num_drafts: Tensor  # [B] int32
+    draft_tokens: Tensor  # [B, K] int64, the slots' guesses; the first num_drafts[b] are among row b's query tokens
     logits_start: Tensor  # [B+1] int32, row b owns logits logits_start[b]:logits_start[b+1]
     logits_index: Tensor  # [L] int64, the query token each row of logits is read from
     logits_slot: Tensor  # [L] int64, the slot each row of logits belongs to

@@ -5,16 +5,19 @@ Rows of a step name distinct slots; rows that pad a batch may share one that bel
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.gpu.commit import commit_gpu, store_draft_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
-from outrider.kernels.step_inputs import assemble_reference, example_slots
+from outrider.kernels.step_inputs import assemble_reference, example_rows, example_step
 from outrider.tensors import Draft, Slots, StepBatch, Verdict
 
 
@@ -46,7 +49,7 @@ def commit_reference(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[
 
 
 def store_draft_reference(slots: Slots, batch: StepBatch, draft: Draft) -> None:
-    """Keep a draft by slot for the row's next step, in place.
+    """Keep a draft by slot for the row's next step, in place. What rows that pad a batch leave in theirs is not said.
 
     Slots keep logits only for a drafter that gives them: to a verifier stale logits would look like
     the law a guess was drawn from.
@@ -127,36 +130,48 @@ def commit_cpu(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[Tensor
 
 
 def _commit_examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    for width, rows, counts in (
-        (0, [(1, 1, 0, 1)], [1]),
-        (3, [(4, 4, 3, 1)], [3]),
-        (3, [(2, 1, 0, 1), (0, 4, 3, 1), (5, 2, 1, 1), (3, 7, 0, 0), (1, 5, 0, 1)], [1, 4, 1, 0, 1]),
+    mixed = [(2, 1, 0, 1), (0, 4, 3, 1), (5, 2, 1, 1), (3, 7, 0, 0), (1, 5, 0, 1)]
+    for width, rows in (
+        (0, [(1, 1, 0, 1)]),
+        (3, [(4, 4, 3, 1)]),
+        (3, mixed),
+        (32, example_rows(generator, 2, 32)),
+        (1, example_rows(generator, 33, 1)),
+        (7, example_rows(generator, 125, 7, num_empty=3)),
     ):
-        slots = example_slots(generator, device, 7, 37, width)
-        for slot, num_tokens, num_drafts, _ in rows:
-            slots.computed[slot] = slots.length[slot] + num_drafts - num_tokens
-        slots.computed[3] -= 2
+        slots, columns = example_step(generator, device, rows, width)
         num_query, num_logits = sum(row[1] for row in rows), sum(row[2] + 1 for row in rows if row[3])
-        slot_of, *counted = torch.tensor(rows, device=device).unbind(1)
-        batch = assemble_reference(slots, slot_of, counted[0], counted[1], counted[2], num_query, num_logits, 4)
-        count = torch.tensor(counts, dtype=torch.int32, device=device)
+        batch = assemble_reference(slots, *columns, num_query, num_logits, 4)
+        part = torch.rand(len(rows), generator=generator).to(device)
+        count = (columns[3] * (1 + part * (columns[2] + 1)).floor()).int()
         column = torch.arange(width + 1, device=device)
         tokens = torch.where(column < count[:, None], 20_000 + 100 * batch.slot[:, None] + column, -1)
         yield {"slots": slots, "batch": batch, "verdict": Verdict(tokens, count)}
+    full = copy.deepcopy(slots)  # no room for all that is gained
+    full.length[:] = full.tokens.shape[1] - 2
+    full.computed[:] = full.length - 1
+    yield {"slots": full, "batch": batch, "verdict": Verdict(tokens, count)}
 
 
 def _store_examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     for example in _commit_examples(generator, device, wide):
-        batch, width = example["batch"], example["slots"].draft_tokens.shape[1]
-        tokens = torch.randint(0, 99, (batch.slot.shape[0], width), generator=generator).to(device)
-        length = torch.full_like(batch.num_drafts, width)
-        yield {"slots": example["slots"], "batch": batch, "draft": Draft(tokens, length, None)}
+        slots, batch = example["slots"], example["batch"]
+        size, width = batch.draft_tokens.shape
+        real = batch.query_start.diff() > 0
+        drawn = torch.randint(0, 99, (size, width), generator=generator).to(device)
+        tokens = torch.where(real[:, None], drawn, batch.draft_tokens)
+        length = torch.where(real, width, slots.draft_length[batch.slot])
+        yield {"slots": slots, "batch": batch, "draft": Draft(tokens, length.int(), None)}
+        if 0 < size < 34 and width > 0:
+            keeping = replace(slots, draft_logits=torch.zeros(len(slots.length), width, 301, device=device))
+            logits = torch.randn(size, width, 301, generator=generator).to(device)
+            yield {"slots": keeping, "batch": batch, "draft": Draft(tokens, length.int(), logits)}
 
 
 COMMIT = Op(
     name="commit",
     reference=commit_reference,
-    kernels={"cpu": commit_cpu},
+    kernels={"cpu": commit_cpu, "cuda": commit_gpu},
     examples=_commit_examples,
     outputs=("slots",),
     tolerance=0.0,
@@ -166,6 +181,7 @@ COMMIT = Op(
 STORE_DRAFT = Op(
     name="store_draft",
     reference=store_draft_reference,
+    kernels={"cuda": store_draft_gpu},
     examples=_store_examples,
     outputs=("slots",),
     tolerance=0.0,

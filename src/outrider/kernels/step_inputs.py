@@ -16,6 +16,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.gpu.step_inputs import assemble_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
 from outrider.tensors import Draft, Slots, StepBatch
@@ -83,6 +84,7 @@ def assemble_reference(
         block_table=slots.block_table[slot],
         cache_slot=cache_slot,
         num_drafts=num_drafts.int(),
+        draft_tokens=slots.draft_tokens[slot],
         logits_start=logits_start,
         logits_index=logits_index,
         logits_slot=slot[owner],
@@ -92,8 +94,8 @@ def assemble_reference(
 
 def load_draft(slots: Slots, batch: StepBatch) -> Draft:
     """The drafts a step verifies, aligned with its rows; only the first num_drafts of a row were run."""
-    logits = None if slots.draft_logits is None else slots.draft_logits[batch.slot]
-    return Draft(tokens=slots.draft_tokens.index_select(0, batch.slot), length=batch.num_drafts, logits=logits)
+    logits = None if slots.draft_logits is None else slots.draft_logits.index_select(0, batch.slot)
+    return Draft(tokens=batch.draft_tokens, length=batch.num_drafts, logits=logits)
 
 
 @compiled()
@@ -128,11 +130,12 @@ def _assemble_kernel(
     counts = carray(pointer(num_tokens_at), (num_rows * stride,), np.int64)
     drafted = carray(pointer(num_drafts_at), (num_rows * stride,), np.int64)
     ends = carray(pointer(ends_prompt_at), (num_rows * stride,), np.int64)
-    wide = carray(pointer(wide_at), (3 * num_query + 3 * num_logits + num_rows,), np.int64)
+    wide = carray(pointer(wide_at), (3 * num_query + 3 * num_logits + num_rows + num_rows * width,), np.int64)
     input_ids, positions, cache_slot = wide[:num_query], wide[num_query : 2 * num_query], wide[2 * num_query :]
     by_logits = wide[3 * num_query :]
     logits_index, logits_slot = by_logits[:num_logits], by_logits[num_logits : 2 * num_logits]
     logits_position, row_slot = by_logits[2 * num_logits :], by_logits[3 * num_logits :]
+    row_guesses = by_logits[3 * num_logits + num_rows :]
     narrow = carray(pointer(narrow_at), (4 * num_rows + 2 + num_rows * max_blocks,), np.int32)
     query_start, logits_start = narrow[: num_rows + 1], narrow[num_rows + 1 : 2 * num_rows + 2]
     seq_lens, row_drafts = narrow[2 * num_rows + 2 :], narrow[3 * num_rows + 2 :]
@@ -163,6 +166,8 @@ def _assemble_kernel(
         row_slot[row], seq_lens[row], row_drafts[row] = slot, done + num_tokens, num_drafts
         for i in range(max_blocks):
             block_table[row * max_blocks + i] = table[slot, i]
+        for i in range(width):
+            row_guesses[row * width + i] = drafts[slot, i]
     for i in range(query, num_query):
         input_ids[i], positions[i], cache_slot[i] = 0, 0, -1
     for i in range(spoken, num_logits):
@@ -188,7 +193,7 @@ def assemble_cpu(
         columns, stride = (slot, num_tokens, num_drafts, ends_prompt), 1
     num_slots, max_len = slots.tokens.shape
     max_blocks, width = slots.block_table.shape[1], slots.draft_tokens.shape[1]
-    wide = torch.empty(3 * num_query + 3 * num_logits + size, dtype=torch.int64)
+    wide = torch.empty(3 * num_query + 3 * num_logits + size + size * width, dtype=torch.int64)
     narrow = torch.empty(4 * size + 2 + size * max_blocks, dtype=torch.int32)
     _assemble_kernel(
         slots.tokens.data_ptr(),
@@ -212,8 +217,8 @@ def assemble_cpu(
         max_blocks,
         block_size,
     )
-    input_ids, positions, cache_slot, logits_index, logits_slot, logits_position, slot = wide.split_with_sizes(
-        [num_query] * 3 + [num_logits] * 3 + [size]
+    input_ids, positions, cache_slot, logits_index, logits_slot, logits_position, slot, guesses = wide.split_with_sizes(
+        [num_query] * 3 + [num_logits] * 3 + [size, size * width]
     )
     query_start, logits_start, seq_lens, drafts, block_table = narrow.split_with_sizes(
         [size + 1, size + 1, size, size, size * max_blocks]
@@ -227,6 +232,7 @@ def assemble_cpu(
         block_table=block_table.view(size, max_blocks),
         cache_slot=cache_slot,
         num_drafts=drafts,
+        draft_tokens=guesses.view(size, width),
         logits_start=logits_start,
         logits_index=logits_index,
         logits_slot=logits_slot,
@@ -261,34 +267,67 @@ def example_slots(generator: torch.Generator, device: torch.device, num_slots: i
     return Slots(**{name: move(getattr(slots, name)) for name in Slots.__slots__})
 
 
+Case = tuple[int, int, int, int]
+"""A plan's row: slot, num_tokens, num_drafts, ends_prompt."""
+
+
+def example_rows(generator: torch.Generator, num_rows: int, width: int, num_empty: int = 0) -> list[Case]:
+    """Rows with 0 to `width` drafts, every eighth inside its prompt or at its end; then `num_empty` that pad."""
+    drafts = torch.randint(0, width + 1, (num_rows,), generator=generator).tolist()
+    drafts[0] = width
+    rows = []
+    for slot, drafted in enumerate(drafts):
+        chunk = slot % 8 == 7
+        rows.append((slot, 9 if chunk else drafted + 1, 0 if chunk else drafted, int(not chunk or slot % 16 == 7)))
+    return rows[::-1] + [(num_rows, 0, 0, 0)] * num_empty
+
+
+def example_step(
+    generator: torch.Generator, device: torch.device, rows: list[Case], width: int
+) -> tuple[Slots, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Slots in which such rows can be run, and the rows' columns."""
+    slots = example_slots(generator, device, max(row[0] for row in rows) + 4, 37 if width < 8 else 80, width)
+    for slot, num_tokens, num_drafts, ends in rows:
+        behind = num_tokens - num_drafts + (0 if ends else 2)
+        slots.computed[slot] = max(int(slots.length[slot]) - behind, 0)
+    columns = torch.tensor(rows, device=device)
+    return slots, (columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3])
+
+
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    # slot, num_tokens, num_drafts, ends_prompt: a decode row, drafts, a chunk inside a prompt, a prompt's end, padding.
+    # a decode row, drafts, a chunk inside a prompt, a prompt's end, padding
+    mixed = [(2, 1, 0, 1), (0, 4, 3, 1), (5, 2, 1, 1), (3, 7, 0, 0), (1, 5, 0, 1), (6, 0, 0, 0), (6, 0, 0, 0)]
     for width, padding, rows in (
         (0, 0, [(1, 1, 0, 1)]),
         (3, 0, [(4, 4, 3, 1)]),
-        (3, 2, [(2, 1, 0, 1), (0, 4, 3, 1), (5, 2, 1, 1), (3, 7, 0, 0), (1, 5, 0, 1), (6, 0, 0, 0), (6, 0, 0, 0)]),
+        (3, 2, mixed),
+        (3, 8, [(6, 0, 0, 0), (6, 0, 0, 0)]),
+        (32, 40, example_rows(generator, 2, 32)),
+        (1, 3, example_rows(generator, 33, 1)),
+        (7, 21, example_rows(generator, 125, 7, num_empty=3)),
     ):
-        slots = example_slots(generator, device, 7, 37, width)
-        for at, tokens, drafts, _ in rows:
-            slots.computed[at] = slots.length[at] + drafts - tokens
-        slots.computed[3] -= 2
-        slot, num_tokens, num_drafts, ends_prompt = torch.tensor(rows, device=device).unbind(1)
-        yield {
+        slots, (slot, num_tokens, num_drafts, ends_prompt) = example_step(generator, device, rows, width)
+        example = {
             "slots": slots,
             "slot": slot,
-            "num_tokens": num_tokens.int(),
-            "num_drafts": num_drafts.int(),
-            "ends_prompt": ends_prompt.bool(),
             "num_query": sum(row[1] for row in rows) + padding,
             "num_logits": sum(row[2] + 1 for row in rows if row[3]) + padding,
             "block_size": 4,
         }
+        if rows is mixed:
+            yield {
+                **example,
+                "num_tokens": num_tokens.int(),
+                "num_drafts": num_drafts.int(),
+                "ends_prompt": ends_prompt.bool(),
+            }
+        yield {**example, "num_tokens": num_tokens, "num_drafts": num_drafts, "ends_prompt": ends_prompt}
 
 
 ASSEMBLE = Op(
     name="assemble",
     reference=assemble_reference,
-    kernels={"cpu": assemble_cpu},
+    kernels={"cpu": assemble_cpu, "cuda": assemble_gpu},
     examples=_examples,
     tolerance=0.0,
     why="indices",

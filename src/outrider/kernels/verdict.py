@@ -9,6 +9,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.gpu.verdict import judge_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
 
@@ -101,11 +102,20 @@ def judge_cpu(
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    for width, owned in ((0, [1]), (3, [4]), (3, [0, 0]), (5, [1, 0, 6, 4, 2, 6, 3])):
+    for width, owned, padding in (
+        (0, [1], 0),
+        (3, [4], 0),
+        (3, [0, 0], 0),
+        (3, [0, 0], 2),
+        (5, [1, 0, 6, 4, 2, 6, 3], 3),
+        (32, [33, 1, 20], 0),
+        (1, torch.randint(0, 3, (33,), generator=generator).tolist(), 1),
+        (7, torch.randint(0, 9, (128,), generator=generator).tolist(), 0),
+    ):
         logits_start = torch.tensor([0, *owned]).cumsum(0).int()
-        choice = torch.randint(0, 2, (sum(owned),), generator=generator)
+        choice = torch.randint(0, 2, (sum(owned) + padding,), generator=generator)
         drafts = torch.randint(0, 2, (len(owned), width), generator=generator)
-        stands = torch.randint(0, 2, (sum(owned),), generator=generator).bool()
+        stands = torch.randint(0, 2, (sum(owned) + padding,), generator=generator).bool()
         for test in (None, stands.to(device)):
             yield {
                 "choice": choice.to(device),
@@ -118,7 +128,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 JUDGE = Op(
     name="judge",
     reference=judge_reference,
-    kernels={"cpu": judge_cpu},
+    kernels={"cpu": judge_cpu, "cuda": judge_gpu},
     examples=_examples,
     tolerance=0.0,
     why="tokens",

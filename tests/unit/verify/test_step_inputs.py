@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from dataclasses import fields
 
@@ -10,11 +11,18 @@ import pytest
 import torch
 
 from outrider.kernels.commit import commit_cpu, commit_reference, store_draft_reference
+from outrider.kernels.gpu.commit import commit_gpu
+from outrider.kernels.gpu.step_inputs import assemble_gpu
 from outrider.kernels.step_inputs import assemble_cpu, assemble_reference, example_slots, load_draft, locate
 from outrider.tensors import Draft, Slots, Verdict
 
 CPU = torch.device("cpu")
 BLOCK = 4
+INTERPRETED = pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
+)
+ASSEMBLES = [assemble_reference, assemble_cpu, pytest.param(assemble_gpu, marks=INTERPRETED)]
+COMMITS = [commit_reference, commit_cpu, pytest.param(commit_gpu, marks=INTERPRETED)]
 
 
 def random_plan(seed: int) -> tuple[Slots, list[tuple[int, int, int, int]], int]:
@@ -44,7 +52,7 @@ def columns(rows: list[tuple[int, int, int, int]]) -> tuple[torch.Tensor, ...]:
     return slot, num_tokens.int(), num_drafts.int(), ends_prompt.bool()
 
 
-@pytest.mark.parametrize("assemble", [assemble_reference, assemble_cpu])
+@pytest.mark.parametrize("assemble", ASSEMBLES)
 @pytest.mark.parametrize("seed", range(20))
 def test_assemble(assemble, seed: int) -> None:
     slots, rows, _ = random_plan(seed)
@@ -74,6 +82,7 @@ def test_assemble(assemble, seed: int) -> None:
         "block_table": [slots.block_table[row[0]].tolist() for row in rows],
         "cache_slot": cache,
         "num_drafts": [row[2] for row in rows],
+        "draft_tokens": [slots.draft_tokens[row[0]].tolist() for row in rows],
         "logits_start": logits_starts,
         "logits_index": index,
         "logits_slot": owner,
@@ -82,7 +91,7 @@ def test_assemble(assemble, seed: int) -> None:
     assert {field.name: getattr(batch, field.name).tolist() for field in fields(batch)} == expected
 
 
-@pytest.mark.parametrize("assemble", [assemble_reference, assemble_cpu])
+@pytest.mark.parametrize("assemble", ASSEMBLES)
 def test_a_padded_batch_writes_nowhere(assemble) -> None:
     slots, rows, _ = random_plan(3)
     num_query = sum(row[1] for row in rows)
@@ -96,7 +105,7 @@ def test_a_padded_batch_writes_nowhere(assemble) -> None:
     assert padded.query_start[-1] == num_query and padded.logits_start[-1] == num_logits
 
 
-@pytest.mark.parametrize("commit", [commit_reference, commit_cpu])
+@pytest.mark.parametrize("commit", COMMITS)
 @pytest.mark.parametrize("seed", range(20))
 def test_commit(commit, seed: int) -> None:
     slots, rows, width = random_plan(seed)
@@ -125,7 +134,7 @@ def test_commit(commit, seed: int) -> None:
         assert torch.equal(getattr(slots, name)[idle], getattr(before, name)[idle])
 
 
-@pytest.mark.parametrize("commit", [commit_reference, commit_cpu])
+@pytest.mark.parametrize("commit", COMMITS)
 def test_commit_never_writes_past_the_end(commit) -> None:
     slots = example_slots(torch.Generator().manual_seed(0), CPU, 3, 10, 3)
     slots.length[:], slots.computed[:] = 8, 7
@@ -140,10 +149,11 @@ def test_commit_never_writes_past_the_end(commit) -> None:
 def test_drafts_come_back_as_they_were_stored() -> None:
     slots = example_slots(torch.Generator().manual_seed(0), CPU, 5, 16, 2)
     slots.draft_logits = torch.zeros((5, 2, 3))
-    batch = assemble_reference(slots, *columns([(4, 1, 0, 1), (1, 1, 0, 1)]), 2, 2, BLOCK)
+    plan = (*columns([(4, 1, 0, 1), (1, 1, 0, 1)]), 2, 2, BLOCK)
+    batch = assemble_reference(slots, *plan)
     draft = Draft(torch.tensor([[1, 2], [3, 4]]), torch.tensor([2, 1], dtype=torch.int32), torch.randn((2, 2, 3)))
     store_draft_reference(slots, batch, draft)
-    loaded = load_draft(slots, batch)
+    loaded = load_draft(slots, assemble_reference(slots, *plan))
     assert torch.equal(loaded.tokens, draft.tokens) and torch.equal(loaded.logits, draft.logits)
     assert slots.draft_length.tolist() == [0, 1, 0, 0, 2]
 

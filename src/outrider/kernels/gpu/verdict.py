@@ -1,0 +1,57 @@
+"""Which drafts stand, and what each row gains: a program a row. See `kernels.verdict`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, tl, wait
+
+
+@jit
+def _judge_kernel(
+    choice, stands, logits_start, drafts, tokens, count,
+    WIDTH: tl.constexpr, COMPARE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    wait(PDL)
+    guess = tl.load(drafts + row * WIDTH + column, mask=column < WIDTH, other=0)
+    start = tl.load(logits_start + row)
+    owned = tl.load(logits_start + row + 1) - start
+    own = tl.load(choice + start + column, mask=column < owned, other=-1)
+    stand = own == guess if COMPARE else tl.load(stands + start + column, mask=column < owned, other=0) != 0
+    accepted = tl.min(tl.where(stand & (column < owned - 1), BLOCK, column), 0)
+    gained = tl.where(owned > 0, accepted + 1, 0)
+    token = tl.where(column < accepted, guess, own)
+    token = tl.where(column < gained, token, -1)
+    tl.store(tokens + row * (WIDTH + 1) + column, token, mask=column <= WIDTH)
+    tl.store(count + row, gained)
+
+
+def judge_gpu(
+    choice: Tensor, stands: Tensor | None, logits_start: Tensor, draft_tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`judge_reference` in one kernel."""
+    draft_tokens = draft_tokens.contiguous()
+    assert choice.is_contiguous() and logits_start.is_contiguous() and (stands is None or stands.is_contiguous())
+    rows, width = draft_tokens.shape
+    tokens = torch.empty((rows, width + 1), dtype=torch.int64, device=choice.device)
+    count = torch.empty(rows, dtype=torch.int32, device=choice.device)
+    overlap = overlaps(choice)
+    _judge_kernel[(rows,)](
+        choice,
+        None if stands is None else stands.view(torch.uint8),
+        logits_start,
+        draft_tokens,
+        tokens,
+        count,
+        WIDTH=width,
+        COMPARE=stands is None,
+        BLOCK=next_power_of_2(width + 1),
+        PDL=overlap,
+        num_warps=1,
+        **launch(overlap),
+    )
+    return tokens, count
