@@ -19,6 +19,7 @@ from torch import Tensor
 from outrider.kernels._attention import area, attend, join, plan
 from outrider.kernels._numba import CACHES, KIND, LANES, SERIAL, address, keep
 from outrider.kernels._threads import num_threads, parallel
+from outrider.kernels.gpu.attention import paged_attention_gpu
 from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
@@ -173,4 +174,9 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
             }
 
 
-PAGED_ATTENTION = Op("paged_attention", paged_attention_reference, {"cpu": _paged_attention_cpu}, examples=_examples)
+PAGED_ATTENTION = Op(
+    "paged_attention",
+    paged_attention_reference,
+    {"cpu": _paged_attention_cpu, "cuda": paged_attention_gpu},
+    examples=_examples,
+)

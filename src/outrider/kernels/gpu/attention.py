@@ -1,0 +1,330 @@
+"""Attention over keys and values in blocks, of prompts and of decode steps alike. See `kernels.attention`.
+
+A program takes a tile of consecutive query tokens of one row, for one key head: the query heads that read this head
+stand below each other in the tile, so that a decode step too has rows for the tensor cores. It walks the row's keys a
+step of BLOCK_N at a time, found through the block table, with a running softmax (Milakov and Gimelshein, 2018; Dao et
+al., 2022) in float32.
+
+Which row a tile belongs to is found on the device. With Q tokens a tile, row b has the tiles from
+(query_start[b] + b * (Q - 1)) // Q on, which leaves each row as many as it may need; some rows have one too many. The
+tokens past the last row's are one more row, without keys.
+
+With few tiles a row's keys are shared out among SPLITS programs, in whole steps; each leaves a normalised result and
+the logarithm of its weight, and a second kernel adds them up (Dao et al., 2023, "Flash-Decoding").
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.gpu.triton import AVAILABLE, begin, jit, launch, next_power_of_2, overlaps, tl, triton, wait
+
+_H100 = 132  # multiprocessors
+_MOST_SPLITS = 64
+_PROGRAMS = 2  # a multiprocessor is to have, at least, before keys are no longer shared out
+
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
+
+
+class Tiles(NamedTuple):
+    """How the work is cut up, and Triton's knobs."""
+
+    rows: int  # of a tile: query tokens times query heads, and padding
+    tokens: int  # of a tile
+    keys: int  # of a step
+    warps: int
+    stages: int
+
+
+def choose_tiles(num_tokens: int, num_rows: int, group: int, head_dim: int, itemsize: int) -> Tiles:
+    """Tiles that hold a row of the mean length, up to 64 tall; more tokens than that are prompts and get tall ones."""
+    tokens = next_power_of_2(-(-num_tokens // num_rows))
+    rows = max(16, next_power_of_2(tokens * group))
+    large = head_dim * itemsize > 256
+    if rows > 64:
+        rows = 128 if itemsize <= 2 else max(32, next_power_of_2(group))
+        return Tiles(rows, rows // group, 32 if itemsize > 2 else 64, 8, 2 if large else 3)
+    return Tiles(rows, tokens, 32 if large else 64, 4, 2 if large else 3)
+
+
+def choose_splits(num_tokens: int, num_rows: int, num_kv_heads: int, max_len: int, tiles: Tiles, device: int) -> int:
+    """Among how many programs the keys of a tile are shared out: as many as keep the device busy."""
+    programs = max(num_rows, -(-num_tokens // tiles.tokens)) * num_kv_heads
+    return max(1, min(_PROGRAMS * device // programs, -(-max_len // tiles.keys), _MOST_SPLITS))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100
+
+
+@jit
+def _dot(a, b, total):
+    if _INTERPRETED:  # it knows no bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@jit
+def _row_of(tile, query_start, num_rows, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr):
+    row = tl.arange(0, BLOCK_B)
+    first_token = tl.load(query_start + row, mask=row <= num_rows, other=0)
+    first_tile = (first_token + row * (BLOCK_Q - 1)) // BLOCK_Q
+    return tl.sum(((row <= num_rows) & (first_tile <= tile)).to(tl.int32)) - 1
+
+
+@jit
+def _load(cache, at, mask, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(cache + at, mask=mask, other=0)
+    return tl.load(cache + at)
+
+
+@jit
+def _step(
+    query,  # [BLOCK_M, BLOCK_D]
+    position,  # [BLOCK_M]
+    key_cache,
+    value_cache,
+    table,  # of the row
+    first_key,
+    num_keys,
+    head,
+    num_kv_heads,
+    scale,  # to powers of two
+    top,  # [BLOCK_M], the largest score so far
+    weight,  # [BLOCK_M], the sum so far of powers of scores less the largest
+    total,  # [BLOCK_M, BLOCK_D], of values
+    MASKED: tl.constexpr,  # otherwise all queries see all keys
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    key = first_key + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    block = _load(table, key // BLOCK_SIZE, key < num_keys, MASKED)
+    at = (block.to(tl.int64) * num_kv_heads + head) * (BLOCK_SIZE * HEAD_DIM) + key % BLOCK_SIZE * HEAD_DIM
+    at = at[:, None] + column[None, :]
+    inside = (key < num_keys)[:, None] & (column < HEAD_DIM)[None, :]
+
+    keys = _load(key_cache, at, inside, MASKED or HEAD_DIM != BLOCK_D).to(query.dtype)
+    scores = _dot(query, tl.trans(keys), tl.zeros([query.shape[0], BLOCK_N], tl.float32))
+    if MASKED:
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    powers = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(top - shift)
+    weight = weight * decay + tl.sum(powers, 1)
+    values = _load(value_cache, at, inside, MASKED or HEAD_DIM != BLOCK_D).to(query.dtype)
+    total = _dot(powers.to(query.dtype), values, total * decay[:, None])
+    return new_top, weight, total
+
+
+@jit
+def _attention_kernel(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    query_start,
+    seq_lens,
+    out,  # [T, Hq, D], or with SPLIT [SPLITS, T, Hq, D] float32
+    log_weights,  # with SPLIT [SPLITS, T, Hq] float32
+    scale,
+    num_tokens,
+    num_rows,
+    num_kv_heads,
+    max_blocks,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TALL: tl.constexpr,  # worth a loop of its own over the keys that all queries see
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a row's last tiles have most to do
+    head, split = tl.program_id(1), tl.program_id(2)
+    wait(PDL)
+    row = _row_of(tile, query_start, num_rows, BLOCK_Q, BLOCK_B)
+    start = tl.load(query_start + row)
+    end = tl.load(query_start + row + 1, mask=row < num_rows, other=num_tokens)
+    length = tl.load(seq_lens + row, mask=row < num_rows, other=0)
+    first_token = start + (tile - (start + row * (BLOCK_Q - 1)) // BLOCK_Q) * BLOCK_Q
+    if first_token >= end:
+        return
+
+    slot = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    token = first_token + slot // GROUP
+    position = length - end + token
+    owned = (slot < BLOCK_Q * GROUP) & (token < end)
+    place = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
+    inside = owned[:, None] & (column < HEAD_DIM)[None, :]
+    queries = tl.load(query + place[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0)
+
+    num_keys = length - end + tl.minimum(first_token + BLOCK_Q, end)  # that the tile's last token sees
+    num_steps = tl.where(row < num_rows, (num_keys + BLOCK_N - 1) // BLOCK_N, 0)
+    share = (num_steps + tl.num_programs(2) - 1) // tl.num_programs(2)
+    first_key = split * share * BLOCK_N
+    last_key = tl.minimum((split + 1) * share, num_steps) * BLOCK_N
+    table = block_table + row.to(tl.int64) * max_blocks
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if TALL:
+        seen_by_all = (length - end + first_token + 1) // BLOCK_N * BLOCK_N
+        first_masked = tl.maximum(tl.minimum(seen_by_all, last_key), first_key)
+        for key in range(first_key, first_masked, BLOCK_N):
+            top, weight, total = _step(
+                queries, position, key_cache, value_cache, table, key, num_keys, head, num_kv_heads, scale,
+                top, weight, total, False, BLOCK_N, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
+            )  # fmt: skip
+        first_key = first_masked
+    for key in range(first_key, last_key, BLOCK_N):
+        top, weight, total = _step(
+            queries, position, key_cache, value_cache, table, key, num_keys, head, num_kv_heads, scale,
+            top, weight, total, True, BLOCK_N, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
+        )  # fmt: skip
+
+    some = tl.where(weight > 0, weight, 1.0)
+    if SPLIT:
+        place += split.to(tl.int64) * num_tokens * num_kv_heads * GROUP
+        tl.store(log_weights + place, tl.where(weight > 0, top + tl.log2(some), float("-inf")), mask=owned)
+    result = (total / some[:, None]).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
+
+
+@jit
+def _combine_kernel(
+    partial,  # [SPLITS, T * Hq, D] float32
+    log_weights,  # [SPLITS, T * Hq] float32
+    out,  # [T * Hq, D]
+    num_heads,  # T * Hq
+    SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, BLOCK_S)
+    column = tl.arange(0, BLOCK_D)
+    place = split * num_heads.to(tl.int64) + head
+    inside = (split < SPLITS)[:, None] & (column < HEAD_DIM)[None, :]
+    wait(PDL)
+    log_weight = tl.load(log_weights + place, mask=split < SPLITS, other=float("-inf"))
+    value = tl.load(partial + place[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0)
+    top = tl.max(log_weight)
+    weight = tl.exp2(log_weight - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight)
+    result = tl.sum(weight[:, None] * value, 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + head * HEAD_DIM + column, result.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+
+
+def attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    tiles: Tiles,
+    splits: int,
+) -> Tensor:
+    """`paged_attention` cut up as told: in one kernel, or with splits > 1 in two."""
+    query = query.contiguous()
+    num_tokens, num_heads, head_dim = query.shape
+    num_rows, max_blocks = block_table.shape
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    group = num_heads // num_kv_heads
+    assert key_cache.is_contiguous() and value_cache.is_contiguous() and block_table.is_contiguous()
+    assert key_cache.dtype == value_cache.dtype and scale > 0 and head_dim % 2 == 0
+    assert block_table.dtype == query_start.dtype == seq_lens.dtype == torch.int32
+    assert tiles.tokens * group <= tiles.rows
+    out = torch.empty_like(query)
+    result, log_weights = out, None
+    if splits > 1:
+        result = torch.empty(splits, *query.shape, dtype=torch.float32, device=query.device)
+        log_weights = torch.empty(splits, num_tokens, num_heads, dtype=torch.float32, device=query.device)
+    overlap = overlaps(query)
+    num_tiles = (num_tokens + (num_rows + 1) * (tiles.tokens - 1)) // tiles.tokens
+    block_d = max(16, next_power_of_2(head_dim))
+    _attention_kernel[(num_tiles, num_kv_heads, splits)](
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        query_start,
+        seq_lens,
+        result,
+        log_weights,
+        scale * math.log2(math.e),
+        num_tokens,
+        num_rows,
+        num_kv_heads,
+        max_blocks,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        SPLIT=splits > 1,
+        TALL=tiles.rows > 64,
+        BLOCK_M=tiles.rows,
+        BLOCK_Q=tiles.tokens,
+        BLOCK_N=tiles.keys,
+        BLOCK_D=block_d,
+        BLOCK_B=next_power_of_2(num_rows + 1),
+        PDL=overlap,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **launch(overlap),
+    )
+    if splits > 1:
+        _combine_kernel[(num_tokens * num_heads,)](
+            result,
+            log_weights,
+            out,
+            num_tokens * num_heads,
+            SPLITS=splits,
+            HEAD_DIM=head_dim,
+            BLOCK_S=next_power_of_2(splits),
+            BLOCK_D=block_d,
+            PDL=overlap,
+            num_warps=4,
+            **launch(overlap),
+        )
+    return out
+
+
+def paged_attention_gpu(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """`paged_attention` in one kernel, or in two where one would leave the device idle."""
+    num_tokens, num_heads, head_dim = query.shape
+    num_rows, max_blocks = block_table.shape
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    tiles = choose_tiles(num_tokens, num_rows, num_heads // num_kv_heads, head_dim, query.element_size())
+    device = _multiprocessors(query.device)
+    splits = choose_splits(num_tokens, num_rows, num_kv_heads, max_blocks * block_size, tiles, device)
+    return attend(query, key_cache, value_cache, block_table, query_start, seq_lens, scale, tiles, splits)
