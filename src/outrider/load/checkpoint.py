@@ -62,7 +62,11 @@ def tensor_names(directory: Path, *, pickled: bool = False) -> list[str]:
     """
     if (directory / INDEX).exists():
         shards = read_json(directory / INDEX).get("weight_map")
-        if isinstance(shards, dict) and shards and not any((directory / str(name)).exists() for name in shards.values()):
+        if (
+            isinstance(shards, dict)
+            and shards
+            and not any((directory / str(name)).exists() for name in shards.values())
+        ):
             return [*shards]
     return [name for file in weight_files(directory, pickled=pickled) for name in TensorFile(file).names()]
 
