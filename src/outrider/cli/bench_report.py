@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from outrider.cli.common import out, say_if_unfaithful, table
 from outrider.runner.memory import MIB
 
-BAR, WIDTH = 40, 160
+BAR = 40
+_WIDE = Console(highlight=False, soft_wrap=True, width=180)
 
 
 def print_speed(result: Mapping[str, Any]) -> None:
@@ -114,7 +116,7 @@ def _print_rows(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def _print_table(made: Table) -> None:
     """With every figure whole, also where the output is no terminal and would be taken for a narrow one."""
-    out.print(made, width=max(out.width, WIDTH), crop=False)
+    (out if out.is_terminal else _WIDE).print(made)
 
 
 def _gap_share(parts: Mapping[str, float]) -> float | None:
