@@ -78,8 +78,8 @@ VLLM: dict[str, dict[str, dict[int, Cell]]] = {
 }
 VLLM_SOURCE = (
     "vLLM 0.26 on one H100: bfloat16, random weights, prompt 128, 512 new tokens, greedy, CUDA graphs, async "
-    "scheduling, the same acceptance; its V2 runner, P-EAGLE its V1 runner; the steps in which all requests decode. Measured for "
-    "issue 4 of this project, where the table stands."
+    "scheduling, the same acceptance; its V2 runner, P-EAGLE its V1 runner; the steps in which all requests decode. "
+    "Measured for issue 4 of this project, where the table stands."
 )
 
 ROUNDS = 320
@@ -169,7 +169,7 @@ def cells(
                     yield cell_of(named, rows[-1])
                 except Exception as error:
                     yield {**named, "concurrency": concurrency, "error": said(error)}
-            engine = {**named, **configuration(llm, workload), "build_seconds": built}
+            engine = {**configuration(llm, workload), **named, "build_seconds": built}
             result["engines"].append(engine | {"memory": memory(llm, free_before)})
         del llm
     except Exception as error:

@@ -144,42 +144,56 @@ def _said(error: Exception) -> str:
 
 def _time(function: Callable[..., Any], copies: Sequence[dict[str, Any]], device: torch.device) -> tuple[float, bool]:
     """Seconds of a call, and whether calls were recorded in a graph."""
-    calls = -(-CALLS // len(copies)) * len(copies)
 
-    def once() -> None:
-        for place in range(calls):
-            function(**copies[place % len(copies)])
+    def call(place: int) -> None:
+        function(**copies[place % len(copies)])
 
     if device.type != "cuda":
-        return _time_on_host(lambda place: function(**copies[place % len(copies)])), False
-    function(**copies[0])  # compiles
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function(**copies[0])
-    torch.cuda.synchronize(device)
-    if (spent := time.perf_counter() - start) > LONG:
-        return spent, False
+        return _time_on_host(call), False
+    with torch.cuda.device(device):
+        call(0)  # compiles
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(0)
+        torch.cuda.synchronize()
+        if (spent := time.perf_counter() - start) > LONG:
+            return spent, False
+        calls = -(-CALLS // len(copies)) * len(copies)
+
+        def once() -> None:
+            for place in range(calls):
+                call(place)
+
+        if _reads_on_host(call):
+            return _time_on_device(once) / calls, False
+        return _time_on_device(_recorded(once).replay) / calls, True
+
+
+def _reads_on_host(call: Callable[[int], None]) -> bool:
+    """Whether a call waits for the device, as no recorded one may: found out before a recording breaks."""
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        graph = _recorded(once, device)
-    except Exception:  # it reads on the host, or makes a tensor there
-        torch.cuda.synchronize(device)
-        return _time_on_device(once, device) / calls, False
-    return _time_on_device(graph.replay, device) / calls, True
+        call(0)
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
-def _recorded(once: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
+def _recorded(once: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         once()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         once()
     return graph
 
 
-def _time_on_device(call: Callable[[], None], device: torch.device) -> float:
+def _time_on_device(call: Callable[[], None]) -> float:
     call()
     times: list[float] = []
     begun = time.perf_counter()

@@ -168,8 +168,11 @@ def _counts(given: str, flag: str) -> list[int]:
 
 def _device(name: str) -> torch.device:
     """As the engine's option names it."""
-    device = device_of(EngineOptions(device=name))
-    if name not in ("auto", device.type, str(device)):
+    try:
+        device = device_of(EngineOptions(device=name))
+    except RuntimeError:  # torch's word for a GPU that is not there
+        device = None
+    if device is None or name not in ("auto", device.type, str(device)):
         raise OptionError(f"no such device: {name} (known: auto, cpu, cuda, cuda:N)")
     return device
 
