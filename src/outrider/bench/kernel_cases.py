@@ -183,12 +183,13 @@ def _gumbel_argmax(sizes: Sizes, temperature: float) -> Case:
 
 
 def _truncate(sizes: Sizes) -> Case:
+    """Bounds that keep most of the law: the op works in place, and the next call is to find as much to do."""
     rows = sizes.rows * (1 + sizes.num_drafts)
     logits = sizes.draw(rows, sizes.config.vocab_size, dtype=torch.float32, spread=4.0)
     given = {
         "logits": logits,
-        "top_k": torch.full((rows,), 50, dtype=torch.int32, device=sizes.device),
-        "top_p": torch.full((rows,), 0.95, device=sizes.device),
+        "top_k": sizes.whole([sizes.config.vocab_size - 1] * rows, torch.int32),
+        "top_p": torch.full((rows,), 0.9999, device=sizes.device),
         "min_p": torch.zeros(rows, device=sizes.device),
     }
     return Case(TRUNCATE, f"{rows} rows", [given], 2 * logits.nbytes)

@@ -32,9 +32,7 @@ def config_of(name: str) -> ModelConfig:
 
 def facts_of(name: str) -> TargetFacts:
     config = config_of(name)
-    return TargetFacts(
-        config.vocab_size, config.hidden_size, config.num_layers, 1024, 8, 2048, 16, CPU, config.dtype
-    )  # fmt: skip
+    return TargetFacts(config.vocab_size, config.hidden_size, config.num_layers, 1024, 8, 2048, 16, CPU, config.dtype)
 
 
 @pytest.mark.parametrize("name", SIZES)
