@@ -39,6 +39,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device, repeats: int) -> list[float]:
     """Of each of some calls, after two that are not counted."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     times: list[float] = []
     for place in range(repeats + 2):
         if device.type == "cuda":

@@ -20,7 +20,7 @@ class Steady:
     rounds: int  # how often a request gained tokens: the requests times the steps, unless one was preempted
     tokens_before: int  # output tokens of all requests before the first of these steps
     host: StepTimes  # where the host's time went
-    parts: dict[str, float] | None  # milliseconds of a step's parts on the device, where they were timed
+    parts: dict[str, float] | None  # milliseconds of a step's parts on the device, where it timed two steps or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,6 @@ class _Stretch:
     def __init__(self, engine: Engine, tokens_before: int) -> None:
         self._engine, self._tokens_before = engine, tokens_before
         self.steps = self._tokens = self._rounds = 0
-        engine.part_times()
         self._host = engine.times.copy()
         self._start = self._end = time.perf_counter()
 
@@ -48,6 +47,8 @@ class _Stretch:
         """A step in which no request ended, and what each gained."""
         self._end = time.perf_counter()
         self.steps += 1
+        if self.steps == 1:  # the device's gap before this step held the prompts: it is timed from the next on
+            self._engine.part_times()
         self._tokens += sum(gains)
         self._rounds += len(gains)
 
@@ -58,7 +59,8 @@ class _Stretch:
         if not self.steps:
             return None
         seconds = self._end - self._start
-        return Steady(seconds, self.steps, self._tokens, self._rounds, self._tokens_before, host, parts)
+        timed = parts if self.steps > 1 else None
+        return Steady(seconds, self.steps, self._tokens, self._rounds, self._tokens_before, host, timed)
 
 
 def run_batch(

@@ -109,12 +109,12 @@ def bench(
     repeats: int,
     *,
     parts: bool | None = None,  # whether to time the parts of a step on the device; None: on a GPU
-    progress: Callable[[int, int], None] | None = None,
+    progress: Sequence[Callable[[int, int], None] | None] = (),  # as `LLM.from_options` takes it behind the options
 ) -> dict[str, Any]:
     """Rows for each concurrency, with what is needed to trust them."""
     device = device_of(options)
     bandwidth, free_before = read_bandwidth(device), free_memory(device)
-    with LLM.from_options(options, progress) as llm:
+    with LLM.from_options(options, *progress) as llm:
         workload.check(llm, concurrencies)
         rows = [measure(llm, workload, concurrency, repeats, bandwidth) for concurrency in concurrencies]
         result = {

@@ -79,7 +79,7 @@ def test_only_steps_in_which_all_decode_count(engine: ScriptedEngine) -> None:
     steady = run.steady
     assert steady is not None
     assert (steady.seconds, steady.steps, steady.tokens, steady.rounds, steady.tokens_before) == (7.0, 3, 12, 6, 4)
-    assert steady.parts == {"gap": 2.0}, "asked for when the window opens, so that what was before is forgotten"
+    assert steady.parts == {"gap": 2.0}, "asked for after the first step, so that what was before is forgotten"
 
 
 def test_a_run_is_cut_off_and_the_engine_left_empty(engine: ScriptedEngine) -> None:
