@@ -191,7 +191,7 @@ def _bench_speed(
     as_json: bool,
 ) -> None:
     with loading(quiet=as_json) as told:
-        result = bench(options, workload, concurrency, repeats, parts=parts, progress=[progress])
+        result = bench(options, workload, concurrency, repeats, parts=parts, progress=told)
     _report(result, print_speed, output, as_json)
 
 

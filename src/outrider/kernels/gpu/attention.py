@@ -22,13 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.triton import AVAILABLE, begin, jit, launch, next_power_of_2, overlaps, tl, triton, wait
+from outrider.kernels.gpu.triton import INTERPRETED, begin, jit, launch, next_power_of_2, overlaps, tl, wait
 
 _H100 = 132  # multiprocessors
 _MOST_SPLITS = 64
 _PROGRAMS = 2  # a multiprocessor is to have, at least, before keys are no longer shared out
-
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
 
 
 class Tiles(NamedTuple):
@@ -65,7 +63,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @jit
 def _dot(a, b, total):
-    if _INTERPRETED:  # it knows no bfloat16
+    if INTERPRETED:  # it knows no bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")

@@ -25,6 +25,7 @@ except ImportError:
 
 __all__ = [
     "AVAILABLE",
+    "INTERPRETED",
     "begin",
     "dot",
     "jit",
@@ -77,13 +78,13 @@ def launch(overlap: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if overlap else {}
 
 
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
 
 
 @jit
 def dot(a, b, total):
     """a @ b + total, float32, with no more rounding than the operands' own; Triton's interpreter knows no bfloat16."""
-    if _INTERPRETED:
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
