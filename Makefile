@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SHAPE ?= benchmarks/shapes/qwen3-0.6b
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check gpu format clean
@@ -32,9 +33,10 @@ check: $(READY) ## all that a change must pass: format, lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 -m 'not gpu'
 
-gpu: ## tests and benchmarks that need a CUDA device, with the Python that has CUDA torch (PYTHON=...)
+gpu: ## tests and a short benchmark that need a CUDA device, with the Python that has CUDA torch (PYTHON=...)
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
-	PYTHONPATH=src $(PYTHON) -m outrider.cli.main bench latency --device cuda
+	PYTHONPATH=src $(PYTHON) -m outrider.cli.main bench latency $(SHAPE) --load-format dummy --device cuda \
+		--draft $(SHAPE)-peagle -k 7 --verifier synthetic --synthetic-rates .75,.60,.48,.38,.30,.24,.19 --repeats 3
 
 format: $(READY) ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from outrider import LLM, SamplingParams
 from outrider.bench.bandwidth import read_bandwidth
+from outrider.bench.floors import Reads
 from outrider.bench.provenance import provenance
-from outrider.bench.speed import weight_bytes_read
 from outrider.load.hub import BUNDLED
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -69,7 +69,7 @@ def measure(checkpoint: Path, prompt_len: int, new_tokens: int, rounds: int, bat
         contestants["outrider_batch_16"] = ours_batched
     seconds = in_turn(contestants, rounds)
     bandwidth = read_bandwidth(torch.device("cpu"))
-    floor = weight_bytes_read(llm) / bandwidth
+    floor = Reads.of(llm.engine.resolved).target / bandwidth
     per_token = statistics.median(seconds["outrider"]) / new_tokens
     rates = {
         name: (BATCH if name.endswith("16") else 1) * new_tokens / statistics.median(times)

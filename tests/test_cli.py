@@ -14,6 +14,7 @@ from heads import TAPS, head_tensors, tiny_head
 from outrider.cli import main as cli
 from outrider.cli.common import Drafting
 from outrider.draft.registry import FOR_BUNDLED, names_head
+from outrider.engine.engine import Engine
 from outrider.load.hub import BUNDLED
 
 SHORT = ["--max-tokens", "12"]
@@ -143,7 +144,7 @@ def test_errors_are_json_too(outrider: Any) -> None:
 
 
 def test_synthetic_acceptance_is_said_to_be_made_up(outrider: Any) -> None:
-    made_up = ["--verifier", "synthetic", "--synthetic-rates", "1.0", "--synthetic-rates", "0.5"]
+    made_up = ["--verifier", "synthetic", "--synthetic-rates", "1.0,0.8", "--synthetic-rates", "0.5"]
     _, out, err = outrider("generate", "--prompt", "import os\n", *made_up, *SHORT, "--json")
     assert json.loads(out)["faithful"] is False and "meaningless" in err
     _, _, err = outrider("bench", "latency", "--input-len", "8", "--output-len", "8", "--repeats", "1", *made_up)
@@ -211,7 +212,55 @@ def test_bench_json(outrider: Any, kind: str) -> None:
             "parts_ms",
             "floor_ms",
             "acceptance_length",
+            "steady_tokens_per_second",
+            "host_ms",
+            "floor_parts_ms",
+            "floor_share",
         }
+        assert row["steady_steps"] > 0 and row["parts_ms"].keys() == {"schedule", "run", "apply"}
+
+
+def test_numbers_of_a_flag_may_stand_with_commas(outrider: Any) -> None:
+    arguments = ("bench", "latency", "-k", "3", "--repeats", "1", "--output-len", "4", "--verifier", "synthetic")
+    rates = ("--synthetic-rates", ".5,.25", "--synthetic-rates", ".125")
+    _, out, _ = outrider(*arguments, *rates, "--json")
+    assert json.loads(out)["config"]["synthetic_rates"] == [0.5, 0.25, 0.125]
+
+
+def test_bench_prints_a_page(outrider: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = {"inputs": 0.01, "target": 0.6, "verify": 0.04, "draft": 0.25, "gap": 0.1}
+    monkeypatch.setattr(Engine, "part_times", lambda engine: parts)
+    written = tmp_path / "result.json"
+    flags = ("--input-len", "8", "--output-len", "32", "--parts", "--output", str(written))
+    code, out, _ = outrider("bench", "throughput", "-k", "3", "--concurrency", "1,2", *flags)
+    assert code == 0
+    for said in (
+        "10.0%",
+        "target",
+        "0.600 ms",
+        "60.0%",
+        "draft head",
+        "keys and values",
+        "commit",
+        "torch",
+        "tokens/s",
+    ):
+        assert said in out
+    assert "…" not in out, "no figure is cut off where the output is no terminal"
+    rows = json.loads(written.read_text())["rows"]
+    assert [row["concurrency"] for row in rows] == [1, 2] and rows[0]["parts_ms"] == parts
+
+
+def test_bench_prefill_and_kernels(outrider: Any) -> None:
+    code, out, _ = outrider("bench", "prefill", "--num-prompts", "2", "--input-len", "32", "--repeats", "1", "--json")
+    assert code == 0 and json.loads(out)["share_of_matmul"] > 0
+    code, out, _ = outrider("bench", "prefill", "--num-prompts", "2", "--input-len", "32", "--repeats", "1")
+    assert code == 0 and "share of that" in out
+    asked = ("bench", "kernels", "--rows", "1,2", "--op", "rms_norm", "--context", "32", "--prefill", "0")
+    code, out, _ = outrider(*asked, "--json")
+    assert code == 0 and [row["rows"] for row in json.loads(out)["rows"]] == [1, 2]
+    code, out, _ = outrider(*asked)
+    assert code == 0 and "rms_norm" in out and "floor/kernel" in out
 
 
 @pytest.mark.parametrize(
@@ -249,6 +298,11 @@ def test_bench_json(outrider: Any, kind: str) -> None:
         (["explain", "--kv-cache-memory", "1000"], "kv_cache_memory"),
         (["accept", "--draft", "none"], "none"),
         (["bench", "throughput", "--concurrency", "1,x"], "1,x"),
+        (["bench", "kernels", "--rows", "0"], "--rows"),
+        (["bench", "kernels", "--device", "cuda:99"], "cuda:99"),
+        (["bench", "kernels", "--dtype", "int3"], "int3"),
+        (["bench", "latency", "--output-len", "2", "--repeats", "1", "--output", "/"], "--output"),
+        (["explain", "--verifier", "synthetic", "--synthetic-rates", ".5,x"], "--synthetic-rates"),
         (["explain", "--no-such-flag"], "no-such-flag"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,

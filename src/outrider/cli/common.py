@@ -69,8 +69,14 @@ _SAID_OTHERWISE = ("model", "speculative_config")
 drafting_flags = with_flags(Drafting, "drafting", short={"num_speculative_tokens": "-k"})
 """Gives a command the drafting flags, as `drafting: Drafting`."""
 
-engine_flags = with_flags(EngineOptions, "engine", skip=_SAID_OTHERWISE)
-"""Gives a command the engine's flags, as `engine: EngineOptions` without model and drafting."""
+
+def engine_flags_with(**defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a command the engine's flags, as `engine: EngineOptions` without model and drafting."""
+    return with_flags(EngineOptions, "engine", skip=_SAID_OTHERWISE, defaults=defaults)
+
+
+engine_flags = engine_flags_with()
+"""The same with the record's own defaults."""
 
 single_engine_flags = with_flags(
     EngineOptions, "engine", skip=(*_SAID_OTHERWISE, "seed"), defaults={"enable_prefix_caching": False}

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from outrider.errors import OptionError
+
 
 def with_flags(
     record: type[Any],  # a dataclass whose fields carry help
@@ -31,7 +33,7 @@ def with_flags(
         added = [_parameter(entry, hints[entry.name], own, (short or {}).get(entry.name)) for entry in flagged]
 
         def run(**given: Any) -> Any:
-            values = {entry.name: given.pop(entry.name) for entry in flagged}
+            values = {entry.name: _value(given.pop(entry.name), entry.name, hints[entry.name]) for entry in flagged}
             return command(**given, **{argument: record(**values)})
 
         run.__signature__ = inspect.Signature(kept + added)  # type: ignore[attr-defined]
@@ -49,12 +51,34 @@ def _parameter(entry: Field[Any], hint: Any, defaults: Mapping[str, Any], short:
         (f"{flag}/--no-{flag[2:]}",) if bool in (hint, *typing.get_args(hint)) else (flag, short) if short else (flag,)
     )
     annotated: Any = Annotated
-    annotation = annotated[_flag_type(hint), typer.Option(*names, help=entry.metadata["help"])]
+    numbers = _numbers_type(hint)
+    metavar = None if numbers is None else f"{numbers.__name__.upper()},..."
+    annotation = annotated[_flag_type(hint), typer.Option(*names, help=entry.metadata["help"], metavar=metavar)]
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+def _numbers_type(hint: Any) -> type[int] | type[float] | None:
+    """What a sequence of numbers, or None, holds; None for what is neither."""
+    if not isinstance(hint, types.UnionType) or type(None) not in typing.get_args(hint):
+        return None
+    items = [item for member in typing.get_args(hint) for item in typing.get_args(member)]
+    return items[0] if len(items) == 1 and items[0] in (int, float) else None
+
+
+def _value(given: Any, name: str, hint: Any) -> Any:
+    """What the record takes: of a sequence of numbers the parts of every text, which have commas between them."""
+    numbers = _numbers_type(hint)
+    if numbers is None or given is None:
+        return given
+    try:
+        return [numbers(part) for text in given for part in text.split(",")]
+    except ValueError:
+        flag = f"--{name.replace('_', '-')}"
+        raise OptionError(f"{flag} must be numbers with commas between: {','.join(given)}") from None
+
+
 def _flag_type(hint: Any) -> Any:
-    """What typer can parse: a sequence as a flag that may be repeated, of other unions the first member."""
+    """What typer can parse: a sequence as a flag that may be repeated (numbers: as text), else the first member."""
     if not isinstance(hint, types.UnionType):
         return hint
     members = [member for member in typing.get_args(hint) if member is not type(None)]
@@ -63,6 +87,6 @@ def _flag_type(hint: Any) -> Any:
     listed = [member for member in members if typing.get_origin(member) is not None]
     if listed:
         repeated: Any = list
-        return repeated[typing.get_args(listed[0])[0]] | None
+        return repeated[str if _numbers_type(hint) else typing.get_args(listed[0])[0]] | None
     single: Any = members[0]
     return single | None

@@ -70,6 +70,7 @@ class Footprint:
     weights: int = 0
     per_block: int = 0  # of its own keys and values, in each block of the cache
     workspace: int = 0
+    weights_read: int = 0  # of the weights, what drafting one round reads: those of K passes are counted K times
 
 
 @dataclass(slots=True)

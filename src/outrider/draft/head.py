@@ -29,7 +29,7 @@ from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.temper import TEMPER
 from outrider.layers.parameter import Allocator
 from outrider.load.checkpoint import load_weights
-from outrider.load.heads import HeadConfig, canonical, read_head, vocabulary_map
+from outrider.load.heads import HeadConfig, canonical, dummy_vocabulary_map, read_head, vocabulary_map
 from outrider.tensors import StepBatch
 
 COUPLED, ARGMAX = "coupled", "argmax"
@@ -144,6 +144,7 @@ class HeadDrafter(Drafter):
             weights=sum(weight.nbytes for weight in told.network.weights().values()),
             per_block=layout.bytes_per_block,
             workspace=rows * width * allocator.activation_dtype.itemsize + 3 * seqs * drafts * vocab * 4,
+            weights_read=told.network.weights_read(1 if cls.parallel else drafts),
         )
 
     def feature_layers(self) -> tuple[int, ...]:
@@ -162,6 +163,7 @@ class HeadDrafter(Drafter):
         network = self.network
         if dummy_seed is not None:
             network.fill_dummy(dummy_seed)
+            ids = dummy_vocabulary_map(self.config)
         else:
             load_weights(
                 self.directory,
@@ -171,7 +173,7 @@ class HeadDrafter(Drafter):
                 rename=canonical,
                 pickled=True,
             )
-        ids = vocabulary_map(self.directory, self.config)
+            ids = vocabulary_map(self.directory, self.config)
         self._ids = None if ids is None else ids.to(self.target.device)
         network.borrow(target)
         self._cache = cache

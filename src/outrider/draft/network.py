@@ -129,6 +129,18 @@ class HeadNetwork:
             found |= self.embedding.weights("embed_tokens.")
         return found | (self.head.weights("lm_head.") if self.head is not None else {})
 
+    def weights_read(self, num_passes: int) -> int:
+        """Bytes that a round reads: the taps' projection once, layers and head in every pass, of the embedding nothing.
+
+        A head that the target lends is read as one's own would be.
+        """
+        sizes = {name: weight.nbytes for name, weight in self.weights().items()}
+        layer, width = self.config.layer, self.fc.weight.dtype.itemsize
+        sizes.setdefault("lm_head.weight", self.config.draft_vocab_size * layer.hidden_size * width)
+        once = sum(size for name, size in sizes.items() if name.startswith(("fc", "input_norm")))
+        not_read = sum(sizes.get(name, 0) for name in ("embed_tokens.weight", "mask_hidden"))
+        return once + num_passes * (sum(sizes.values()) - once - not_read)
+
     def borrow(self, target: TargetParts) -> None:
         """Takes the target's embedding and head where the checkpoint has none."""
         self.embedding = self.embedding or target.embedding

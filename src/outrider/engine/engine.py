@@ -189,6 +189,13 @@ class Engine:
             acceptance=self.acceptance(),
         )
 
+    def part_times(self) -> dict[str, float] | None:
+        """Mean milliseconds that each part of a decode step took the device since the last call.
+
+        None without the option `time_parts`, or if the runner cannot tell.
+        """
+        return self._worker.part_times()
+
     def step(self) -> list[tuple[TokenDelta, Request]]:
         """Submits a step and reads the oldest one due; what each request gained, and its record.
 

@@ -55,6 +55,22 @@ def weight_files(directory: Path, *, pickled: bool = False) -> list[Path]:
     return files
 
 
+def tensor_names(directory: Path, *, pickled: bool = False) -> list[str]:
+    """Every tensor's name, as its file has it; from the index alone where none of the files it names is there.
+
+    Such a checkpoint can be described, and run with random weights. `pickled` as for `weight_files`.
+    """
+    if (directory / INDEX).exists():
+        shards = read_json(directory / INDEX).get("weight_map")
+        if (
+            isinstance(shards, dict)
+            and shards
+            and not any((directory / str(name)).exists() for name in shards.values())
+        ):
+            return [*shards]
+    return [name for file in weight_files(directory, pickled=pickled) for name in TensorFile(file).names()]
+
+
 class TensorFile:
     """The tensors of one weight file by name. Only those asked for are read. Raises CheckpointError if it cannot be."""
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from outrider.errors import CheckpointError, nearest
-from outrider.load.checkpoint import TensorFile, read_json, weight_files
+from outrider.load.checkpoint import TensorFile, read_json, tensor_names, weight_files
 from outrider.models.config import ModelConfig
 
 logger = logging.getLogger("outrider")
@@ -86,7 +86,7 @@ def read_head(directory: Path) -> HeadConfig:
     kind = config.get("speculators_model_type")
     if kind is not None and kind not in SPECULATORS:
         raise CheckpointError(f"draft heads of type {kind} are not supported: {nearest(str(kind), SPECULATORS)}")
-    names = {canonical(name) for file in weight_files(directory, pickled=True) for name in TensorFile(file).names()}
+    names = {canonical(name) for name in tensor_names(directory, pickled=True)}
     if "fc.weight" not in names and not is_head(config):
         raise CheckpointError(f"{directory} is not a draft head: its config.json is a language model's")
     if kind is None and "layers.0.hidden_norm.weight" not in names:
@@ -160,6 +160,12 @@ def vocabulary_map(directory: Path, config: HeadConfig) -> Tensor | None:
         if marked.shape != named.shape or not torch.equal(marked.bool(), named):
             raise CheckpointError(f"t2d in {directory} does not mark the tokens that d2t names: one of them is wrong")
     return None if torch.equal(targets, torch.arange(vocab_size)) else targets
+
+
+def dummy_vocabulary_map(config: HeadConfig) -> Tensor | None:
+    """As `vocabulary_map`, for random weights: as many of the target's tokens, evenly spaced. Reads no file."""
+    size, vocab_size = config.draft_vocab_size, config.layer.vocab_size
+    return None if size == vocab_size else torch.arange(size) * vocab_size // size
 
 
 def _architecture(layer: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -83,3 +83,14 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Give back memory and process groups. The runner is unusable afterwards."""
+
+
+@runtime_checkable
+class TimesParts(Protocol):
+    """What a runner may do besides: time its steps on the device, if built with `RunnerConfig.time_parts`."""
+
+    def part_times(self) -> dict[str, float] | None:
+        """Mean milliseconds of a decode step since the last call; None where nothing was timed.
+
+        "inputs", "target", "verify" and "draft" between marks in the step, "gap" while the device waits for the next.
+        """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outrider.core.plan import StepPlan
 from outrider.parallel.mesh import Mesh
-from outrider.runner.base import Pending, Runner, RunnerConfig
+from outrider.runner.base import Pending, Runner, RunnerConfig, TimesParts
 
 
 class LocalWorker:
@@ -19,6 +19,10 @@ class LocalWorker:
         """Starts a step; plans run in the order given."""
         assert self._runner is not None, "the worker is closed"
         return self._runner.submit(plan)
+
+    def part_times(self) -> dict[str, float] | None:
+        """As `TimesParts.part_times`; None if the runner cannot."""
+        return self._runner.part_times() if isinstance(self._runner, TimesParts) else None
 
     def reset(self) -> None:
         """Forgets every request, as after an interrupted step."""
