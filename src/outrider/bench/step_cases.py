@@ -12,6 +12,7 @@ from outrider.kernels.gather_rows import GATHER_ROWS
 from outrider.kernels.join_input import JOIN_INPUT
 from outrider.kernels.ngram import NGRAM_LOOKUP
 from outrider.kernels.noise import NOISE_BITS
+from outrider.kernels.report import REPORT
 from outrider.kernels.step_inputs import ASSEMBLE, assemble_reference
 from outrider.kernels.temper import TEMPER
 from outrider.kernels.verdict import JUDGE
@@ -140,6 +141,13 @@ def _join_input(sizes: Sizes) -> Case:
     return Case(JOIN_INPUT, "", [given], 4 * hidden.nbytes)
 
 
+def _report(sizes: Sizes) -> Case:
+    verdict = _verdict(sizes)
+    out = torch.empty(sizes.rows, sizes.num_drafts + 3, dtype=torch.int64, device=sizes.device)
+    given = {"tokens": verdict.tokens, "count": verdict.count, "drafted": torch.ones_like(verdict.count), "out": out}
+    return Case(REPORT, "", [given], 2 * out.nbytes)
+
+
 def _noise_bits(sizes: Sizes) -> Case:
     given = of_logits_rows(sizes)
     return Case(NOISE_BITS, "", [{**given, "purpose": Purpose.ACCEPT, "num_indices": 1}], 24 * len(given["seed"]))
@@ -169,6 +177,7 @@ BOOKS = (
     _gather_rows,
     _join_input,
     _noise_bits,
+    _report,
     _ngram_lookup,
 )
 """A maker of each op's case."""

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from emulated import Emulated
 from outrider import LLM
 from outrider.bench import speed
 from outrider.bench.floors import Reads
 from outrider.bench.prefill import bench_prefill, prefill_operations
 from outrider.bench.speed import Workload, bench
 from outrider.config import EngineOptions
+from outrider.engine import engine as engine_module
 from outrider.engine.engine import Engine
 from outrider.errors import OptionError
 from outrider.load.checkpoint import read_json
@@ -69,6 +71,18 @@ def test_parts_that_the_device_timed_replace_the_hosts(monkeypatch: pytest.Monke
     assert row["host_ms"].keys() == {"schedule", "run", "apply"}
     (row,) = bench(options(), Workload(16, 64, max_steps=3), [1], 1)["rows"]
     assert row["parts_ms"] == row["host_ms"], "on a CPU nobody asks the device unasked"
+
+
+def test_a_runner_two_steps_deep_is_measured_and_times_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph runner, emulated: its marks are a millisecond apart, its results one step late."""
+    monkeypatch.setattr(engine_module, "RUNNERS", (Emulated,))
+    result = bench(options(capture_sizes=(1, 4)), Workload(16, 64, max_steps=5), [1, 4], 2, parts=True)
+    assert result["parts_error"] is None and result["config"]["runner"] == "graph"
+    for row in result["rows"]:
+        assert row["steady_steps"] == 10 and row["parts_on"] == "device"
+        assert row["parts_ms"] == pytest.approx(dict.fromkeys(PARTS, 1.0))
+        rate = row["concurrency"] * row["acceptance_length"] / row["step_ms"] * 1e3
+        assert row["steady_tokens_per_second"] == pytest.approx(rate)
 
 
 def test_what_was_measured_survives_a_failure_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
