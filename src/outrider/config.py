@@ -43,9 +43,6 @@ logger = logging.getLogger("outrider")
 BLOCK_SIZE = 16
 """Tokens a key/value block holds."""
 
-TRITON_CAPABILITY = (8, 0)
-"""The least compute capability that Triton compiles for."""
-
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -225,7 +222,7 @@ def device_part(device: torch.device) -> Part:
         return Part(name, frozenset({Feature.CPU}))
     needs = {Feature.CUDA}
     capability = torch.cuda.get_device_capability(device)
-    if capability < TRITON_CAPABILITY:
+    if capability < LEAST_CAPABILITY:
         name = "{} of compute capability {}.{}".format(name, *capability)
         needs.add(Feature.OLD_CUDA)
     if not triton.AVAILABLE:

@@ -13,7 +13,9 @@ from outrider.bench.kernel_sizes import BLOCK_SIZE, Case, Sizes, num_bytes, num_
 from outrider.bench.step_cases import BOOKS, of_logits_rows
 from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
+from outrider.kernels.bar_tokens import BAR_TOKENS
 from outrider.kernels.decoder_layer import DECODER_LAYER
+from outrider.kernels.divide_logits import DIVIDE_LOGITS
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.rope import ROPE_STORE
@@ -47,7 +49,8 @@ def cases(sizes: Sizes) -> Iterator[partial[Case]]:
     yield partial(_decoder_layer, sizes)
     yield partial(_gumbel_argmax, sizes, 0.0)
     yield partial(_gumbel_argmax, sizes, 0.8)
-    yield partial(_truncate, sizes)
+    for processor in (_bar_tokens, _divide_logits, _truncate):
+        yield partial(processor, sizes)
     for books in BOOKS:
         yield partial(books, sizes)
 
@@ -180,6 +183,31 @@ def _gumbel_argmax(sizes: Sizes, temperature: float) -> Case:
     heat = torch.full((rows,), temperature, device=sizes.device)
     call = {"logits": logits, "temperature": heat, **given, "purpose": Purpose.TARGET}
     return Case(GUMBEL_ARGMAX, f"{rows} at {temperature}", [call], logits.nbytes)
+
+
+def _logits(sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Logits of every row that is verified, and whose each is."""
+    count = 1 + sizes.num_drafts
+    logits = sizes.draw(sizes.rows * count, sizes.config.vocab_size, dtype=torch.float32, spread=4.0)
+    return logits, torch.arange(sizes.rows, device=sizes.device).repeat_interleave(count)
+
+
+def _bar_tokens(sizes: Sizes) -> Case:
+    logits, slot = _logits(sizes)
+    given = {
+        "logits": logits,
+        "slot": slot,
+        "position": of_logits_rows(sizes)["position"],
+        "min_length": sizes.whole([2**30] * sizes.rows, torch.int32),
+        "barred": sizes.whole([[1, 2, -1, -1]] * sizes.rows),
+    }
+    return Case(BAR_TOKENS, f"{len(logits)} rows", [given], 48 * len(logits))
+
+
+def _divide_logits(sizes: Sizes) -> Case:
+    logits, slot = _logits(sizes)
+    given = {"logits": logits, "slot": slot, "temperature": torch.ones(sizes.rows, device=sizes.device)}
+    return Case(DIVIDE_LOGITS, f"{len(logits)} rows", [given], 2 * logits.nbytes)
 
 
 def _truncate(sizes: Sizes) -> Case:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from outrider.kernels.gpu.triton import AVAILABLE
+from outrider.kernels.gpu.triton import serves
 
 Example = Mapping[str, Any]
 """Keyword arguments of one call; tensors are drawn with the generator and put on the device given."""
@@ -20,7 +20,7 @@ class Op:
 
     `reference` runs wherever torch does. `kernels` maps a device type ("cpu", "cuda") to a
     faster function of the same signature; a device without one runs the reference, as does a GPU where
-    Triton is not installed. Nothing is chosen by trying: an entry that cannot run is a bug.
+    Triton is not installed, or too old for it. Nothing is chosen by trying: an entry that cannot run is a bug.
 
     `examples(generator, device, wide)` yields arguments; `wide`: activations are float32 whatever the weights, as on
     a CPU, and not of their type, as on a GPU.
@@ -37,7 +37,7 @@ class Op:
 
     def on(self, device: torch.device | str) -> Callable[..., Any]:
         """The function that serves a device; resolve it once, outside the step."""
-        kind = torch.device(device).type
-        if kind == "cuda" and not AVAILABLE:
+        device = torch.device(device)
+        if device.type == "cuda" and not serves(device):
             return self.reference
-        return self.kernels.get(kind, self.reference)
+        return self.kernels.get(device.type, self.reference)

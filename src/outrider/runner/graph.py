@@ -20,7 +20,7 @@ from torch import Tensor
 
 from outrider.capability import Feature, Offer
 from outrider.core.plan import Row, StepPlan, StepResult
-from outrider.errors import CapacityError
+from outrider.errors import CapacityError, UnsupportedError
 from outrider.kernels.report import REPORT
 from outrider.kernels.step_inputs import ASSEMBLE, load_draft
 from outrider.models.decoder import Decoder
@@ -163,6 +163,11 @@ class GraphRunner:
                         "lower gpu_memory_utilization or kv_cache_memory so that the key/value cache leaves more, or "
                         "max_num_seqs, or give fewer capture_sizes"
                     ) from error
+                except RuntimeError as error:
+                    raise UnsupportedError(
+                        f"the step could not be recorded with drafter {self._config.drafter.name}: {error}; a part "
+                        "that reads tensors on the host must have HOST_CODE in its needs, which the eager runner offers"
+                    ) from error
                 done += 1
                 if self._config.recording is not None:
                     self._config.recording(done, total)
@@ -226,6 +231,7 @@ class GraphRunner:
             read = self._replay(recorded, plan.rows[:ready])
             found.append(self._recorder.fetch(recorded.out[:ready]))
         if ready < len(plan.rows):
+            read = self._forget_last  # the gap to the next step is full of prompts
             found.append(self._recorder.fetch(self._call(plan.rows[ready:], processors, drafts)))
         return GraphPending(plan, found, self._recorder.fence(), read)
 
@@ -260,6 +266,9 @@ class GraphRunner:
             self._spent["gap"] += self._last.milliseconds(_END, marks, _START)
         self._last = marks
         self._num_timed += 1
+
+    def _forget_last(self) -> None:
+        self._last = None
 
     def part_times(self) -> dict[str, float] | None:
         """Mean milliseconds on the device of the parts of a decode step since the last call, and of the gap before it.

@@ -9,12 +9,12 @@ import pytest
 
 from emulated import Emulated
 from outrider import LLM
+from outrider import config as config_module
 from outrider.bench import speed
 from outrider.bench.floors import Reads
 from outrider.bench.prefill import bench_prefill, prefill_operations
 from outrider.bench.speed import Workload, bench
 from outrider.config import EngineOptions
-from outrider.engine import engine as engine_module
 from outrider.engine.engine import Engine
 from outrider.errors import OptionError
 from outrider.load.checkpoint import read_json
@@ -75,7 +75,7 @@ def test_parts_that_the_device_timed_replace_the_hosts(monkeypatch: pytest.Monke
 
 def test_a_runner_two_steps_deep_is_measured_and_times_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph runner, emulated: its marks are a millisecond apart, its results one step late."""
-    monkeypatch.setattr(engine_module, "RUNNERS", (Emulated,))
+    monkeypatch.setattr(config_module, "RUNNERS", (Emulated,))
     result = bench(options(capture_sizes=(1, 4)), Workload(16, 64, max_steps=5), [1, 4], 2, parts=True)
     assert result["parts_error"] is None and result["config"]["runner"] == "graph"
     for row in result["rows"]:

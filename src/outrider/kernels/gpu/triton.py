@@ -26,6 +26,7 @@ except ImportError:
 __all__ = [
     "AVAILABLE",
     "INTERPRETED",
+    "LEAST_CAPABILITY",
     "begin",
     "dot",
     "jit",
@@ -33,12 +34,22 @@ __all__ = [
     "launch",
     "next_power_of_2",
     "overlaps",
+    "serves",
     "tl",
     "wait",
 ]
 
 AVAILABLE = triton is not None
 """Whether kernels of this room can run: without Triton the references serve a GPU too."""
+
+
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that the kernels of this room are for: what came before has no bfloat16."""
+
+
+def serves(device: torch.device) -> bool:
+    """Whether kernels of this room run on a CUDA device; where there is none they may be interpreted."""
+    return AVAILABLE and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY)
 
 
 def jit(function: Callable[..., Any]) -> Any:
