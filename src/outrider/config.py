@@ -222,7 +222,7 @@ def device_part(device: torch.device) -> Part:
         return Part(name, frozenset({Feature.CPU}))
     needs = {Feature.CUDA}
     capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
+    if capability < triton.LEAST_CAPABILITY:
         name = "{} of compute capability {}.{}".format(name, *capability)
         needs.add(Feature.OLD_CUDA)
     if not triton.AVAILABLE:
