@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.linear import FEW, Rows, few_rows, scale_rows
+from outrider.kernels.gpu.linear import FEW, ROWS, Rows, few_rows, in_registers, scale_rows
 
 
 class GpuLayerStack:
@@ -54,7 +54,8 @@ class GpuLayerStack:
         """Runs layers first:last, at least one; see `LayerStack`."""
         where = rope, positions, cache_slot, block_table, query_start, seq_lens
         if len(residual) <= FEW:
-            self._few(first, last, x, residual, where, taps, features)
+            run = self._in_registers if len(residual) <= ROWS else self._few
+            run(first, last, x, residual, where, taps, features)
             return None
         for index in range(first, last):
             weights, cache = self._layers[index]
@@ -62,6 +63,41 @@ class GpuLayerStack:
             given = *where[:2], *cache, *where[2:]
             x = self._by_ops(x, residual, *weights, self._eps, *given, self._num_heads, self._scale)
         return x
+
+    def _in_registers(
+        self,
+        first: int,
+        last: int,
+        x: Tensor | None,
+        residual: Tensor,
+        where: tuple[Tensor, ...],
+        taps: Sequence[int],
+        features: Tensor | None,
+    ) -> None:
+        for index in range(first, last):
+            weights, cache = self._layers[index]
+            source = residual
+            if weights.input_norm is None:
+                assert x is not None, "a layer without input_norm is given what it reads"
+                source = x
+            elif x is not None:
+                residual.add_(x)
+            x = None
+            self._take_taps(index, None, residual, taps, features)
+            heads = self._empty(residual, weights.qkv.shape[0])
+            in_registers(source, weights.qkv, heads, bias=weights.qkv_bias, norm=weights.input_norm, eps=self._eps)
+            in_registers(self._mix(heads, weights, cache, where), weights.out, residual, add=True)
+            gated = self._empty(residual, weights.down.shape[1])
+            in_registers(residual, weights.gate_up, gated, norm=weights.post_norm, eps=self._eps, gate=True)
+            in_registers(gated, weights.down, residual, add=True)
+
+    def _mix(self, heads: Tensor, weights: Any, cache: tuple[Tensor, Tensor], where: tuple[Tensor, ...]) -> Tensor:
+        """Attention, from queries, keys and values [T, (Hq + 2*Hkv) * D] to [T, Hq * D]."""
+        rope, positions, cache_slot, *rows = where
+        norms = weights.q_norm, weights.k_norm, self._eps
+        heads_of = self._num_heads, self._num_kv_heads
+        query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *heads_of)
+        return self._attend(query, *cache, *rows, self._scale).flatten(1)
 
     def _few(
         self,
@@ -73,7 +109,6 @@ class GpuLayerStack:
         taps: Sequence[int],
         features: Tensor | None,
     ) -> None:
-        rope, positions, cache_slot, *rows = where
         entry = self._layers[first][0].input_norm
         source: Tensor | Rows | None = x
         if entry is not None:
@@ -84,10 +119,7 @@ class GpuLayerStack:
             assert source is not None, "a layer without input_norm is given what it reads"
             heads = self._empty(residual, weights.qkv.shape[0])
             few_rows(source, weights.qkv, heads, bias=weights.qkv_bias)
-            norms = weights.q_norm, weights.k_norm, self._eps
-            heads_of = self._num_heads, self._num_kv_heads
-            query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *heads_of)
-            mixed = self._attend(query, *cache, *rows, self._scale).flatten(1)
+            mixed = self._mix(heads, weights, cache, where)
             normed = few_rows(mixed, weights.out, residual, add=True, next_norm=weights.post_norm, eps=self._eps)
             assert normed is not None
             gated = self._empty(residual, weights.down.shape[1])
