@@ -10,6 +10,7 @@ The rows up to p+a are those the target has just run and kept; they rewrite what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from outrider.draft.base import DraftContext
 from outrider.draft.head import HeadDrafter, Rows
+from outrider.kernels.single_rows import SINGLE_ROWS
 from outrider.tensors import Draft, StepBatch
 
 
@@ -32,31 +34,26 @@ class Eagle3(HeadDrafter):
         rows = self.rows(context, num_masks=0)
         hidden = self.hidden(context, rows)
         normed, hidden = network(rows.batch.input_ids, hidden, rows.batch, self._cache)
-        bonus = rows.guesses.view(-1, self.num_drafts)[:, 0]
-        normed, hidden = normed.index_select(0, bonus), hidden.index_select(0, bonus)
-        position = rows.position.view(-1, self.num_drafts)[:, 0].contiguous()  # of the first guess
-        token, law = self.guess(normed, context, batch.slot, position)
+        bonus, positions, singles = self._singles(context, rows)
+        normed, hidden = self._gather(normed, None, bonus), self._gather(hidden, None, bonus)
+        token, law = self.guess(normed, context, batch.slot, positions[0])
         tokens, laws = [token], [law]
-        for step, single in enumerate(self._singles(context, rows, position), start=1):
+        for single, position in zip(singles, positions[1:], strict=True):
             normed, hidden = network(token, hidden, single, self._cache)
-            token, law = self.guess(normed, context, batch.slot, position + step)
+            token, law = self.guess(normed, context, batch.slot, position)
             tokens.append(token)
             laws.append(law)
         kept = [law for law in laws if law is not None]
         return Draft(torch.stack(tokens, dim=1), rows.length, torch.stack(kept, dim=1) if kept else None)
 
-    def _singles(self, context: DraftContext, rows: Rows, position: Tensor) -> list[StepBatch]:
-        """The batch of each further pass: a row a request, behind the one before; at 0, unwritten, if none is left."""
-        batch, size = context.batch, self.target.block_size
-        step = torch.arange(1, self.num_drafts, device=position.device)[:, None]
-        own = position - 2 + step  # [K-1, B]; the bonus row stands two before the first guess
-        active = step < rows.length
-        own = torch.where(active, own, 0)
-        block = batch.block_table.gather(1, (own // size).T).T.long()
-        cache_slot = torch.where(active, block * size + own % size, -1)
-        seq_lens = (own + 1).int()
-        query_start = torch.arange(batch.slot.shape[0] + 1, dtype=torch.int32, device=position.device)
-        return [
+    def _singles(self, context: DraftContext, rows: Rows) -> tuple[Tensor, Sequence[Tensor], list[StepBatch]]:
+        """Of the first pass the rows that guess, [B]; of each pass the guesses' positions, [B]; each further batch."""
+        batch = context.batch
+        query_start, bonus, guessed, *by_pass = SINGLE_ROWS.on(batch.slot.device)(
+            rows.guesses, rows.position, rows.length, batch.block_table, self.num_drafts, self.target.block_size
+        )
+        singles = [
             replace(batch, query_start=query_start, seq_lens=lens, positions=places, cache_slot=slots)
-            for lens, places, slots in zip(seq_lens, own, cache_slot, strict=True)
+            for lens, places, slots in zip(*by_pass, strict=True)
         ]
+        return bonus, guessed.unbind(), singles

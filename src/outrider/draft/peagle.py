@@ -47,6 +47,6 @@ class PEagle(HeadDrafter):
         rows = self.rows(context, num_masks=self.num_drafts - 1)
         hidden = self.hidden(context, rows, self._mask_row)
         normed, _ = self.network(rows.batch.input_ids, hidden, rows.batch, self._cache)
-        tokens, law = self.guess(normed.index_select(0, rows.guesses), context, rows.slot, rows.position)
+        tokens, law = self.guess(self._gather(normed, None, rows.guesses), context, rows.slot, rows.position)
         shape = (len(rows.length), self.num_drafts)
         return Draft(tokens.view(shape), rows.length, None if law is None else law.view(*shape, -1))

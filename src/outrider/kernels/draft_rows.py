@@ -20,9 +20,10 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.commit import commit_reference
+from outrider.kernels.gpu.draft_rows import draft_rows_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
-from outrider.kernels.step_inputs import assemble_reference, example_slots, locate
+from outrider.kernels.step_inputs import assemble_reference, example_rows, example_step, locate
 from outrider.tensors import Slots, StepBatch, Verdict
 
 Rows = tuple[Tensor, ...]
@@ -190,23 +191,23 @@ def draft_rows_cpu(
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    # slot, num_tokens, num_drafts, ends_prompt, and how many tokens the verdict gives the row
-    cases = (
-        ([(1, 1, 0, 1)], [1], 3, 0),
-        ([(4, 4, 3, 1)], [3], 3, 2),
-        ([(2, 1, 0, 1), (0, 4, 3, 1), (5, 3, 2, 1), (3, 7, 0, 0), (1, 5, 0, 1)], [1, 4, 1, 0, 1], 4, 3),
-    )
-    for rows, counts, num_drafts, num_masks in cases:
-        for limit in (37, 14):
-            slots = example_slots(generator, device, 7, 37, 3)
-            for at, num_tokens, drafted, _ in rows:
-                slots.computed[at] = slots.length[at] + drafted - num_tokens
-            slots.computed[3] -= 2
-            slot, tokens, drafts, ends = torch.tensor(rows, device=device).unbind(1)
-            num_logits = sum(row[2] + 1 for row in rows if row[3])
-            batch = assemble_reference(slots, slot, tokens, drafts, ends, sum(row[1] for row in rows), num_logits, 4)
-            count = torch.tensor(counts, dtype=torch.int32, device=device)
-            committed, _ = commit_reference(slots, batch, Verdict(torch.full((len(rows), 4), 7, device=device), count))
+    mixed = [(2, 1, 0, 1), (0, 4, 3, 1), (5, 3, 2, 1), (3, 7, 0, 0), (1, 5, 0, 1)]
+    for rows, width, padding, num_drafts, num_masks in (
+        ([(1, 1, 0, 1)], 3, 0, 3, 0),
+        ([(4, 4, 3, 1)], 3, 0, 3, 2),
+        (mixed, 3, 0, 4, 3),
+        (example_rows(generator, 2, 32), 32, 30, 32, 31),
+        (example_rows(generator, 33, 1), 1, 2, 1, 0),
+        (example_rows(generator, 125, 7, num_empty=3), 7, 24, 7, 6),
+    ):
+        for limit in (37, 14) if len(rows) < 9 else (22,):
+            slots, columns = example_step(generator, device, rows, width)
+            num_query, num_logits = sum(row[1] for row in rows), sum(row[2] + 1 for row in rows if row[3])
+            batch = assemble_reference(slots, *columns, num_query + padding, num_logits + padding, 4)
+            part = torch.rand(len(rows), generator=generator).to(device)
+            count = (columns[3] * (1 + part * (columns[2] + 1)).floor()).int()
+            gained = torch.full((len(rows), width + 1), 7, device=device)
+            committed, _ = commit_reference(slots, batch, Verdict(gained, count))
             yield {
                 "slots": slots,
                 "batch": batch,
@@ -222,7 +223,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 DRAFT_ROWS = Op(
     name="draft_rows",
     reference=draft_rows_reference,
-    kernels={"cpu": draft_rows_cpu},
+    kernels={"cpu": draft_rows_cpu, "cuda": draft_rows_gpu},
     examples=_examples,
     tolerance=0.0,
     why="indices",

@@ -14,6 +14,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels._numba import copy_row
+from outrider.kernels.gpu.gather_rows import gather_rows_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
 
@@ -51,7 +52,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 GATHER_ROWS = Op(
     "gather_rows",
     gather_rows_reference,
-    {"cpu": _gather_rows_cpu},
+    {"cpu": _gather_rows_cpu, "cuda": gather_rows_gpu},
     examples=_examples,
     tolerance=0.0,
     why="copies",

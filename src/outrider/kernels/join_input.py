@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels._numba import KIND, WIDTH, Emitter, Int, Vector, emitted
+from outrider.kernels.gpu.join_input import join_input_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_row, rms_norm_reference
 from outrider.kernels.op import Example, Op
@@ -102,4 +103,6 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
             }
 
 
-JOIN_INPUT = Op("join_input", join_input_reference, {"cpu": _join_input_cpu}, examples=_examples)
+JOIN_INPUT = Op(
+    "join_input", join_input_reference, {"cpu": _join_input_cpu, "cuda": join_input_gpu}, examples=_examples
+)

@@ -14,6 +14,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.gpu.temper import temper_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
 
@@ -93,4 +94,4 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
             }
 
 
-TEMPER = Op("temper", temper_reference, {"cpu": _temper_cpu}, examples=_examples)
+TEMPER = Op("temper", temper_reference, {"cpu": _temper_cpu, "cuda": temper_gpu}, examples=_examples)

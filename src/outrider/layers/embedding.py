@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.kernels.embed import EMBED
 from outrider.kernels.linear import LINEAR
 from outrider.layers.parameter import Allocator, Weights
 
@@ -15,10 +15,12 @@ class Embedding:
     def __init__(self, vocab_size: int, hidden_size: int, allocator: Allocator) -> None:
         self.weight = allocator.parameter(vocab_size, hidden_size)
         self._dtype = allocator.activation_dtype
+        self._embed = EMBED.on(allocator.device)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[T] int64 -> [T, H] in the activations' dtype."""
-        return F.embedding(ids, self.weight).to(self._dtype)
+        embedded: Tensor = self._embed(ids, self.weight, self._dtype)
+        return embedded
 
     def weights(self, prefix: str) -> Weights:
         return {f"{prefix}weight": self.weight}

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from outrider.capability import Feature
 from outrider.errors import OptionError
-from outrider.kernels.noise import NOISE_BITS, uniform
+from outrider.kernels.decree import DECREE
 from outrider.kernels.sample import GUMBEL_ARGMAX
-from outrider.kernels.step_inputs import locate
 from outrider.kernels.verdict import JUDGE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
 
@@ -40,15 +39,14 @@ class Synthetic:
                 f"synthetic_rates must not rise: {list(rates)}; give the share of rounds that get that far"
             )
         before = [1.0, *rates]
-        self._chances = [rate / given if given > 0 else 0.0 for given, rate in zip(before, rates, strict=False)]
+        chances = [rate / given if given > 0 else 0.0 for given, rate in zip(before, rates, strict=False)]
+        self._chances = torch.tensor(chances, dtype=torch.float64)
 
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
         likeliest = GUMBEL_ARGMAX.on(logits.device)
         choice = likeliest(logits, None, slots.seed, batch.logits_position, Purpose.TARGET, slot=batch.logits_slot)
-        _, place = locate(batch.logits_start, logits.shape[0])
-        bits = NOISE_BITS.on(logits.device)(slots.seed[batch.logits_slot], batch.logits_position, Purpose.ACCEPT, 1)
-        given = torch.zeros_like(choice, dtype=torch.float64)
-        for index, chance in enumerate(self._chances):
-            given = torch.where(place == index, chance, given)
-        stands = uniform(bits)[:, 0] < given
+        self._chances = self._chances.to(logits.device)
+        stands = DECREE.on(logits.device)(
+            batch.logits_start, slots.seed, batch.logits_slot, batch.logits_position, self._chances, Purpose.ACCEPT
+        )
         return Verdict(*JUDGE.on(logits.device)(choice, stands, batch.logits_start, draft.tokens))

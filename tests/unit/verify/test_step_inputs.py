@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from outrider.kernels.commit import commit_cpu, commit_reference, store_draft_reference
-from outrider.kernels.gpu.commit import commit_gpu
+from outrider.kernels.gpu.commit import commit_gpu, store_draft_gpu
 from outrider.kernels.gpu.step_inputs import assemble_gpu
 from outrider.kernels.step_inputs import assemble_cpu, assemble_reference, example_slots, load_draft, locate
 from outrider.tensors import Draft, Slots, Verdict
@@ -156,6 +156,18 @@ def test_drafts_come_back_as_they_were_stored() -> None:
     loaded = load_draft(slots, assemble_reference(slots, *plan))
     assert torch.equal(loaded.tokens, draft.tokens) and torch.equal(loaded.logits, draft.logits)
     assert slots.draft_length.tolist() == [0, 1, 0, 0, 2]
+
+
+@INTERPRETED
+def test_a_row_that_pads_a_batch_stores_no_draft_on_a_gpu() -> None:
+    """Several such rows share a slot: what it held would depend on which came last."""
+    slots = example_slots(torch.Generator().manual_seed(0), CPU, 5, 16, 2)
+    before = slots.draft_tokens.clone()
+    batch = assemble_reference(slots, *columns([(4, 1, 0, 1), (1, 0, 0, 0), (1, 0, 0, 0)]), 3, 3, BLOCK)
+    draft = Draft(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([2, 1, 2], dtype=torch.int32), None)
+    store_draft_gpu(slots, batch, draft)
+    before[4] = draft.tokens[0]
+    assert torch.equal(slots.draft_tokens, before) and slots.draft_length.tolist() == [0, 0, 0, 0, 2]
 
 
 def test_locate_skips_empty_rows() -> None:

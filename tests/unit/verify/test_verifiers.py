@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
 
 from outrider.errors import OptionError
+from outrider.kernels.gpu.verdict import judge_gpu
 from outrider.kernels.step_inputs import ASSEMBLE, example_slots
 from outrider.kernels.verdict import judge_cpu, judge_reference
 from outrider.tensors import Draft, Purpose, Slots, StepBatch
@@ -18,7 +21,12 @@ from outrider.verify.synthetic import Synthetic
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("judge", [judge_reference, judge_cpu])
+INTERPRETED = pytest.mark.skipif(
+    not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
+)
+
+
+@pytest.mark.parametrize("judge", [judge_reference, judge_cpu, pytest.param(judge_gpu, marks=INTERPRETED)])
 def test_judge(judge) -> None:
     starts = torch.tensor([0, 3, 3, 4, 7], dtype=torch.int32)  # two drafts, inside a prompt, none, two
     drafts = torch.tensor([[5, 6, 9], [1, 1, 9], [2, 2, 9], [8, 8, 9]])

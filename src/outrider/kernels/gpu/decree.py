@@ -1,0 +1,83 @@
+"""Which drafts stand by decree: a program for some rows of logits. See `kernels.decree`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.gpu.step_inputs import tile
+from outrider.kernels.gpu.triton import begin, jit, jit_counts, launch, overlaps, tl, wait
+
+
+@jit
+def _mixed(x):
+    """`kernels.noise.mix` of uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@jit
+def _first_bits(seed, position, PURPOSE: tl.constexpr):
+    """The integer of `kernels.noise` at index 0, uint32, for int64 seeds and positions."""
+    a = _mixed(seed.to(tl.uint32) + 0x9E3779B9)
+    b = _mixed((seed >> 32).to(tl.uint32) ^ a)
+    a = _mixed(a ^ b ^ position.to(tl.uint32))
+    b = _mixed(b + a + ((PURPOSE * 0x85EBCA6B) & 0xFFFFFFFF))
+    return _mixed(_mixed(_mixed(a ^ b)) + b)
+
+
+@jit_counts("num_rows", "num_logits")
+def _decree_kernel(
+    logits_start, seed, logits_slot, logits_position, chances, stands, num_rows, num_logits, num_chances,
+    PURPOSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = item < num_logits
+    every = tl.arange(0, ROWS)
+    wait(PDL)
+    start = tl.load(logits_start + every, mask=every < num_rows, other=0)
+    own = tl.max(tl.where(start[None, :] <= item[:, None], start[None, :], 0), 1)
+    place = item - own
+    at = tl.load(logits_slot + item, mask=inside, other=0)
+    position = tl.load(logits_position + item, mask=inside, other=0)
+    noise = _first_bits(tl.load(seed + at, mask=inside, other=0), position, PURPOSE)
+    chance = tl.load(chances + place, mask=inside & (place < num_chances), other=0)
+    uniform = (noise.to(tl.float64) + 0.5) * (1.0 / 4294967296.0)
+    tl.store(stands + item, (uniform < chance).to(tl.uint8), mask=inside)
+
+
+def decree_gpu(
+    logits_start: Tensor,
+    seed: Tensor,
+    logits_slot: Tensor,
+    logits_position: Tensor,
+    chances: Tensor,
+    purpose: int,
+) -> Tensor:
+    """`decree_reference` in one kernel."""
+    assert logits_slot.is_contiguous() and logits_position.is_contiguous() and chances.dtype == torch.float64
+    num_logits, size = logits_slot.shape[0], logits_start.shape[0] - 1
+    stands = torch.empty(num_logits, dtype=torch.bool, device=seed.device)
+    rows, block = tile(size)
+    overlap = overlaps(seed)
+    _decree_kernel[(-(-num_logits // block),)](
+        logits_start,
+        seed,
+        logits_slot,
+        logits_position,
+        chances,
+        stands.view(torch.uint8),
+        size,
+        num_logits,
+        len(chances),
+        PURPOSE=int(purpose),
+        ROWS=rows,
+        BLOCK=block,
+        PDL=overlap,
+        **launch(overlap),
+    )
+    return stands

@@ -1,0 +1,67 @@
+"""The passes with which a draft head that makes its drafts one after another follows its first: a row a request.
+
+The first pass gives a request's first guess, from its bonus row; pass k (1 to K-1) runs guess k at the position of the
+bonus row plus k, two before the token that it guesses. Where a request has no guess k any more, its row stands at
+position 0 and goes nowhere (cache_slot -1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.gpu.single_rows import single_rows_gpu
+from outrider.kernels.op import Example, Op
+
+
+def single_rows_reference(
+    logits_index: Tensor,  # [B * K] int64, as `kernels.draft_rows` gives it: a request's first is its bonus row
+    guess_position: Tensor,  # [B * K] int64, from there too
+    length: Tensor,  # [B] int32, how many guesses a request has positions for
+    block_table: Tensor,  # [B, M] int32
+    num_drafts: int,  # K, at least 1
+    block_size: int,
+) -> tuple[Tensor, ...]:
+    """query_start [B+1] int32, of every pass; bonus [B] int64, the first pass's rows that guess; then by pass.
+
+    guess_position [K, B] int64, of the first pass too; seq_lens [K-1, B] int32, positions and cache_slot [K-1, B]
+    int64, of pass 1 first.
+    """
+    size, device = length.shape[0], length.device
+    first = guess_position.view(size, num_drafts)[:, 0]
+    step = torch.arange(num_drafts, device=device)[:, None]
+    later = step[1:]
+    active = later < length
+    own = torch.where(active, first - 2 + later, 0)  # [K-1, B]
+    block = block_table.gather(1, (own // block_size).T).T.long()
+    cache_slot = torch.where(active, block * block_size + own % block_size, -1)
+    query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
+    bonus = logits_index.view(size, num_drafts)[:, 0].contiguous()
+    return query_start, bonus, first + step, (own + 1).int(), own, cache_slot
+
+
+def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
+    for size, num_drafts in ((1, 1), (1, 7), (3, 32), (33, 2), (128, 7)):
+        bonus = torch.randint(0, 99, (size, 1), generator=generator)
+        first = torch.randint(2, 30, (size, 1), generator=generator)
+        guess = torch.arange(num_drafts)
+        yield {
+            "logits_index": bonus.repeat(1, num_drafts).flatten().to(device),
+            "guess_position": (first + guess).flatten().to(device),
+            "length": torch.randint(0, num_drafts + 1, (size,), generator=generator).int().to(device),
+            "block_table": torch.randint(0, 99, (size, 16), generator=generator).int().to(device),
+            "num_drafts": num_drafts,
+            "block_size": 4,
+        }
+
+
+SINGLE_ROWS = Op(
+    "single_rows",
+    single_rows_reference,
+    {"cuda": single_rows_gpu},
+    examples=_examples,
+    tolerance=0.0,
+    why="indices",
+)
