@@ -24,7 +24,7 @@ from torch import Tensor
 
 from outrider.kernels.gpu.triton import AVAILABLE, begin, jit, launch, next_power_of_2, overlaps, tl, triton, wait
 
-_H100 = 132  # multiprocessors
+_INTERPRETER = 8  # multiprocessors that it is taken to have: enough for keys to be shared out, few enough to end
 _MOST_SPLITS = 64
 _PROGRAMS = 2  # a multiprocessor is to have, at least, before keys are no longer shared out
 
@@ -52,15 +52,17 @@ def choose_tiles(num_tokens: int, num_rows: int, group: int, head_dim: int, item
     return Tiles(rows, tokens, 32 if large else 64, 4, 2 if large else 3)
 
 
-def choose_splits(num_tokens: int, num_rows: int, num_kv_heads: int, max_len: int, tiles: Tiles, device: int) -> int:
+def choose_splits(
+    num_tokens: int, num_rows: int, num_kv_heads: int, max_len: int, tiles: Tiles, processors: int
+) -> int:
     """Among how many programs the keys of a tile are shared out: as many as keep the device busy."""
     programs = max(num_rows, -(-num_tokens // tiles.tokens)) * num_kv_heads
-    return max(1, min(_PROGRAMS * device // programs, -(-max_len // tiles.keys), _MOST_SPLITS))
+    return max(1, min(_PROGRAMS * processors // programs, -(-max_len // tiles.keys), _MOST_SPLITS))
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETER
 
 
 @jit
@@ -80,6 +82,13 @@ def _row_of(tile, query_start, num_rows, BLOCK_Q: tl.constexpr, BLOCK_B: tl.cons
 
 
 @jit
+def _blocks(table, first_key, num_keys, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The blocks of a step's keys. They are asked for a step ahead, so that keys and values can be several ahead."""
+    key = first_key + tl.arange(0, BLOCK_N)
+    return tl.load(table + key // BLOCK_SIZE, mask=key < num_keys, other=0)
+
+
+@jit
 def _load(cache, at, mask, MASKED: tl.constexpr):
     if MASKED:
         return tl.load(cache + at, mask=mask, other=0)
@@ -93,6 +102,7 @@ def _step(
     key_cache,
     value_cache,
     table,  # of the row
+    block,  # [BLOCK_N], of this step's keys
     first_key,
     num_keys,
     head,
@@ -109,7 +119,7 @@ def _step(
 ):
     key = first_key + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
-    block = _load(table, key // BLOCK_SIZE, key < num_keys, MASKED)
+    next_block = _blocks(table, first_key + BLOCK_N, num_keys, BLOCK_N, BLOCK_SIZE)
     at = (block.to(tl.int64) * num_kv_heads + head) * (BLOCK_SIZE * HEAD_DIM) + key % BLOCK_SIZE * HEAD_DIM
     at = at[:, None] + column[None, :]
     inside = (key < num_keys)[:, None] & (column < HEAD_DIM)[None, :]
@@ -125,7 +135,7 @@ def _step(
     weight = weight * decay + tl.sum(powers, 1)
     values = _load(value_cache, at, inside, MASKED or HEAD_DIM != BLOCK_D).to(query.dtype)
     total = _dot(powers.to(query.dtype), values, total * decay[:, None])
-    return new_top, weight, total
+    return next_block, new_top, weight, total
 
 
 @jit
@@ -182,6 +192,7 @@ def _attention_kernel(
     first_key = split * share * BLOCK_N
     last_key = tl.minimum((split + 1) * share, num_steps) * BLOCK_N
     table = block_table + row.to(tl.int64) * max_blocks
+    block = _blocks(table, first_key, num_keys, BLOCK_N, BLOCK_SIZE)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -189,14 +200,14 @@ def _attention_kernel(
         seen_by_all = (length - end + first_token + 1) // BLOCK_N * BLOCK_N
         first_masked = tl.maximum(tl.minimum(seen_by_all, last_key), first_key)
         for key in range(first_key, first_masked, BLOCK_N):
-            top, weight, total = _step(
-                queries, position, key_cache, value_cache, table, key, num_keys, head, num_kv_heads, scale,
+            block, top, weight, total = _step(
+                queries, position, key_cache, value_cache, table, block, key, num_keys, head, num_kv_heads, scale,
                 top, weight, total, False, BLOCK_N, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
             )  # fmt: skip
         first_key = first_masked
     for key in range(first_key, last_key, BLOCK_N):
-        top, weight, total = _step(
-            queries, position, key_cache, value_cache, table, key, num_keys, head, num_kv_heads, scale,
+        block, top, weight, total = _step(
+            queries, position, key_cache, value_cache, table, block, key, num_keys, head, num_kv_heads, scale,
             top, weight, total, True, BLOCK_N, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
         )  # fmt: skip
 
@@ -325,6 +336,6 @@ def paged_attention_gpu(
     num_rows, max_blocks = block_table.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     tiles = choose_tiles(num_tokens, num_rows, num_heads // num_kv_heads, head_dim, query.element_size())
-    device = _multiprocessors(query.device)
-    splits = choose_splits(num_tokens, num_rows, num_kv_heads, max_blocks * block_size, tiles, device)
+    processors = _multiprocessors(query.device)
+    splits = choose_splits(num_tokens, num_rows, num_kv_heads, max_blocks * block_size, tiles, processors)
     return attend(query, key_cache, value_cache, block_table, query_start, seq_lens, scale, tiles, splits)
