@@ -39,17 +39,22 @@ class Tiles(NamedTuple):
     keys: int  # of a step
     warps: int
     stages: int
+    tall: bool = False  # worth a loop of its own over the keys that all queries see, which needs no mask
 
 
 def choose_tiles(num_tokens: int, num_rows: int, group: int, head_dim: int, itemsize: int) -> Tiles:
-    """Tiles that hold a row of the mean length, up to 64 tall; more tokens than that are prompts and get tall ones."""
+    """Tiles that hold a row of the mean length, up to 64 tall; more tokens than that are prompts and get tall ones.
+
+    float32, which tensor cores do not multiply exactly, gets tiles that fit into registers.
+    """
     tokens = next_power_of_2(-(-num_tokens // num_rows))
     rows = max(16, next_power_of_2(tokens * group))
-    large = head_dim * itemsize > 256
+    if itemsize > 2:
+        rows = max(min(rows, 32), next_power_of_2(group))
+        return Tiles(rows, min(tokens, rows // group), 16, 8, 2)
     if rows > 64:
-        rows = 128 if itemsize <= 2 else max(32, next_power_of_2(group))
-        return Tiles(rows, rows // group, 32 if itemsize > 2 else 64, 8, 2 if large else 3)
-    return Tiles(rows, tokens, 32 if large else 64, 4, 2 if large else 3)
+        return Tiles(128, 128 // group, 64, 8, 3 if head_dim <= 128 else 2, tall=True)
+    return Tiles(rows, tokens, 64 if head_dim <= 128 else 32, 4, 3 if head_dim <= 128 else 2)
 
 
 def choose_splits(
@@ -157,7 +162,7 @@ def _attention_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
-    TALL: tl.constexpr,  # worth a loop of its own over the keys that all queries see
+    TALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -225,7 +230,7 @@ def _combine_kernel(
     log_weights,  # [SPLITS, T * Hq] float32
     out,  # [T * Hq, D]
     num_heads,  # T * Hq
-    SPLITS: tl.constexpr,
+    splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -236,9 +241,9 @@ def _combine_kernel(
     split = tl.arange(0, BLOCK_S)
     column = tl.arange(0, BLOCK_D)
     place = split * num_heads.to(tl.int64) + head
-    inside = (split < SPLITS)[:, None] & (column < HEAD_DIM)[None, :]
+    inside = (split < splits)[:, None] & (column < HEAD_DIM)[None, :]
     wait(PDL)
-    log_weight = tl.load(log_weights + place, mask=split < SPLITS, other=float("-inf"))
+    log_weight = tl.load(log_weights + place, mask=split < splits, other=float("-inf"))
     value = tl.load(partial + place[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0)
     top = tl.max(log_weight)
     weight = tl.exp2(log_weight - tl.where(top == float("-inf"), 0.0, top))
@@ -294,12 +299,12 @@ def attend(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SPLIT=splits > 1,
-        TALL=tiles.rows > 64,
+        TALL=tiles.tall,
         BLOCK_M=tiles.rows,
         BLOCK_Q=tiles.tokens,
         BLOCK_N=tiles.keys,
         BLOCK_D=block_d,
-        BLOCK_B=next_power_of_2(num_rows + 1),
+        BLOCK_B=max(128, next_power_of_2(num_rows + 1)),
         PDL=overlap,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -311,7 +316,7 @@ def attend(
             log_weights,
             out,
             num_tokens * num_heads,
-            SPLITS=splits,
+            splits,
             HEAD_DIM=head_dim,
             BLOCK_S=next_power_of_2(splits),
             BLOCK_D=block_d,
