@@ -26,7 +26,6 @@ from outrider.kernels.gpu.triton import AVAILABLE, begin, jit, launch, next_powe
 
 _INTERPRETER = 8  # multiprocessors that it is taken to have: enough for keys to be shared out, few enough to end
 _MOST_SPLITS = 64
-_PROGRAMS = 2  # a multiprocessor is to have, at least, before keys are no longer shared out
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
 
@@ -60,9 +59,12 @@ def choose_tiles(num_tokens: int, num_rows: int, group: int, head_dim: int, item
 def choose_splits(
     num_tokens: int, num_rows: int, num_kv_heads: int, max_len: int, tiles: Tiles, processors: int
 ) -> int:
-    """Among how many programs the keys of a tile are shared out: as many as keep the device busy."""
+    """Among how many programs the keys of a tile are shared out: as many as keep the device busy.
+
+    A multiprocessor holds one program with a tall tile, whose partial results are also large, and two of the others.
+    """
     programs = max(num_rows, -(-num_tokens // tiles.tokens)) * num_kv_heads
-    return max(1, min(_PROGRAMS * processors // programs, -(-max_len // tiles.keys), _MOST_SPLITS))
+    return max(1, min((1 if tiles.tall else 2) * processors // programs, -(-max_len // tiles.keys), _MOST_SPLITS))
 
 
 @cache
