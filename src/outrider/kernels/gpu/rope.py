@@ -1,4 +1,7 @@
-"""Norm, rotation and cache write in one kernel: a program takes some heads of a token. See `kernels.rope`."""
+"""Norm, rotation and cache write in one kernel: a program takes some heads of a token. See `kernels.rope`.
+
+All is computed in float32 and rounded once, where the reference rounds what the norm gives too.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +38,17 @@ def _rope_store_kernel(
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     column = tl.arange(0, BLOCK_D)
     turns = column < half
-    last_head = num_heads + 2 * num_kv_heads
+    all_heads = num_heads + 2 * num_kv_heads
     is_query, is_value = head < num_heads, head >= num_heads + num_kv_heads
     is_key = (head >= num_heads) & (head < num_heads + num_kv_heads)
-    inside = (head < last_head)[:, None] & turns[None, :]
+    inside = (head < all_heads)[:, None] & turns[None, :]
     if NORM:
         q_low = tl.load(q_norm + column, mask=turns, other=0).to(tl.float32)
         q_high = tl.load(q_norm + half + column, mask=turns, other=0).to(tl.float32)
         k_low = tl.load(k_norm + column, mask=turns, other=0).to(tl.float32)
         k_high = tl.load(k_norm + half + column, mask=turns, other=0).to(tl.float32)
     wait(PDL)
-    at = qkv + (token * last_head + head)[:, None] * HEAD_DIM + column[None, :]
+    at = qkv + (token * all_heads + head)[:, None] * HEAD_DIM + column[None, :]
     given_low = tl.load(at, mask=inside, other=0)
     given_high = tl.load(at + half, mask=inside, other=0)
     slot = tl.load(cache_slot + token)
