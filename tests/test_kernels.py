@@ -25,6 +25,7 @@ import outrider.kernels
 from outrider.kernels import _amx
 from outrider.kernels.attention import PAGED_ATTENTION, paged_attention_reference
 from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights, decoder_layer_by_ops
+from outrider.kernels.gpu.attention import Tiles, attend
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.op import Op
@@ -215,37 +216,93 @@ def test_attention_of_a_query_does_not_depend_on_the_others(
         assert torch.equal(attention(**alone), together[index : index + 1]), index
 
 
-def test_attention_comparison_catches_a_mask_that_is_off_by_one() -> None:
+EVERYWHERE = [*DEVICES, pytest.param("interpreter", marks=INTERPRETED)]
+
+
+def attention_on(device: str) -> Callable[..., Tensor]:
+    """The kernel that serves a device, or a GPU's through Triton's interpreter, for tensors on a CPU."""
+    if device == "interpreter":
+        return PAGED_ATTENTION.kernels["cuda"]
+    kernel = PAGED_ATTENTION.on(device)
+
+    def attend(**case: Any) -> Tensor:
+        return kernel(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.items()}).to(CPU)
+
+    return attend
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+def test_attention_comparison_catches_a_mask_that_is_off_by_one(device: str) -> None:
     case = attention_case([(5, 40), (1, 513)])
-    found = PAGED_ATTENTION.on(CPU)(**case)
+    found = attention_on(device)(**case)
     assert close(found, paged_attention_reference(**case), PAGED_ATTENTION.tolerance)
     shifted = {**case, "seq_lens": case["seq_lens"] - 1}
     assert not close(found, paged_attention_reference(**shifted), 100 * PAGED_ATTENTION.tolerance)
 
 
-@CACHES
-@pytest.mark.parametrize("device", DEVICES)
-def test_attention_never_reads_past_a_row(device: str, cache: torch.dtype, poison: None) -> None:
+def absurd_past_rows(case: dict[str, Any]) -> dict[str, Any]:
     """What lies in the cache after a row's last token is NaN, what lies in the table after its last block is absurd."""
-    case = attention_case([(3, 21), (1, 16), (2, 530)], head_dim=128, cache=cache)
-    if device == "cuda":
-        case = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.items()}
-    expected = PAGED_ATTENTION.on(device)(**case)
+    case = copy.deepcopy(case)
     case["block_table"][case["block_table"] < 0] = 2**31 - 1
     for row, length in enumerate(case["seq_lens"].tolist()):
         if length % 16:
             block = int(case["block_table"][row, length // 16])
             case["key_cache"][block, :, length % 16 :] = torch.nan
             case["value_cache"][block, :, length % 16 :] = torch.nan
-    assert torch.equal(PAGED_ATTENTION.on(device)(**case), expected)
+    return case
 
 
-def test_attention_gives_nothing_to_tokens_of_no_row(poison: None) -> None:
-    case = attention_case([(2, 20), (1, 9)])
-    expected = PAGED_ATTENTION.on(CPU)(**case)
-    case["query"] = torch.cat([case["query"], draw(4, 8, 64, seed=9)])
-    found = PAGED_ATTENTION.on(CPU)(**case)
-    assert torch.equal(found[:3], expected) and not found[3:].any()
+@CACHES
+@pytest.mark.parametrize("device", EVERYWHERE)
+def test_attention_never_reads_past_a_row(device: str, cache: torch.dtype, poison: None) -> None:
+    case = attention_case([(3, 21), (1, 16), (2, 530)], head_dim=128, cache=cache)
+    assert torch.equal(attention_on(device)(**absurd_past_rows(case)), attention_on(device)(**case))
+
+
+@pytest.mark.parametrize("device", EVERYWHERE)
+def test_attention_gives_nothing_to_tokens_of_no_row(device: str, poison: None) -> None:
+    """Nor is anything read for rows without tokens, which may name any length and any blocks."""
+    case = attention_case([(2, 20), (1, 9), (0, 16), (0, 16)])
+    case["seq_lens"][2:] = torch.tensor([2**30, -5])
+    case["block_table"][2:] = 2**31 - 1
+    expected = attention_on(device)(**case)
+    padded = {**case, "query": torch.cat([case["query"], draw(4, 8, 64, seed=9)])}
+    found = attention_on(device)(**padded)
+    assert close(expected, paged_attention_reference(**case), PAGED_ATTENTION.tolerance)
+    assert close(found[:3], expected, PAGED_ATTENTION.tolerance) and not found[3:].any()
+
+
+PROMPTS = [(70, 70), (3, 200), (41, 90), (1, 1)]
+DECODE = [(8, 700), (1, 40), (8, 8), (3, 17)]
+
+
+@pytest.mark.parametrize("lengths", [PROMPTS, DECODE, [(1, 2100)]], ids=["prompts", "decode", "one"])
+@pytest.mark.parametrize(
+    "heads", [(2, 2), (2, 1), (3, 1), (4, 1), (5, 1), (8, 1)], ids=lambda heads: f"{heads[0]}to{heads[1]}"
+)
+@pytest.mark.parametrize("device", EVERYWHERE[1:])
+def test_attention_of_a_gpu_is_exact_however_it_is_cut_up(
+    device: str, heads: tuple[int, int], lengths: list[tuple[int, int]], poison: None
+) -> None:
+    case = absurd_past_rows(attention_case(lengths, heads, head_dim=48 if heads == (2, 2) else 64))
+    assert close(attention_on(device)(**case), paged_attention_reference(**finite(case)), PAGED_ATTENTION.tolerance)
+
+
+def finite(case: dict[str, Any]) -> dict[str, Any]:
+    """The same for the reference, which multiplies what it does not see by 0."""
+    return {k: v.nan_to_num() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.items()}
+
+
+@pytest.mark.parametrize("splits", [1, 3, 20])
+@pytest.mark.parametrize("device", EVERYWHERE[1:])
+def test_attention_of_a_gpu_shares_out_keys(device: str, splits: int, poison: None) -> None:
+    """Also where a share holds no keys, or keys that only the later of the row's tokens see."""
+    case = finite(attention_case([(8, 197), (2, 65), (1, 3)], (4, 2), head_dim=128))
+    place = CPU if device == "interpreter" else device
+    moved = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in case.items()}
+    for tiles in (Tiles(16, 8, 16, 4, 2), Tiles(128, 40, 32, 8, 2, tall=True)):
+        found = attend(**moved, tiles=tiles, splits=splits).to(CPU)
+        assert close(found, paged_attention_reference(**case), PAGED_ATTENTION.tolerance)
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-3, 30.0, 1e4])

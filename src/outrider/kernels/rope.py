@@ -32,6 +32,7 @@ from outrider.kernels._numba import (
     keep,
 )
 from outrider.kernels._threads import add, num_threads, parallel
+from outrider.kernels.gpu.rope import rope_store_gpu
 from outrider.kernels.native import compiled, pointer
 from outrider.kernels.norm import norm_row, rms_norm_reference
 from outrider.kernels.op import Example, Op
@@ -265,7 +266,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 ROPE_STORE = Op(
     "rope_store",
     rope_store_reference,
-    {"cpu": _rope_store_cpu},
+    {"cpu": _rope_store_cpu, "cuda": rope_store_gpu},
     examples=_examples,
     outputs=("key_cache", "value_cache"),
     tolerance=1e-4,

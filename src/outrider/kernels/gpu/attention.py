@@ -24,9 +24,8 @@ from torch import Tensor
 
 from outrider.kernels.gpu.triton import INTERPRETED, begin, jit, launch, next_power_of_2, overlaps, tl, wait
 
-_H100 = 132  # multiprocessors
+_INTERPRETER = 8  # multiprocessors that it is taken to have: enough for keys to be shared out, few enough to end
 _MOST_SPLITS = 64
-_PROGRAMS = 2  # a multiprocessor is to have, at least, before keys are no longer shared out
 
 
 class Tiles(NamedTuple):
@@ -37,28 +36,38 @@ class Tiles(NamedTuple):
     keys: int  # of a step
     warps: int
     stages: int
+    tall: bool = False  # worth a loop of its own over the keys that all queries see, which needs no mask
 
 
 def choose_tiles(num_tokens: int, num_rows: int, group: int, head_dim: int, itemsize: int) -> Tiles:
-    """Tiles that hold a row of the mean length, up to 64 tall; more tokens than that are prompts and get tall ones."""
+    """Tiles that hold a row of the mean length, up to 64 tall; more tokens than that are prompts and get tall ones.
+
+    float32, which tensor cores do not multiply exactly, gets tiles that fit into registers.
+    """
     tokens = next_power_of_2(-(-num_tokens // num_rows))
     rows = max(16, next_power_of_2(tokens * group))
-    large = head_dim * itemsize > 256
+    if itemsize > 2:
+        rows = max(min(rows, 32), next_power_of_2(group))
+        return Tiles(rows, min(tokens, rows // group), 16, 8, 2)
     if rows > 64:
-        rows = 128 if itemsize <= 2 else max(32, next_power_of_2(group))
-        return Tiles(rows, rows // group, 32 if itemsize > 2 else 64, 8, 2 if large else 3)
-    return Tiles(rows, tokens, 32 if large else 64, 4, 2 if large else 3)
+        return Tiles(128, 128 // group, 64, 8, 3 if head_dim <= 128 else 2, tall=True)
+    return Tiles(rows, tokens, 64 if head_dim <= 128 else 32, 4, 3 if head_dim <= 128 else 2)
 
 
-def choose_splits(num_tokens: int, num_rows: int, num_kv_heads: int, max_len: int, tiles: Tiles, device: int) -> int:
-    """Among how many programs the keys of a tile are shared out: as many as keep the device busy."""
+def choose_splits(
+    num_tokens: int, num_rows: int, num_kv_heads: int, max_len: int, tiles: Tiles, processors: int
+) -> int:
+    """Among how many programs the keys of a tile are shared out: as many as keep the device busy.
+
+    A multiprocessor holds one program with a tall tile, whose partial results are also large, and two of the others.
+    """
     programs = max(num_rows, -(-num_tokens // tiles.tokens)) * num_kv_heads
-    return max(1, min(_PROGRAMS * device // programs, -(-max_len // tiles.keys), _MOST_SPLITS))
+    return max(1, min((1 if tiles.tall else 2) * processors // programs, -(-max_len // tiles.keys), _MOST_SPLITS))
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _H100
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETER
 
 
 @jit
@@ -78,6 +87,13 @@ def _row_of(tile, query_start, num_rows, BLOCK_Q: tl.constexpr, BLOCK_B: tl.cons
 
 
 @jit
+def _blocks(table, first_key, num_keys, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The blocks of a step's keys. They are asked for a step ahead, so that keys and values can be several ahead."""
+    key = first_key + tl.arange(0, BLOCK_N)
+    return tl.load(table + key // BLOCK_SIZE, mask=key < num_keys, other=0)
+
+
+@jit
 def _load(cache, at, mask, MASKED: tl.constexpr):
     if MASKED:
         return tl.load(cache + at, mask=mask, other=0)
@@ -91,6 +107,7 @@ def _step(
     key_cache,
     value_cache,
     table,  # of the row
+    block,  # [BLOCK_N], of this step's keys
     first_key,
     num_keys,
     head,
@@ -107,7 +124,7 @@ def _step(
 ):
     key = first_key + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
-    block = _load(table, key // BLOCK_SIZE, key < num_keys, MASKED)
+    next_block = _blocks(table, first_key + BLOCK_N, num_keys, BLOCK_N, BLOCK_SIZE)
     at = (block.to(tl.int64) * num_kv_heads + head) * (BLOCK_SIZE * HEAD_DIM) + key % BLOCK_SIZE * HEAD_DIM
     at = at[:, None] + column[None, :]
     inside = (key < num_keys)[:, None] & (column < HEAD_DIM)[None, :]
@@ -123,7 +140,7 @@ def _step(
     weight = weight * decay + tl.sum(powers, 1)
     values = _load(value_cache, at, inside, MASKED or HEAD_DIM != BLOCK_D).to(query.dtype)
     total = _dot(powers.to(query.dtype), values, total * decay[:, None])
-    return new_top, weight, total
+    return next_block, new_top, weight, total
 
 
 @jit
@@ -145,7 +162,7 @@ def _attention_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
-    TALL: tl.constexpr,  # worth a loop of its own over the keys that all queries see
+    TALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -180,6 +197,7 @@ def _attention_kernel(
     first_key = split * share * BLOCK_N
     last_key = tl.minimum((split + 1) * share, num_steps) * BLOCK_N
     table = block_table + row.to(tl.int64) * max_blocks
+    block = _blocks(table, first_key, num_keys, BLOCK_N, BLOCK_SIZE)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -187,14 +205,14 @@ def _attention_kernel(
         seen_by_all = (length - end + first_token + 1) // BLOCK_N * BLOCK_N
         first_masked = tl.maximum(tl.minimum(seen_by_all, last_key), first_key)
         for key in range(first_key, first_masked, BLOCK_N):
-            top, weight, total = _step(
-                queries, position, key_cache, value_cache, table, key, num_keys, head, num_kv_heads, scale,
+            block, top, weight, total = _step(
+                queries, position, key_cache, value_cache, table, block, key, num_keys, head, num_kv_heads, scale,
                 top, weight, total, False, BLOCK_N, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
             )  # fmt: skip
         first_key = first_masked
     for key in range(first_key, last_key, BLOCK_N):
-        top, weight, total = _step(
-            queries, position, key_cache, value_cache, table, key, num_keys, head, num_kv_heads, scale,
+        block, top, weight, total = _step(
+            queries, position, key_cache, value_cache, table, block, key, num_keys, head, num_kv_heads, scale,
             top, weight, total, True, BLOCK_N, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
         )  # fmt: skip
 
@@ -212,7 +230,7 @@ def _combine_kernel(
     log_weights,  # [SPLITS, T * Hq] float32
     out,  # [T * Hq, D]
     num_heads,  # T * Hq
-    SPLITS: tl.constexpr,
+    splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -223,9 +241,9 @@ def _combine_kernel(
     split = tl.arange(0, BLOCK_S)
     column = tl.arange(0, BLOCK_D)
     place = split * num_heads.to(tl.int64) + head
-    inside = (split < SPLITS)[:, None] & (column < HEAD_DIM)[None, :]
+    inside = (split < splits)[:, None] & (column < HEAD_DIM)[None, :]
     wait(PDL)
-    log_weight = tl.load(log_weights + place, mask=split < SPLITS, other=float("-inf"))
+    log_weight = tl.load(log_weights + place, mask=split < splits, other=float("-inf"))
     value = tl.load(partial + place[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0)
     top = tl.max(log_weight)
     weight = tl.exp2(log_weight - tl.where(top == float("-inf"), 0.0, top))
@@ -281,12 +299,12 @@ def attend(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SPLIT=splits > 1,
-        TALL=tiles.rows > 64,
+        TALL=tiles.tall,
         BLOCK_M=tiles.rows,
         BLOCK_Q=tiles.tokens,
         BLOCK_N=tiles.keys,
         BLOCK_D=block_d,
-        BLOCK_B=next_power_of_2(num_rows + 1),
+        BLOCK_B=max(128, next_power_of_2(num_rows + 1)),
         PDL=overlap,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -298,7 +316,7 @@ def attend(
             log_weights,
             out,
             num_tokens * num_heads,
-            SPLITS=splits,
+            splits,
             HEAD_DIM=head_dim,
             BLOCK_S=next_power_of_2(splits),
             BLOCK_D=block_d,
@@ -323,6 +341,6 @@ def paged_attention_gpu(
     num_rows, max_blocks = block_table.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     tiles = choose_tiles(num_tokens, num_rows, num_heads // num_kv_heads, head_dim, query.element_size())
-    device = _multiprocessors(query.device)
-    splits = choose_splits(num_tokens, num_rows, num_kv_heads, max_blocks * block_size, tiles, device)
+    processors = _multiprocessors(query.device)
+    splits = choose_splits(num_tokens, num_rows, num_kv_heads, max_blocks * block_size, tiles, processors)
     return attend(query, key_cache, value_cache, block_table, query_start, seq_lens, scale, tiles, splits)

@@ -1,0 +1,128 @@
+"""Norm, rotation and cache write in one kernel: a program takes some heads of a token. See `kernels.rope`.
+
+All is computed in float32 and rounded once, where the reference rounds what the norm gives too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, tl, wait
+
+
+@jit
+def _rope_store_kernel(
+    qkv,  # [T, (Hq + 2 * Hkv) * D]
+    q_norm,
+    k_norm,
+    eps,
+    rope,
+    positions,
+    key_cache,
+    value_cache,
+    cache_slot,
+    query,  # [T, Hq, D]
+    num_heads,
+    num_kv_heads,
+    NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # of half a head
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    half: tl.constexpr = HEAD_DIM // 2
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = tl.arange(0, BLOCK_D)
+    turns = column < half
+    all_heads = num_heads + 2 * num_kv_heads
+    is_query, is_value = head < num_heads, head >= num_heads + num_kv_heads
+    is_key = (head >= num_heads) & (head < num_heads + num_kv_heads)
+    inside = (head < all_heads)[:, None] & turns[None, :]
+    if NORM:
+        q_low = tl.load(q_norm + column, mask=turns, other=0).to(tl.float32)
+        q_high = tl.load(q_norm + half + column, mask=turns, other=0).to(tl.float32)
+        k_low = tl.load(k_norm + column, mask=turns, other=0).to(tl.float32)
+        k_high = tl.load(k_norm + half + column, mask=turns, other=0).to(tl.float32)
+    wait(PDL)
+    at = qkv + (token * all_heads + head)[:, None] * HEAD_DIM + column[None, :]
+    given_low = tl.load(at, mask=inside, other=0)
+    given_high = tl.load(at + half, mask=inside, other=0)
+    slot = tl.load(cache_slot + token)
+    angles = rope + tl.load(positions + token) * HEAD_DIM + column
+    cos = tl.load(angles, mask=turns, other=0)[None, :]
+    sin = tl.load(angles + half, mask=turns, other=0)[None, :]
+
+    low, high = given_low.to(tl.float32), given_high.to(tl.float32)
+    if NORM:
+        root = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)[:, None]
+        low = tl.where(is_query[:, None], q_low[None, :], k_low[None, :]) * (low * root)
+        high = tl.where(is_query[:, None], q_high[None, :], k_high[None, :]) * (high * root)
+    turned_low = (low * cos - high * sin).to(given_low.dtype)
+    turned_high = (high * cos + low * sin).to(given_low.dtype)
+
+    to_query = inside & is_query[:, None]
+    at = query + (token * num_heads + head)[:, None] * HEAD_DIM + column[None, :]
+    tl.store(at, turned_low, mask=to_query)
+    tl.store(at + half, turned_high, mask=to_query)
+
+    if slot >= 0:
+        kv_head = head - tl.where(is_value, num_heads + num_kv_heads, num_heads)
+        place = (slot // BLOCK_SIZE * num_kv_heads + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
+        there = place[:, None] * HEAD_DIM + column[None, :]
+        to_keys = inside & is_key[:, None]
+        tl.store(key_cache + there, turned_low.to(key_cache.dtype.element_ty), mask=to_keys)
+        tl.store(key_cache + there + half, turned_high.to(key_cache.dtype.element_ty), mask=to_keys)
+        to_values = inside & is_value[:, None]
+        tl.store(value_cache + there, given_low.to(value_cache.dtype.element_ty), mask=to_values)
+        tl.store(value_cache + there + half, given_high.to(value_cache.dtype.element_ty), mask=to_values)
+
+
+def rope_store_gpu(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    rope: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_slot: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """`rope_store` in one kernel."""
+    tokens, (_, _, block_size, head_dim) = qkv.shape[0], key_cache.shape
+    assert (q_norm is None) == (k_norm is None) and rope.dtype == torch.float32
+    assert positions.dtype == cache_slot.dtype == torch.int64
+    assert qkv.is_contiguous() and rope.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
+    query = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    heads = num_heads + 2 * num_kv_heads
+    at_once = 4 if tokens <= 256 else 16
+    overlap = overlaps(qkv)
+    _rope_store_kernel[(tokens, -(-heads // at_once))](
+        qkv,
+        q_norm,
+        k_norm,
+        eps,
+        rope,
+        positions,
+        key_cache,
+        value_cache,
+        cache_slot,
+        query,
+        num_heads,
+        num_kv_heads,
+        NORM=q_norm is not None,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_H=at_once,
+        BLOCK_D=next_power_of_2(head_dim // 2),
+        PDL=overlap,
+        num_warps=2 if at_once == 4 else 4,
+        **launch(overlap),
+    )
+    return query
