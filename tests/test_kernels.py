@@ -112,6 +112,9 @@ def test_kernel_agrees_with_reference(op: Op, device: str, poison: None) -> None
     for example in op.examples(torch.Generator().manual_seed(1), place, device == "cpu"):
         theirs, ours = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
         expected, found = op.reference(**theirs), kernel(**ours)
+        if op is DECODER_LAYER and found is None:  # all is added to the residual stream already
+            theirs["residual"].add_(expected)
+            expected = None
         written = [(ours[name], theirs[name]) for name in op.outputs]
         for a, b in [(found, expected), *written]:
             assert close(a, b, op.tolerance), {k: getattr(v, "shape", v) for k, v in example.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.draft.base import TargetParts
-from outrider.kernels.decoder_layer import LayerStack
+from outrider.kernels.decoder_layer import Stack, layer_stack
 from outrider.kernels.join_input import JOIN_INPUT
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
@@ -51,12 +51,12 @@ class FirstLayer:
         self.mlp = GatedMLP(width, layer.intermediate_size, layer.mlp_bias, allocator)
         self._fused = can_fuse(self.attention, self.mlp, allocator.device)
         self._join = JOIN_INPUT.on(allocator.device)
-        self._stack: LayerStack | None = None  # this layer on the cache of the last step
+        self._stack: Stack | None = None  # this layer on the cache of the last step
         self._stacked: LayerCache | None = None
 
     def __call__(
         self, ids: Tensor, embedding: Embedding, hidden: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """ids [T], hidden [T, H] -> what is to be added to the residual stream, and that stream, [T, H] each.
 
         `hidden` becomes the stream unless its norm does.
@@ -72,9 +72,9 @@ class FirstLayer:
         mixed = self.attention(joined, batch, rope, cache)
         return self.mlp(self.mlp_norm.add(mixed, residual)), residual
 
-    def _stack_on(self, cache: LayerCache) -> LayerStack:
+    def _stack_on(self, cache: LayerCache) -> Stack:
         attention, weights = self.attention, fused_weights(None, self.attention, self.mlp_norm, self.mlp)
-        return LayerStack([weights], [cache], self.mlp_norm.eps, attention.num_heads, attention.head_dim**-0.5)
+        return layer_stack([weights], [cache], self.mlp_norm.eps, attention.num_heads, attention.head_dim**-0.5)
 
     def weights(self, prefix: str) -> Weights:
         return (
@@ -162,7 +162,7 @@ class HeadNetwork:
             if self._cache is not cache:  # the same at every step: layers are bound to it once
                 self._cache, self._cache_of_rest = cache, cache[1:]
             x = self.rest.run(x, residual, batch, self.rope, self._cache_of_rest)
-        normed = self.norm.add(x, residual)
+        normed = self.norm(residual) if x is None else self.norm.add(x, residual)
         return normed, normed if self.config.norm_output else residual
 
     def logits(self, normed: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 x [T, H] is the block before's output, not yet added to the residual stream, or None for the first layer; residual
 [T, H] is updated in place. Returns this layer's MLP output [T, H], not yet added: the hidden state after the layer is
 residual + what is returned. Without input_norm x [T, I] is what q, k and v are made of, normed already, and nothing is
-added to the residual stream before: so a draft head's first layer reads more than the stream. qkv, qkv_bias, out,
+added to the residual stream before: so a draft head's first layer reads more than the stream. A kernel may add all to
+the residual stream itself and return None, nothing left to add. qkv, qkv_bias, out,
 gate_up and down are weights as `linear` takes them; input_norm and post_norm as `rms_norm`; the other arguments as
 `rope_store` and `paged_attention` take them.
 """
@@ -22,6 +23,7 @@ from outrider.kernels._decoder_layer import whole
 from outrider.kernels._layer_stack import layers_kernel
 from outrider.kernels._numba import BFLOAT16, CACHES, KIND, LANES
 from outrider.kernels._threads import num_threads
+from outrider.kernels.gpu.decoder_layer import GpuLayerStack
 from outrider.kernels.op import Example, Op
 
 
@@ -74,6 +76,7 @@ def _composed(on: Callable[[Op], Callable[..., Any]]) -> Callable[..., Tensor]:
 
 decoder_layer_reference = _composed(lambda op: op.reference)
 decoder_layer_by_ops = _composed(lambda op: op.on("cpu"))
+_by_ops_on_gpu = _composed(lambda op: op.on("cuda"))
 
 
 class LayerWeights(NamedTuple):
@@ -210,33 +213,66 @@ class LayerStack:
         return result
 
 
-def _decoder_layer_cpu(
-    x: Tensor | None,
-    residual: Tensor,
-    input_norm: Tensor | None,
-    qkv: Tensor,
-    qkv_bias: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    out: Tensor,
-    post_norm: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    eps: float,
-    rope: Tensor,
-    positions: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_slot: Tensor,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    num_heads: int,
-    scale: float,
-) -> Tensor:
-    weights = LayerWeights(input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down)
-    stack = LayerStack([weights], [(key_cache, value_cache)], eps, num_heads, scale)
-    return stack(0, 1, x, residual, rope, positions, cache_slot, block_table, query_start, seq_lens)
+Stack = LayerStack | GpuLayerStack
+
+
+def layer_stack(
+    layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]], eps: float, num_heads: int, scale: float
+) -> Stack:
+    """The stack for the device that the layers are on."""
+    if caches[0][0].device.type == "cpu":
+        return LayerStack(layers, caches, eps, num_heads, scale)
+    return _gpu_stack(layers, caches, eps, num_heads, scale)
+
+
+def _gpu_stack(
+    layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]], eps: float, num_heads: int, scale: float
+) -> GpuLayerStack:
+    return GpuLayerStack(
+        layers,
+        caches,
+        eps,
+        num_heads,
+        scale,
+        by_ops=_by_ops_on_gpu,
+        rope_store=rope.ROPE_STORE.on("cuda"),
+        attend=attention.PAGED_ATTENTION.on("cuda"),
+        take_taps=take_taps,
+    )
+
+
+def _layer_on(stack: Callable[..., Stack]) -> Callable[..., Tensor | None]:
+    """One layer alone, as a stack of one."""
+
+    def decoder_layer(
+        x: Tensor | None,
+        residual: Tensor,
+        input_norm: Tensor | None,
+        qkv: Tensor,
+        qkv_bias: Tensor | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        out: Tensor,
+        post_norm: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        eps: float,
+        rope: Tensor,
+        positions: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        cache_slot: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        num_heads: int,
+        scale: float,
+    ) -> Tensor | None:
+        weights = LayerWeights(input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down)
+        where = rope, positions, cache_slot, block_table, query_start, seq_lens
+        return stack([weights], [(key_cache, value_cache)], eps, num_heads, scale)(0, 1, x, residual, *where)
+
+    return decoder_layer
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
@@ -298,7 +334,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 DECODER_LAYER = Op(
     "decoder_layer",
     decoder_layer_reference,
-    {"cpu": _decoder_layer_cpu},
+    {"cpu": _layer_on(LayerStack), "cuda": _layer_on(_gpu_stack)},
     examples=_examples,
     outputs=("residual", "key_cache", "value_cache"),
     tolerance=1e-3,

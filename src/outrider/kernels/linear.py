@@ -1,7 +1,7 @@
 """x @ weight.T + bias.
 
 x [T, I] float32 on a CPU, of the weight's type on CUDA; weight [O, I] in its stored type; bias [O] of that type or
-None. Returns [T, O] of x's type, accumulated in float32.
+None. Returns [T, O] of x's type, or float32 if `wide`, accumulated in float32.
 
 On a CPU a row's result does not depend on the rows beside it, to the last bit: for any number of rows where `_amx`
 takes the weight, and up to 32 rows elsewhere. Above that it is torch's float32 product, faster and not so strict.
@@ -18,11 +18,13 @@ from torch.nn import functional
 from outrider.kernels import _amx
 from outrider.kernels._numba import BFLOAT16, FLOAT32, KIND, SERIAL, WIDTH, Emitter, Int, Vector, emitted
 from outrider.kernels._threads import add, num_threads, parallel
+from outrider.kernels.gpu.linear import linear_gpu
 from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
+    x = x.float() if wide else x
     return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -119,7 +121,7 @@ def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([functional.linear(x, part.float()) for part in parts], dim=1)
 
 
-def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = True) -> Tensor:
     (rows, inputs), outputs, kind = x.shape, weight.shape[0], KIND[weight.dtype]
     assert x.dtype == torch.float32 and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
     tiled = _amx.AVAILABLE and kind == BFLOAT16 and _amx.fits(inputs, outputs)
@@ -152,7 +154,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
             bias = torch.randn(outputs, generator=generator)
             x = x.to(device, torch.float32 if wide else dtype)
             yield {"x": x, "weight": weight.to(device, dtype), "bias": bias.to(device, dtype)}
-            yield {"x": x, "weight": weight.to(device, dtype)}
+            yield {"x": x, "weight": weight.to(device, dtype), "wide": True}
 
 
-LINEAR = Op("linear", linear_reference, {"cpu": _linear_cpu}, examples=_examples)
+LINEAR = Op("linear", linear_reference, {"cpu": _linear_cpu, "cuda": linear_gpu}, examples=_examples)

@@ -34,8 +34,8 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[L, H] -> [L, V] float32."""
-        logits: Tensor = self._linear(hidden, self.weight)
-        return logits.float()
+        logits: Tensor = self._linear(hidden, self.weight, wide=True)
+        return logits
 
     def weights(self, prefix: str) -> Weights:
         """Nothing when tied: the embedding owns the matrix."""

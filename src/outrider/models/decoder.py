@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights, take_taps
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerWeights, Stack, layer_stack, take_taps
 from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMLP
@@ -22,7 +22,8 @@ from outrider.tensors import StepBatch
 
 def can_fuse(attention: Attention, mlp: GatedMLP, device: torch.device) -> bool:
     """Whether the device has a kernel for a whole layer of these; it knows no biases but those of q, k and v."""
-    return attention.out.bias is None and mlp.down.bias is None and device.type in DECODER_LAYER.kernels
+    has_kernel = DECODER_LAYER.on(device) is not DECODER_LAYER.reference
+    return attention.out.bias is None and mlp.down.bias is None and has_kernel
 
 
 def fused_weights(input_norm: RMSNorm | None, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP) -> LayerWeights:
@@ -84,7 +85,7 @@ class LayerRun(Sequence[DecoderLayer]):
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
         self._layers = list(layers)
         self._fused = all(layer.is_fused for layer in layers)
-        self._stack: LayerStack | None = None  # the layers on the cache of the last step
+        self._stack: Stack | None = None  # the layers on the cache of the last step
         self._stacked: Sequence[LayerCache] = ()
 
     def run(
@@ -96,7 +97,7 @@ class LayerRun(Sequence[DecoderLayer]):
         cache: Sequence[LayerCache],
         taps: Sequence[int] = (),
         features: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """From what the layer before gave, None for nothing, to what the last one gives; see `DecoderLayer`.
 
         `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
@@ -109,13 +110,12 @@ class LayerRun(Sequence[DecoderLayer]):
         for index, (layer, layer_cache) in enumerate(zip(self._layers, cache, strict=True)):
             take_taps(index, x, residual, taps, features)
             x = layer(x, residual, batch, rope, layer_cache)
-        assert x is not None, "one layer at least"
         return x
 
-    def _stack_on(self, cache: Sequence[LayerCache]) -> LayerStack:
+    def _stack_on(self, cache: Sequence[LayerCache]) -> Stack:
         attention, eps = self._layers[0].attention, self._layers[0].mlp_norm.eps
         weights = [layer.fused_weights() for layer in self._layers]
-        return LayerStack(weights, cache, eps, attention.num_heads, attention.head_dim**-0.5)
+        return layer_stack(weights, cache, eps, attention.num_heads, attention.head_dim**-0.5)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -173,7 +173,7 @@ class Decoder:
         features = residual.new_empty(len(residual), len(taps) * residual.shape[1]) if taps else None
         x = self.layers.run(None, residual, batch, self.rope, cache, taps, features)
         take_taps(len(self.layers), x, residual, taps, features)
-        return self.norm.add(x, residual), features
+        return self.norm(residual) if x is None else self.norm.add(x, residual), features
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, H] -> [L, V] float32."""

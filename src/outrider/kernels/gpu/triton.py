@@ -23,7 +23,7 @@ except ImportError:
     if not TYPE_CHECKING:
         triton = tl = None
 
-__all__ = ["AVAILABLE", "begin", "jit", "launch", "next_power_of_2", "overlaps", "tl", "wait"]
+__all__ = ["AVAILABLE", "begin", "dot", "jit", "launch", "next_power_of_2", "overlaps", "tl", "wait"]
 
 AVAILABLE = triton is not None
 """Whether kernels of this room can run: without Triton the references serve a GPU too."""
@@ -52,6 +52,18 @@ def overlaps(x: torch.Tensor) -> bool:
 def launch(overlap: bool) -> dict[str, Any]:
     """What a launch is told so that the kernel may start before the one in front has ended."""
     return {"launch_pdl": True} if overlap else {}
+
+
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
+
+
+@jit
+def dot(a, b, total):
+    """a @ b + total, float32, with no more rounding than the operands' own; Triton's interpreter knows no bfloat16."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @jit
