@@ -32,6 +32,7 @@ class Op:
     examples: Callable[[torch.Generator, torch.device, bool], Iterable[Example]] | None = None
     outputs: tuple[str, ...] = ()  # arguments written in place, compared beside what is returned
     tolerance: float = 1e-5  # largest ||kernel - reference|| / ||reference|| in float32; rounding to less adds to it
+    narrow: float = 5e-3  # the same where numbers are of 16 bits: two units in the last place, most by less
     why: str = ""  # the reason for a tolerance other than float32 rounding
 
     def on(self, device: torch.device | str) -> Callable[..., Any]:

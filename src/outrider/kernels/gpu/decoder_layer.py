@@ -1,6 +1,6 @@
-"""Decoder layers on a GPU: six kernels each for few rows, cuBLAS and the smaller ops for many. See `kernels.decoder_layer`.
+"""Decoder layers on a GPU: six kernels each for few rows, cuBLAS and the smaller ops for many.
 
-For few rows the residual stream holds everything when a layer ends, so that None is left to be added.
+See `kernels.decoder_layer`. The residual stream holds everything when a layer ends: None is left to be added.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.linear import FEW, few_rows
-
-MOST_TILES = 1 << 14
-"""Tiles of outputs that a product split over its inputs may have."""
+from outrider.kernels.gpu.linear import FEW, Rows, few_rows, scale_rows
 
 
 class GpuLayerStack:
@@ -28,16 +25,19 @@ class GpuLayerStack:
         num_heads: int,
         scale: float,
         *,
-        by_ops: Callable[..., Tensor],  # a layer as a sequence of the smaller ops
+        rms_norm: Callable[..., Tensor],
+        add_rms_norm: Callable[..., Tensor],
+        silu_mul: Callable[[Tensor], Tensor],
+        multiply: Callable[..., Tensor],
         rope_store: Callable[..., Tensor],
         attend: Callable[..., Tensor],
         take_taps: Callable[..., None],
     ) -> None:
         self._layers = list(zip(layers, caches, strict=True))
         self._eps, self._num_heads, self._scale = eps, num_heads, scale
-        self._by_ops, self._rope_store, self._attend, self._take_taps = by_ops, rope_store, attend, take_taps
+        self._rms_norm, self._add_rms_norm, self._silu_mul, self._multiply = rms_norm, add_rms_norm, silu_mul, multiply
+        self._rope_store, self._attend, self._take_taps = rope_store, attend, take_taps
         self._num_kv_heads = caches[0][0].shape[1]
-        self._tickets = torch.zeros(MOST_TILES, dtype=torch.int32, device=caches[0][0].device)
 
     def __call__(
         self,
@@ -53,50 +53,76 @@ class GpuLayerStack:
         seq_lens: Tensor,
         taps: Sequence[int] = (),
         features: Tensor | None = None,
-    ) -> Tensor | None:
+    ) -> None:
         """Runs layers first:last, at least one; see `LayerStack`."""
-        few = len(residual) <= FEW
-        for index in range(first, last):
-            weights, cache = self._layers[index]
-            self._take_taps(index, x, residual, taps, features)
-            if few:
-                self._few(x, residual, weights, cache, rope, positions, cache_slot, block_table, query_start, seq_lens)
-                x = None
-                continue
-            where = rope, positions, *cache, cache_slot, block_table, query_start, seq_lens
-            x = self._by_ops(x, residual, *weights, self._eps, *where, self._num_heads, self._scale)
-        return x
+        where = rope, positions, cache_slot, block_table, query_start, seq_lens
+        run = self._few if len(residual) <= FEW else self._many
+        run(first, last, x, residual, where, taps, features)
+
+    def _mix(self, index: int, heads: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+        """What attention makes of heads [T, (Hq + 2*Hkv) * D]: [T, Hq * D]."""
+        rope, positions, cache_slot, *rows = where
+        weights, cache = self._layers[index]
+        norms = weights.q_norm, weights.k_norm, self._eps
+        counts = self._num_heads, self._num_kv_heads
+        query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *counts)
+        return self._attend(query, *cache, *rows, self._scale).flatten(1)
 
     def _few(
         self,
+        first: int,
+        last: int,
         x: Tensor | None,
         residual: Tensor,
-        weights: Any,
-        cache: tuple[Tensor, Tensor],
-        rope: Tensor,
-        positions: Tensor,
-        cache_slot: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
+        where: tuple[Tensor, ...],
+        taps: Sequence[int],
+        features: Tensor | None,
     ) -> None:
-        rows = residual.shape[0]
-        if weights.input_norm is None:
-            assert x is not None, "a layer without input_norm is given what it reads"
-            source = x
-        else:
-            source = residual if x is None else residual.add_(x)
+        entry = self._layers[first][0].input_norm
+        source: Tensor | Rows | None = x
+        if entry is not None:
+            source = scale_rows(x, residual, entry, self._eps)
+        for index in range(first, last):
+            weights = self._layers[index][0]
+            self._take_taps(index, None, residual, taps, features)
+            assert source is not None, "a layer without input_norm is given what it reads"
+            heads = self._empty(residual, weights.qkv.shape[0])
+            few_rows(source, weights.qkv, heads, bias=weights.qkv_bias)
+            mixed = self._mix(index, heads, where)
+            normed = few_rows(mixed, weights.out, residual, add=True, next_norm=weights.post_norm, eps=self._eps)
+            assert normed is not None
+            gated = self._empty(residual, weights.down.shape[1])
+            few_rows(normed, weights.gate_up, gated, gate=True)
+            after = self._layers[index + 1][0].input_norm if index + 1 < last else None
+            source = few_rows(gated, weights.down, residual, add=True, next_norm=after, eps=self._eps)
 
-        def empty(width: int) -> Tensor:
-            return torch.empty(rows, width, dtype=residual.dtype, device=residual.device)
+    def _many(
+        self,
+        first: int,
+        last: int,
+        x: Tensor | None,
+        residual: Tensor,
+        where: tuple[Tensor, ...],
+        taps: Sequence[int],
+        features: Tensor | None,
+    ) -> None:
+        for index in range(first, last):
+            weights = self._layers[index][0]
+            if weights.input_norm is None:
+                assert x is not None, "a layer without input_norm is given what it reads"
+                source = x
+            elif x is None:
+                source = self._rms_norm(residual, weights.input_norm, self._eps)
+            else:
+                source = self._add_rms_norm(x, residual, weights.input_norm, self._eps)
+            x = None
+            self._take_taps(index, None, residual, taps, features)
+            mixed = self._mix(index, self._multiply(source, weights.qkv, weights.qkv_bias), where)
+            residual.addmm_(mixed, weights.out.t())
+            normed = self._rms_norm(residual, weights.post_norm, self._eps)
+            gated = self._silu_mul(self._multiply(normed, weights.gate_up))
+            residual.addmm_(gated, weights.down.t())
 
-        heads = empty(weights.qkv.shape[0])
-        few_rows(source, weights.qkv, heads, bias=weights.qkv_bias, norm=weights.input_norm, eps=self._eps)
-        norms = weights.q_norm, weights.k_norm, self._eps
-        heads_of = self._num_heads, self._num_kv_heads
-        query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *heads_of)
-        mixed = self._attend(query, *cache, block_table, query_start, seq_lens, self._scale).flatten(1)
-        few_rows(mixed, weights.out, residual, add=True, tickets=self._tickets)
-        gated = empty(weights.down.shape[1])
-        few_rows(residual, weights.gate_up, gated, norm=weights.post_norm, eps=self._eps, gate=True)
-        few_rows(gated, weights.down, residual, add=True, tickets=self._tickets)
+    @staticmethod
+    def _empty(like: Tensor, width: int) -> Tensor:
+        return torch.empty(like.shape[0], width, dtype=like.dtype, device=like.device)

@@ -1,12 +1,14 @@
 """Products of few rows, and what stands before and behind them in a decoder layer. See `kernels.linear`.
 
 With few rows a product is a read of its weights, so a program takes a few outputs, reads their weights once and keeps
-all rows beside them. What is cheap is done on the way: the norm of the rows, the gate, the sum with the residual stream.
-More rows than FEW are cuBLAS's.
+all rows beside them. What is cheap is done on the way: the sum with the residual stream, the gate, and the norm of what
+comes next. For that a product that adds to the residual stream also leaves the stream times the next norm's weight, and
+each program's sums of squares; the product that reads those divides its results by the root mean square. More rows than
+FEW are cuBLAS's.
 
-The weights are known before the kernel in front has ended: each program asks for its own to be brought into the L2
-cache before it waits, so that memory does not rest while kernels change. That is most of the distance between 0.85 and
-0.95 of what the memory allows.
+Weights are constants, so a program need not wait for the kernel in front to end before it reads them. It loads the
+first of its weights into registers and asks for more to be brought into the L2 cache, and only then waits: memory does
+not rest while kernels change, and the rows, once they are there, meet weights that are there already.
 """
 
 from __future__ import annotations
@@ -17,54 +19,73 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels.gpu.triton import begin, dot, jit, launch, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, dot, jit, launch, narrow, next_power_of_2, overlaps, tl, wait
 
 FEW = 64
 """Rows up to which these kernels are used."""
 
-_AHEAD = 64 << 10  # bytes of weights a program asks for before it waits, at most
 _CHUNK = 512  # bytes a thread asks for at once
+_SHRINK = 1 / 256  # of rows normed in part in float16, whose largest is 65,504: a residual stream grows beyond its root
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up: outputs and inputs of a step of a program, parts of the inputs, and Triton's knobs."""
+    """How a product is cut up.
+
+    A program makes `outputs` columns, `inputs` numbers of their weights at a time. Each of `slices` groups of warps
+    takes its own part of those inputs, summed at the end. Where there are 0, a row is multiplied without tensor cores.
+    """
 
     outputs: int
     inputs: int
-    split: int
-    warps: int
-    stages: int
+    slices: int = 1
+    warps: int = 4
+    stages: int = 3
+    ahead: int = 64 << 10  # bytes a program brings into the L2 cache before it waits, at most
 
 
-def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False, may_split: bool = False) -> Tiles:
-    """Enough programs to fill the device, and no more: a rule that was measured on an H100 at the shapes of Qwen3."""
-    width = 64
-    while width > 16 and outputs // width < 256:
-        width //= 2
-    if gate and width > 16:
-        width //= 2
-    split = 1
-    while may_split and split < 4 and split * (outputs // width) < 200 and inputs // split >= 1024:
-        split *= 2
-    depth = 256 if itemsize <= 2 else 64
-    if width * (2 if gate else 1) >= 64 or rows > 32:
-        depth //= 2
-    return Tiles(width, depth, split, 4, 4 if itemsize <= 2 else 2)
+class Rows(NamedTuple):
+    """Rows that are normed in part: times the norm's weight, but not yet divided by their root mean square."""
+
+    scaled: Tensor  # [T, H]
+    squares: Tensor  # [sums, T] float32, which add up to each row's sum of squares
+    eps: float
+
+
+def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False) -> Tiles:
+    """Two programs a multiprocessor or more where that leaves each a full tile. With `gate`, outputs behind it."""
+    halves = 2 if gate else 1
+    if itemsize > 2:
+        return Tiles(16 // halves, 64, stages=2)
+    if rows > 16:
+        return Tiles((64 if rows > 32 and halves * outputs >= 1 << 13 else 32) // halves, 128)
+    width = 8
+    while width < 32 and halves * outputs // (2 * width) >= 256:
+        width *= 2
+    depth = 256 if width > 8 else 512
+    return Tiles(width // halves, min(depth, max(64, next_power_of_2(inputs))), 0 if rows == 1 else 4)
 
 
 @jit
-def _ask(weight, column, start, inputs, size, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, CHUNK: tl.constexpr):
-    """Brings the first BYTES of each row's part into the L2 cache."""
-    chunks: tl.constexpr = BYTES // CHUNK
-    item: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    index = tl.arange(0, BLOCK_N * chunks)
-    row = tl.minimum(column + index // chunks, size - 1).to(tl.int64)
-    offset = (index % chunks) * (CHUNK // item)
-    offset = tl.where(start + offset + CHUNK // item <= inputs, start + offset, start)
+def _line(tile, index, outputs, GATE: tl.constexpr, WIDTH: tl.constexpr):
+    """The weight rows of a tile: with a gate, an output's and then the one's it is multiplied with."""
+    if GATE:
+        line = tl.minimum(tile * WIDTH + index // 2, outputs - 1) + index % 2 * outputs
+    else:
+        line = tl.minimum(tile * WIDTH + index, outputs - 1)
+    return line
+
+
+@jit
+def _ask(weight, line, start, inputs, BYTES: tl.constexpr, CHUNK: tl.constexpr):
+    """Asks for the first BYTES from `start` on of each weight row to be brought into the L2 cache."""
+    numbers: tl.constexpr = CHUNK // (weight.dtype.element_ty.primitive_bitwidth // 8)
+    offset = start + tl.arange(0, BYTES // CHUNK) * numbers
+    at = weight + line[:, None] * inputs + offset[None, :]
+    size = tl.broadcast_to(tl.where(offset + numbers <= inputs, CHUNK, 0)[None, :], at.shape)
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r",
-        [(weight + row * inputs + offset).to(tl.int64), tl.full([BLOCK_N * chunks], CHUNK, tl.int32)],
+        [at.to(tl.int64), size],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -72,149 +93,275 @@ def _ask(weight, column, start, inputs, size, BLOCK_N: tl.constexpr, BYTES: tl.c
 
 
 @jit
+def _along(size: tl.constexpr, SLICES: tl.constexpr, AXIS: tl.constexpr):
+    """0, 1, ... along the rows (axis 0) or the inputs (axis 1) of a tile, which slices cut along its inputs."""
+    if SLICES == 1:
+        index = tl.expand_dims(tl.arange(0, size), 1 - AXIS)
+    elif AXIS == 0:
+        index = tl.arange(0, size)[None, :, None]
+    else:
+        part: tl.constexpr = size // SLICES
+        index = tl.arange(0, SLICES)[:, None, None] * part + tl.arange(0, part)[None, None, :]
+    return index
+
+
+@jit
+def _load(at, inside, valid, EVEN: tl.constexpr, FULL: tl.constexpr):
+    """A tile, zeros for what is not there: `inside` of the inputs, `valid` of the rows. EVEN, FULL: all there."""
+    if EVEN and FULL:
+        tile = tl.load(at)
+    elif EVEN:
+        tile = tl.load(at, mask=valid, other=0)
+    elif FULL:
+        tile = tl.load(at, mask=inside, other=0)
+    else:
+        tile = tl.load(at, mask=valid & inside, other=0)
+    return tile
+
+
+@jit
+def _multiply(value, w, total, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """total + value @ w.T, slice by slice; of one row the products alone, to be summed when all are there."""
+    if BLOCK_M == 1:
+        total = total + value.to(tl.float32) * w.to(tl.float32)
+    elif SLICES == 1:
+        total = dot(value, tl.trans(w), total)
+    else:
+        total = dot(value, tl.permute(w, (0, 2, 1)), total)
+    return total
+
+
+@jit
+def _nothing(w, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What `_multiply` adds to at first."""
+    if BLOCK_M == 1:
+        total = tl.zeros(w.shape, tl.float32)
+    elif SLICES == 1:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        total = tl.zeros([SLICES, BLOCK_M, BLOCK_N], tl.float32)
+    return total
+
+
+@jit
+def _sum(total, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """[BLOCK_M, columns] of what lies in slices, or was not summed yet."""
+    if BLOCK_M == 1:
+        total = tl.sum(total, axis=1)[None, :]
+    elif SLICES > 1:
+        total = tl.sum(total, axis=0)
+    return total
+
+
+@jit
 def _few_rows_kernel(
     x,
     weight,
     bias,
-    norm,
+    squares,
     out,
-    partial,
-    tickets,
+    next_norm,
+    next_scaled,
+    next_squares,
     rows,
     outputs,
     inputs,
-    share,  # inputs of a split
+    num_sums,
     eps,
-    NORM: tl.constexpr,  # x is normed on the way
+    NORM: tl.constexpr,  # divide by the root mean square of the rows, whose squares are given
     GATE: tl.constexpr,  # silu of an output times the one `outputs` behind it
     ADD: tl.constexpr,  # out is added to, not written
+    NEXT: tl.constexpr,  # leave out times next_norm, and its sums of squares
     BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,  # all steps are whole
+    SHRINK: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns
+    SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # weight rows: two a column with a gate
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,  # bytes of each output's weights to ask for before waiting
+    BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,  # bytes of each weight row to ask for
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, BLOCK_M)
-    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = split * share
+    tile = tl.program_id(0)
+    lines: tl.constexpr = 2 * WIDTH if GATE else WIDTH
+    full: tl.constexpr = lines == BLOCK_N
+    index, place = _along(BLOCK_N, SLICES, 0), _along(BLOCK_K, SLICES, 1)
+    w_at = weight + _line(tile, index, outputs, GATE, WIDTH).to(tl.int64) * inputs + place
+    w = _load(w_at, place < inputs, index < lines, EVEN, full)
     if AHEAD > 0:
-        _ask(weight, tile * BLOCK_N, start, inputs, outputs, BLOCK_N, AHEAD, CHUNK)
-        if GATE:
-            _ask(weight + outputs.to(tl.int64) * inputs, tile * BLOCK_N, start, inputs, outputs, BLOCK_N, AHEAD, CHUNK)
+        flat = _line(tile, tl.arange(0, BLOCK_N), outputs, GATE, WIDTH).to(tl.int64)
+        _ask(weight, flat, BLOCK_K, inputs, AHEAD, CHUNK)
     wait(PDL)
-    x_at = x + row[:, None] * inputs
-    w_at = weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * inputs
-    up_at = w_at + outputs.to(tl.int64) * inputs
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    end = tl.minimum(start + share, inputs)
-    for k in range(start, end, BLOCK_K):
-        place = k + tl.arange(0, BLOCK_K)
-        inside = place < end
-        value = tl.load(x_at + place[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0)
-        if NORM:
-            wide = value.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            scale = tl.load(norm + place, mask=inside, other=0).to(tl.float32)
-            value = (wide * scale[None, :]).to(value.dtype)
-        w = tl.load(w_at + place[None, :], mask=inside[None, :], other=0)
-        total = dot(value, tl.trans(w), total)
-        if GATE:
-            up = tl.load(up_at + place[None, :], mask=inside[None, :], other=0)
-            total_up = dot(value, tl.trans(up), total_up)
-    valid = (row < rows)[:, None] & (column < outputs)[None, :]
-    place = row[:, None].to(tl.int64) * outputs + column[None, :]
-    if SPLIT > 1:
-        part = partial + split.to(tl.int64) * rows * outputs
-        tl.store(part + place, total, mask=valid)
-        tl.debug_barrier()
-        last = tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1
-        if not last:
-            return
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for other in tl.static_range(SPLIT):
-            at = partial + other * rows.to(tl.int64) * outputs
-            total += tl.load(at + place, mask=valid, other=0, cache_modifier=".cg")
-        tl.atomic_xchg(tickets + tile, 0)
+    row = _along(BLOCK_M, SLICES, 0)
+    x_at = x + row * inputs + place
+    value = _load(x_at, place < inputs, row < rows, EVEN, BLOCK_M == 1)
+    flat_row = tl.arange(0, BLOCK_M)
     if NORM:
-        root = tl.rsqrt(squares / inputs + eps)[:, None]
-        total *= root
-        total_up *= root
+        sums = tl.arange(0, BLOCK_S)
+        known = (sums < num_sums)[:, None] & (flat_row < rows)[None, :]
+        square = tl.load(squares + sums[:, None] * rows + flat_row[None, :], mask=known, other=0)
+        root = tl.rsqrt(tl.sum(square, axis=0) / inputs + eps) / SHRINK
+    total = _multiply(value, w, _nothing(w, SLICES, BLOCK_M, BLOCK_N), SLICES, BLOCK_M)
+    for k in tl.range(BLOCK_K, inputs, BLOCK_K, num_stages=STAGES):
+        value = _load(x_at + k, place + k < inputs, row < rows, EVEN, BLOCK_M == 1)
+        w = _load(w_at + k, place + k < inputs, index < lines, EVEN, full)
+        total = _multiply(value, w, total, SLICES, BLOCK_M)
+    result = _sum(total, SLICES, BLOCK_M)
+    if NORM:
+        result *= root[:, None]
     if BIAS:
-        total += tl.load(bias + column, mask=column < outputs, other=0).to(tl.float32)[None, :]
+        line = _line(tile, tl.arange(0, BLOCK_N), outputs, GATE, WIDTH)
+        result += tl.load(bias + line).to(tl.float32)[None, :]
     if GATE:
-        total = total / (1 + tl.exp(-total)) * total_up
+        gate, up = tl.split(tl.reshape(result, [BLOCK_M, BLOCK_N // 2, 2]))
+        result = gate / (1 + tl.exp(-gate)) * up
+    lane = tl.arange(0, BLOCK_N // 2 if GATE else BLOCK_N)
+    column = tile * WIDTH + lane
+    own = (lane < WIDTH) & (column < outputs)
+    valid = (flat_row < rows)[:, None] & own[None, :]
+    at = flat_row[:, None].to(tl.int64) * outputs + column[None, :]
     if ADD:
-        total += tl.load(out + place, mask=valid, other=0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=valid)
+        result += tl.load(out + at, mask=valid, other=0).to(tl.float32)
+    stored = narrow(result, out.dtype.element_ty)
+    tl.store(out + at, stored, mask=valid)
+    if NEXT:
+        wide = tl.where(valid, stored.to(tl.float32), 0)
+        scale = tl.load(next_norm + column, mask=own, other=0).to(tl.float32)[None, :]
+        tl.store(next_scaled + at, narrow(wide * scale * SHRINK, out.dtype.element_ty), mask=valid)
+        tl.store(next_squares + tile * rows + flat_row, tl.sum(wide * wide, axis=1), mask=flat_row < rows)
+
+
+@jit
+def _scale_kernel(
+    x,
+    residual,
+    norm,
+    scaled,
+    squares,
+    size,
+    ADD: tl.constexpr,
+    SHRINK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    scale = tl.load(norm + column, mask=inside, other=0).to(tl.float32)
+    wait(PDL)
+    value = tl.load(residual + row * size + column, mask=inside, other=0)
+    if ADD:
+        more = tl.load(x + row * size + column, mask=inside, other=0).to(tl.float32)
+        value = narrow(value.to(tl.float32) + more, value.dtype)
+        tl.store(residual + row * size + column, value, mask=inside)
+    wide = value.to(tl.float32)
+    tl.store(scaled + row * size + column, narrow(wide * scale * SHRINK, value.dtype), mask=inside)
+    tl.store(squares + row, tl.sum(wide * wide))
+
+
+def _shrink(dtype: torch.dtype) -> float:
+    return _SHRINK if dtype == torch.float16 else 1.0
+
+
+def scale_rows(x: Tensor | None, residual: Tensor, norm: Tensor, eps: float) -> Rows:
+    """Adds x to residual [T, H] in place, if there is one, and norms that in part."""
+    rows, size = residual.shape
+    assert residual.is_contiguous() and (x is None or (x.is_contiguous() and x.shape == residual.shape))
+    scaled, squares = torch.empty_like(residual), torch.empty(1, rows, dtype=torch.float32, device=residual.device)
+    overlap = overlaps(residual)
+    _scale_kernel[(rows,)](
+        x,
+        residual,
+        norm,
+        scaled,
+        squares,
+        size,
+        ADD=x is not None,
+        SHRINK=_shrink(residual.dtype),
+        BLOCK=next_power_of_2(size),
+        PDL=overlap,
+        **launch(overlap),
+    )
+    return Rows(scaled, squares, eps)
 
 
 def few_rows(
-    x: Tensor,  # [T, I], at most FEW rows
+    x: Tensor | Rows,  # [T, I], at most FEW rows
     weight: Tensor,  # [O, I], or [2*O, I] with `gate`
     out: Tensor,  # [T, O]
     *,
     bias: Tensor | None = None,
-    norm: Tensor | None = None,  # [I]
-    eps: float = 0.0,
-    gate: bool = False,
-    add: bool = False,
-    tickets: Tensor | None = None,  # int32, all 0, one a tile at least; without them the inputs are not split
-    cut: Tiles | None = None,
-) -> Tensor:
-    """out, or out +, (norm of) x @ weight.T + bias, or the gate of its halves. Returns out."""
+    gate: bool = False,  # silu of the first half of the outputs times the second
+    add: bool = False,  # to out, instead of writing it
+    next_norm: Tensor | None = None,  # [O]
+    eps: float = 0.0,  # of that
+    cut: Tiles | None = None,  # None: what `tiles` says
+    overlap: bool | None = None,  # None: wherever the device can
+) -> Rows | None:
+    """out, or out +, (norm of) x @ weight.T + bias, or the gate of its halves; what is normed in part if asked."""
+    given, x = x, x.scaled if isinstance(x, Rows) else x
+    squares, own_eps = (given.squares, given.eps) if isinstance(given, Rows) else (None, 0.0)
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
-    assert rows <= FEW and x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
+    assert 0 < rows <= FEW and x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
     assert out.shape == (rows, outputs) and weight.shape[1] == inputs and weight.dtype == x.dtype
-    if cut is None:
-        may_split = tickets is not None and norm is None and not gate
-        cut = tiles(rows, outputs, inputs, x.itemsize, gate=gate, may_split=may_split)
-    share = -(-inputs // (cut.split * cut.inputs)) * cut.inputs
-    partial = torch.empty(cut.split, rows, outputs, dtype=torch.float32, device=x.device) if cut.split > 1 else None
-    overlap = overlaps(x)
-    ahead = 0
-    if overlap and inputs * x.itemsize % 16 == 0 and share * x.itemsize >= _CHUNK:
-        most = _AHEAD // cut.outputs // (2 if gate else 1)
-        ahead = min(share * x.itemsize, most) // _CHUNK * _CHUNK
-        ahead = 1 << (ahead.bit_length() - 1) if ahead else 0
+    cut = cut or tiles(rows, outputs, inputs, x.itemsize, gate=gate)
+    assert cut.slices or rows == 1
+    overlap = overlaps(x) if overlap is None else overlap
     num_tiles = -(-outputs // cut.outputs)
-    assert tickets is None or len(tickets) >= num_tiles
-    _few_rows_kernel[(num_tiles, cut.split)](
+    lines = next_power_of_2(cut.outputs) * (2 if gate else 1)
+    after = None
+    if next_norm is not None:
+        sums = torch.empty(num_tiles, rows, dtype=torch.float32, device=x.device)
+        after = Rows(torch.empty_like(out), sums, eps)
+    _few_rows_kernel[(num_tiles,)](
         x,
         weight,
         bias,
-        norm,
+        squares,
         out,
-        partial,
-        tickets,
+        next_norm,
+        None if after is None else after.scaled,
+        None if after is None else after.squares,
         rows,
         outputs,
         inputs,
-        share,
-        eps,
-        NORM=norm is not None,
+        0 if squares is None else squares.shape[0],
+        own_eps,
+        NORM=squares is not None,
         GATE=gate,
         ADD=add,
+        NEXT=after is not None,
         BIAS=bias is not None,
-        SPLIT=cut.split,
-        BLOCK_M=max(16, next_power_of_2(rows)),
-        BLOCK_N=cut.outputs,
+        EVEN=inputs % cut.inputs == 0,
+        SHRINK=_shrink(x.dtype),
+        WIDTH=cut.outputs,
+        SLICES=max(cut.slices, 1),
+        BLOCK_M=max(16, next_power_of_2(rows)) if cut.slices else 1,
+        BLOCK_N=lines,
         BLOCK_K=cut.inputs,
-        AHEAD=ahead,
+        BLOCK_S=1 if squares is None else next_power_of_2(squares.shape[0]),
+        STAGES=cut.stages,
+        AHEAD=_bytes_ahead(weight, inputs - cut.inputs, cut.ahead // lines) if overlap else 0,
         CHUNK=_CHUNK,
         PDL=overlap,
         num_warps=cut.warps,
-        num_stages=cut.stages,
         **launch(overlap),
     )
-    return out
+    return after
+
+
+def _bytes_ahead(weight: Tensor, numbers: int, most: int) -> int:
+    """Bytes of a weight row, a power of two, that a program asks for behind the `inputs` it has loaded."""
+    size = min(numbers * weight.itemsize, most)
+    aligned = weight.shape[1] * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
+    return 1 << (size.bit_length() - 1) if aligned and size >= _CHUNK else 0
 
 
 def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
@@ -222,7 +369,8 @@ def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool
     rows, outputs = x.shape[0], weight.shape[0]
     if 0 < rows <= FEW:
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
-        return few_rows(x.contiguous(), weight, out, bias=bias)
+        few_rows(x.contiguous(), weight, out, bias=bias)
+        return out
     if not wide or x.dtype == torch.float32:
         return functional.linear(x, weight, bias)
     if x.is_cuda and bias is None:

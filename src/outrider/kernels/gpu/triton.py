@@ -23,7 +23,7 @@ except ImportError:
     if not TYPE_CHECKING:
         triton = tl = None
 
-__all__ = ["AVAILABLE", "begin", "dot", "jit", "launch", "next_power_of_2", "overlaps", "tl", "wait"]
+__all__ = ["AVAILABLE", "begin", "dot", "jit", "launch", "narrow", "next_power_of_2", "overlaps", "tl", "wait"]
 
 AVAILABLE = triton is not None
 """Whether kernels of this room can run: without Triton the references serve a GPU too."""
@@ -64,6 +64,16 @@ def dot(a, b, total):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@jit
+def narrow(value, dtype: tl.constexpr):
+    """float32 rounded to dtype, to the nearest, as a GPU rounds; Triton's interpreter cuts bfloat16 off."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
 
 
 @jit
