@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels.gpu.triton import begin, dot, jit, launch, narrow, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
 
 FEW = 64
 """Rows up to which these kernels are used."""
@@ -153,7 +153,7 @@ def _sum(total, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
     return total
 
 
-@jit
+@jit_counts("rows", "num_sums")
 def _few_rows_kernel(
     x,
     weight,

@@ -23,7 +23,19 @@ except ImportError:
     if not TYPE_CHECKING:
         triton = tl = None
 
-__all__ = ["AVAILABLE", "begin", "dot", "jit", "launch", "narrow", "next_power_of_2", "overlaps", "tl", "wait"]
+__all__ = [
+    "AVAILABLE",
+    "begin",
+    "dot",
+    "jit",
+    "jit_counts",
+    "launch",
+    "narrow",
+    "next_power_of_2",
+    "overlaps",
+    "tl",
+    "wait",
+]
 
 AVAILABLE = triton is not None
 """Whether kernels of this room can run: without Triton the references serve a GPU too."""
@@ -32,6 +44,18 @@ AVAILABLE = triton is not None
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function itself, never to be called, where there is no Triton."""
     return triton.jit(function) if AVAILABLE else function
+
+
+def jit_counts(*counts: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` for a kernel with arguments that differ from step to step, named here.
+
+    For others Triton compiles a kernel of its own where they are 1, and where they are multiples of 16.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return triton.jit(function, do_not_specialize=counts) if AVAILABLE else function
+
+    return decorate
 
 
 def next_power_of_2(number: int) -> int:
