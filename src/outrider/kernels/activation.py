@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from outrider.kernels._numba import SERIAL, Emitter, Int, Vector, emitted
 from outrider.kernels._threads import add, num_threads, parallel
+from outrider.kernels.gpu.activation import silu_mul_gpu
 from outrider.kernels.native import compiled
 from outrider.kernels.op import Example, Op
 
@@ -72,4 +73,4 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
             yield {"gate_up": (8 * torch.randn(rows, 2 * width, generator=generator)).to(device, dtype)}
 
 
-SILU_MUL = Op("silu_mul", silu_mul_reference, {"cpu": _silu_mul_cpu}, examples=_examples)
+SILU_MUL = Op("silu_mul", silu_mul_reference, {"cpu": _silu_mul_cpu, "cuda": silu_mul_gpu}, examples=_examples)

@@ -1,46 +1,46 @@
 """Products of few rows, and what stands before and behind them in a decoder layer. See `kernels.linear`.
 
-With few rows a product is a read of its weights: each program takes a few outputs and reads their weights once, all rows
-beside them. What is cheap is done on the way: the norm of the rows, the gate, the sum with the residual stream.
+With few rows a product is a read of its weights, so a program takes a few outputs, reads their weights once and keeps
+all rows beside them. What is cheap is done on the way: the sum with the residual stream, the gate, and the norm of what
+comes next. For that a product that adds to the residual stream also leaves the stream times the next norm's weight, and
+each program's sums of squares; the product that reads those divides its results by the root mean square. More rows than
+FEW are cuBLAS's.
 
-Up to ROWS rows are multiplied in registers, without tensor cores. A program's first weights are in registers before it
-waits for the kernel in front, so that memory does not rest while kernels change; where a program has no more weights
-than that, what is left of the kernel behind the wait is a read of x and a sum. The norm is done in the loop.
-
-Up to FEW rows go through tensor cores. There a norm in the loop took three times as long, so that half of it is done by
-the product before: one that adds to the residual stream also leaves the stream times the next norm's weight, and each
-program's sums of squares; the product that reads those scales its results. More rows are cuBLAS's.
+Weights are constants, so a program need not wait for the kernel in front to end before it reads them. It loads the
+first of its weights into registers and asks for more to be brought into the L2 cache, and only then waits: memory does
+not rest while kernels change, and the rows, once they are there, meet weights that are there already.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels.gpu.triton import begin, dot, jit, launch, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
 
-ROWS = 4
-"""Rows up to which a product is made without tensor cores."""
-
-FEW = 16
+FEW = 64
 """Rows up to which these kernels are used."""
 
+_CHUNK = 512  # bytes a thread asks for at once
+_SHRINK = 1 / 256  # of rows normed in part in float16, whose largest is 65,504: a residual stream grows beyond its root
 
-EARLY = False
 
+class Tiles(NamedTuple):
+    """How a product is cut up.
 
-class Cut(NamedTuple):
-    """How a product is shared out: outputs of a program, parts of the inputs summed apart, inputs of a part's step."""
+    A program makes `outputs` columns, `inputs` numbers of their weights at a time. Each of `slices` groups of warps
+    takes its own part of those inputs, summed at the end. Where there are 0, a row is multiplied without tensor cores.
+    """
 
-    width: int
-    parts: int
-    depth: int
-    warps: int
-    stages: int
+    outputs: int
+    inputs: int
+    slices: int = 1
+    warps: int = 4
+    stages: int = 3
+    ahead: int = 64 << 10  # bytes a program brings into the L2 cache before it waits, at most
 
 
 class Rows(NamedTuple):
@@ -51,23 +51,109 @@ class Rows(NamedTuple):
     eps: float
 
 
-@cache
-def _num_multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def cut_for(x: Tensor, outputs: int, *, gate: bool = False) -> Cut:
-    """A rule that was measured on an H100 at the shapes of Qwen3 (docs/journal.md)."""
-    programs = _num_multiprocessors(x.device.index) if x.is_cuda else 4
-    deep = x.shape[1] >= 4096
-    most = 24 if gate and deep else 12 if gate else 16
-    width = -(-outputs // (programs * -(-outputs // (programs * most))))
-    if x.itemsize > 2:
-        return Cut(width, 1, 64, 4, 2)
-    return Cut(width, 2, 128, 4, 3) if gate and deep else Cut(width, 4, 128, 4, 3)
+def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False) -> Tiles:
+    """Two programs a multiprocessor or more where that leaves each a full tile. With `gate`, outputs behind it."""
+    halves = 2 if gate else 1
+    if itemsize > 2:
+        return Tiles(16 // halves, 64, stages=2)
+    if rows > 16:
+        return Tiles((64 if rows > 32 and halves * outputs >= 1 << 13 else 32) // halves, 128)
+    width = 8
+    while width < 32 and halves * outputs // (2 * width) >= 256:
+        width *= 2
+    depth = 256 if width > 8 else 512
+    return Tiles(width // halves, min(depth, max(64, next_power_of_2(inputs))), 0 if rows == 1 else 4)
 
 
 @jit
+def _line(tile, index, outputs, GATE: tl.constexpr, WIDTH: tl.constexpr):
+    """The weight rows of a tile: with a gate, an output's and then the one's it is multiplied with."""
+    if GATE:
+        line = tl.minimum(tile * WIDTH + index // 2, outputs - 1) + index % 2 * outputs
+    else:
+        line = tl.minimum(tile * WIDTH + index, outputs - 1)
+    return line
+
+
+@jit
+def _ask(weight, line, start, inputs, BYTES: tl.constexpr, CHUNK: tl.constexpr):
+    """Asks for the first BYTES from `start` on of each weight row to be brought into the L2 cache."""
+    numbers: tl.constexpr = CHUNK // (weight.dtype.element_ty.primitive_bitwidth // 8)
+    offset = start + tl.arange(0, BYTES // CHUNK) * numbers
+    at = weight + line[:, None] * inputs + offset[None, :]
+    size = tl.broadcast_to(tl.where(offset + numbers <= inputs, CHUNK, 0)[None, :], at.shape)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [at.to(tl.int64), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@jit
+def _along(size: tl.constexpr, SLICES: tl.constexpr, AXIS: tl.constexpr):
+    """0, 1, ... along the rows (axis 0) or the inputs (axis 1) of a tile, which slices cut along its inputs."""
+    if SLICES == 1:
+        index = tl.expand_dims(tl.arange(0, size), 1 - AXIS)
+    elif AXIS == 0:
+        index = tl.arange(0, size)[None, :, None]
+    else:
+        part: tl.constexpr = size // SLICES
+        index = tl.arange(0, SLICES)[:, None, None] * part + tl.arange(0, part)[None, None, :]
+    return index
+
+
+@jit
+def _load(at, inside, valid, EVEN: tl.constexpr, FULL: tl.constexpr):
+    """A tile, zeros for what is not there: `inside` of the inputs, `valid` of the rows. EVEN, FULL: all there."""
+    if EVEN and FULL:
+        tile = tl.load(at)
+    elif EVEN:
+        tile = tl.load(at, mask=valid, other=0)
+    elif FULL:
+        tile = tl.load(at, mask=inside, other=0)
+    else:
+        tile = tl.load(at, mask=valid & inside, other=0)
+    return tile
+
+
+@jit
+def _multiply(value, w, total, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """total + value @ w.T, slice by slice; of one row the products alone, to be summed when all are there."""
+    if BLOCK_M == 1:
+        total = total + value.to(tl.float32) * w.to(tl.float32)
+    elif SLICES == 1:
+        total = dot(value, tl.trans(w), total)
+    else:
+        total = dot(value, tl.permute(w, (0, 2, 1)), total)
+    return total
+
+
+@jit
+def _nothing(w, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What `_multiply` adds to at first."""
+    if BLOCK_M == 1:
+        total = tl.zeros(w.shape, tl.float32)
+    elif SLICES == 1:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        total = tl.zeros([SLICES, BLOCK_M, BLOCK_N], tl.float32)
+    return total
+
+
+@jit
+def _sum(total, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """[BLOCK_M, columns] of what lies in slices, or was not summed yet."""
+    if BLOCK_M == 1:
+        total = tl.sum(total, axis=1)[None, :]
+    elif SLICES > 1:
+        total = tl.sum(total, axis=0)
+    return total
+
+
+@jit_counts("rows", "num_sums")
 def _few_rows_kernel(
     x,
     weight,
@@ -80,7 +166,6 @@ def _few_rows_kernel(
     rows,
     outputs,
     inputs,
-    width,
     num_sums,
     eps,
     NORM: tl.constexpr,  # divide by the root mean square of the rows, whose squares are given
@@ -88,236 +173,82 @@ def _few_rows_kernel(
     ADD: tl.constexpr,  # out is added to, not written
     NEXT: tl.constexpr,  # leave out times next_norm, and its sums of squares
     BIAS: tl.constexpr,
-    EVEN: tl.constexpr,  # the inputs are whole steps
-    PARTS: tl.constexpr,
+    EVEN: tl.constexpr,  # all steps are whole
+    SHRINK: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns
+    SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # weight rows: two a column with a gate
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,  # bytes of each weight row to ask for
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if EARLY:
-        begin(PDL)
+    begin(PDL)
     tile = tl.program_id(0)
-    first = tile * width
-    up = weight + outputs.to(tl.int64) * inputs
-    row, lane = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    column = first + lane
-    own = (lane < width) & (column < outputs)
-    step = tl.arange(0, PARTS)[:, None, None] * BLOCK_K
-    across, down = tl.arange(0, BLOCK_K)[None, None, :] + step, tl.arange(0, BLOCK_K)[None, :, None] + step
-    x_at = x + row[None, :, None] * inputs + across
-    place = tl.minimum(column, outputs - 1).to(tl.int64)[None, None, :] * inputs + down
-    x_mask, w_mask = (row < rows)[None, :, None], own[None, None, :]
-    total = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
-    total_up = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
-    valid = (row < rows)[:, None] & own[None, :]
-    at = row[:, None].to(tl.int64) * outputs + column[None, :]
-    if NEXT:
-        scale = tl.load(next_norm + column, mask=own, other=0).to(tl.float32)[None, :]
+    lines: tl.constexpr = 2 * WIDTH if GATE else WIDTH
+    full: tl.constexpr = lines == BLOCK_N
+    index, place = _along(BLOCK_N, SLICES, 0), _along(BLOCK_K, SLICES, 1)
+    w_at = weight + _line(tile, index, outputs, GATE, WIDTH).to(tl.int64) * inputs + place
+    w = _load(w_at, place < inputs, index < lines, EVEN, full)
+    if AHEAD > 0:
+        flat = _line(tile, tl.arange(0, BLOCK_N), outputs, GATE, WIDTH).to(tl.int64)
+        _ask(weight, flat, BLOCK_K, inputs, AHEAD, CHUNK)
     wait(PDL)
-    if ADD:
-        before = tl.load(out + at, mask=valid, other=0).to(tl.float32)
+    row = _along(BLOCK_M, SLICES, 0)
+    x_at = x + row * inputs + place
+    value = _load(x_at, place < inputs, row < rows, EVEN, BLOCK_M == 1)
+    flat_row = tl.arange(0, BLOCK_M)
     if NORM:
         sums = tl.arange(0, BLOCK_S)
-        mask = (sums < num_sums)[:, None] & (row < rows)[None, :]
-        square = tl.sum(tl.load(squares + sums[:, None] * rows + row[None, :], mask=mask, other=0), axis=0)
-    for k in range(0, inputs, PARTS * BLOCK_K):
-        if EVEN:
-            value = tl.load(x_at + k, mask=x_mask, other=0)
-            gate = tl.load(weight + place + k, mask=w_mask, other=0)
-        else:
-            value = tl.load(x_at + k, mask=x_mask & (across + k < inputs), other=0)
-            gate = tl.load(weight + place + k, mask=w_mask & (down + k < inputs), other=0)
-        total = dot(value, gate, total)
-        if GATE:
-            if EVEN:
-                raised = tl.load(up + place + k, mask=w_mask, other=0)
-            else:
-                raised = tl.load(up + place + k, mask=w_mask & (down + k < inputs), other=0)
-            total_up = dot(value, raised, total_up)
-    if not EARLY:
-        begin(PDL)
-    result = tl.sum(total, axis=0)
+        known = (sums < num_sums)[:, None] & (flat_row < rows)[None, :]
+        square = tl.load(squares + sums[:, None] * rows + flat_row[None, :], mask=known, other=0)
+        root = tl.rsqrt(tl.sum(square, axis=0) / inputs + eps) / SHRINK
+    total = _multiply(value, w, _nothing(w, SLICES, BLOCK_M, BLOCK_N), SLICES, BLOCK_M)
+    for k in tl.range(BLOCK_K, inputs, BLOCK_K, num_stages=STAGES):
+        value = _load(x_at + k, place + k < inputs, row < rows, EVEN, BLOCK_M == 1)
+        w = _load(w_at + k, place + k < inputs, index < lines, EVEN, full)
+        total = _multiply(value, w, total, SLICES, BLOCK_M)
+    result = _sum(total, SLICES, BLOCK_M)
     if NORM:
-        root = tl.rsqrt(square / inputs + eps)[:, None]
-        result *= root
+        result *= root[:, None]
     if BIAS:
-        result += tl.load(bias + column, mask=own, other=0).to(tl.float32)[None, :]
+        line = _line(tile, tl.arange(0, BLOCK_N), outputs, GATE, WIDTH)
+        result += tl.load(bias + line).to(tl.float32)[None, :]
     if GATE:
-        result = result / (1 + tl.exp(-result)) * (tl.sum(total_up, axis=0) * root)
+        gate, up = tl.split(tl.reshape(result, [BLOCK_M, BLOCK_N // 2, 2]))
+        result = gate / (1 + tl.exp(-gate)) * up
+    lane = tl.arange(0, BLOCK_N // 2 if GATE else BLOCK_N)
+    column = tile * WIDTH + lane
+    own = (lane < WIDTH) & (column < outputs)
+    valid = (flat_row < rows)[:, None] & own[None, :]
+    at = flat_row[:, None].to(tl.int64) * outputs + column[None, :]
     if ADD:
-        result += before
-    stored = result.to(out.dtype.element_ty)
+        result += tl.load(out + at, mask=valid, other=0).to(tl.float32)
+    stored = narrow(result, out.dtype.element_ty)
     tl.store(out + at, stored, mask=valid)
     if NEXT:
         wide = tl.where(valid, stored.to(tl.float32), 0)
-        tl.store(next_scaled + at, (wide * scale).to(out.dtype.element_ty), mask=valid)
-        tl.store(next_squares + tile * rows + row, tl.sum(wide * wide, axis=1), mask=row < rows)
+        scale = tl.load(next_norm + column, mask=own, other=0).to(tl.float32)[None, :]
+        tl.store(next_scaled + at, narrow(wide * scale * SHRINK, out.dtype.element_ty), mask=valid)
+        tl.store(next_squares + tile * rows + flat_row, tl.sum(wide * wide, axis=1), mask=flat_row < rows)
 
 
 @jit
-def _finish(total, raised, square, inputs, eps, out, at, more, own, NORM: tl.constexpr, GATE: tl.constexpr):
-    """One row's results, from the sums of its products to memory."""
-    result = tl.sum(total, axis=1)
-    root = tl.rsqrt(tl.sum(square) / inputs + eps) if NORM else 1.0
-    result = result * root + more
-    if GATE:
-        result = result / (1 + tl.exp(-result)) * (tl.sum(raised, axis=1) * root)
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=own)
-
-
-@jit
-def _in_registers_kernel(
+def _scale_kernel(
     x,
-    weight,
-    bias,
+    residual,
     norm,
-    out,
-    outputs,
-    inputs,
-    eps,
-    NORM: tl.constexpr,
-    GATE: tl.constexpr,
+    scaled,
+    squares,
+    size,
     ADD: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,  # 1 to 4
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
+    SHRINK: tl.constexpr,
+    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if EARLY:
-        begin(PDL)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    own = column < outputs
-    place = tl.arange(0, BLOCK_K)
-    w_at = weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * inputs + place[None, :]
-    ahead = outputs.to(tl.int64) * inputs  # from an output of the gate to its other half
-    inside = place < inputs
-    w = tl.load(w_at, mask=inside[None, :], other=0)
-    if GATE:
-        up = tl.load(w_at + ahead, mask=inside[None, :], other=0)
-    if NORM:
-        scale = tl.load(norm + place, mask=inside, other=0)
-    more = tl.load(bias + column, mask=own, other=0).to(tl.float32) if BIAS else 0.0
-    total0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    total1, total2, total3 = total0, total0, total0
-    raised0, raised1, raised2, raised3 = total0, total0, total0, total0
-    square0 = tl.zeros([BLOCK_K], tl.float32)
-    square1, square2, square3 = square0, square0, square0
-    wait(PDL)
-    for k in range(0, inputs, BLOCK_K):
-        beyond = place + k + BLOCK_K < inputs
-        w_next = tl.load(w_at + k + BLOCK_K, mask=beyond[None, :], other=0)
-        if GATE:
-            up_next = tl.load(w_at + ahead + k + BLOCK_K, mask=beyond[None, :], other=0)
-        if NORM:
-            scale_next = tl.load(norm + place + k + BLOCK_K, mask=beyond, other=0)
-        known = place + k < inputs
-        wide = w.to(tl.float32)
-        if GATE:
-            wide_up = up.to(tl.float32)
-        for row in tl.static_range(ROWS):
-            value = tl.load(x + row * inputs + place + k, mask=known, other=0).to(tl.float32)
-            square = value * value
-            if NORM:
-                value = (value * scale.to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
-            product = wide * value[None, :]
-            if GATE:
-                raised = wide_up * value[None, :]
-            if row == 0:
-                total0 += product
-                if NORM:
-                    square0 += square
-                if GATE:
-                    raised0 += raised
-            if row == 1:
-                total1 += product
-                if NORM:
-                    square1 += square
-                if GATE:
-                    raised1 += raised
-            if row == 2:
-                total2 += product
-                if NORM:
-                    square2 += square
-                if GATE:
-                    raised2 += raised
-            if row == 3:
-                total3 += product
-                if NORM:
-                    square3 += square
-                if GATE:
-                    raised3 += raised
-        w = w_next
-        if GATE:
-            up = up_next
-        if NORM:
-            scale = scale_next
-    if not EARLY:
-        begin(PDL)
-    for row in tl.static_range(ROWS):
-        at = row * outputs + column
-        if ADD:
-            more = tl.load(out + at, mask=own, other=0).to(tl.float32)
-        if row == 0:
-            _finish(total0, raised0, square0, inputs, eps, out, at, more, own, NORM, GATE)
-        if row == 1:
-            _finish(total1, raised1, square1, inputs, eps, out, at, more, own, NORM, GATE)
-        if row == 2:
-            _finish(total2, raised2, square2, inputs, eps, out, at, more, own, NORM, GATE)
-        if row == 3:
-            _finish(total3, raised3, square3, inputs, eps, out, at, more, own, NORM, GATE)
-
-
-def in_registers(
-    x: Tensor,  # [T, I], at most ROWS rows
-    weight: Tensor,  # [O, I], or [2*O, I] with `gate`
-    out: Tensor,  # [T, O]
-    *,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,  # [I]
-    eps: float = 0.0,
-    gate: bool = False,
-    add: bool = False,
-    cut: tuple[int, int, int] | None = None,  # outputs of a program, inputs of a step, warps
-) -> None:
-    """out, or out +, (norm of) x @ weight.T + bias, or the gate of its halves."""
-    rows, inputs = x.shape
-    outputs = weight.shape[0] // 2 if gate else weight.shape[0]
-    assert rows <= ROWS and x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
-    assert out.shape == (rows, outputs) and weight.shape[1] == inputs and weight.dtype == x.dtype
-    assert not (add and bias is not None)
-    width, depth, warps = cut or (4, 1024 if rows <= 2 else 512, 4)
-    depth = min(depth, next_power_of_2(inputs))
-    overlap = overlaps(x)
-    _in_registers_kernel[(-(-outputs // width),)](
-        x,
-        weight,
-        bias,
-        norm,
-        out,
-        outputs,
-        inputs,
-        eps,
-        NORM=norm is not None,
-        GATE=gate,
-        ADD=add,
-        BIAS=bias is not None,
-        ROWS=rows,
-        BLOCK_N=width,
-        BLOCK_K=depth,
-        EARLY=EARLY,
-        PDL=overlap,
-        num_warps=warps,
-        **launch(overlap),
-    )
-
-
-@jit
-def _scale_kernel(x, residual, norm, scaled, squares, size, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -327,21 +258,35 @@ def _scale_kernel(x, residual, norm, scaled, squares, size, ADD: tl.constexpr, B
     value = tl.load(residual + row * size + column, mask=inside, other=0)
     if ADD:
         more = tl.load(x + row * size + column, mask=inside, other=0).to(tl.float32)
-        value = (value.to(tl.float32) + more).to(value.dtype)
+        value = narrow(value.to(tl.float32) + more, value.dtype)
         tl.store(residual + row * size + column, value, mask=inside)
     wide = value.to(tl.float32)
-    tl.store(scaled + row * size + column, (wide * scale).to(value.dtype), mask=inside)
+    tl.store(scaled + row * size + column, narrow(wide * scale * SHRINK, value.dtype), mask=inside)
     tl.store(squares + row, tl.sum(wide * wide))
+
+
+def _shrink(dtype: torch.dtype) -> float:
+    return _SHRINK if dtype == torch.float16 else 1.0
 
 
 def scale_rows(x: Tensor | None, residual: Tensor, norm: Tensor, eps: float) -> Rows:
     """Adds x to residual [T, H] in place, if there is one, and norms that in part."""
     rows, size = residual.shape
+    assert residual.is_contiguous() and (x is None or (x.is_contiguous() and x.shape == residual.shape))
     scaled, squares = torch.empty_like(residual), torch.empty(1, rows, dtype=torch.float32, device=residual.device)
     overlap = overlaps(residual)
-    block = next_power_of_2(size)
     _scale_kernel[(rows,)](
-        x, residual, norm, scaled, squares, size, ADD=x is not None, BLOCK=block, PDL=overlap, **launch(overlap)
+        x,
+        residual,
+        norm,
+        scaled,
+        squares,
+        size,
+        ADD=x is not None,
+        SHRINK=_shrink(residual.dtype),
+        BLOCK=next_power_of_2(size),
+        PDL=overlap,
+        **launch(overlap),
     )
     return Rows(scaled, squares, eps)
 
@@ -352,25 +297,25 @@ def few_rows(
     out: Tensor,  # [T, O]
     *,
     bias: Tensor | None = None,
-    gate: bool = False,  # silu of the first half of the outputs times the second; x is `Rows`
+    gate: bool = False,  # silu of the first half of the outputs times the second
     add: bool = False,  # to out, instead of writing it
     next_norm: Tensor | None = None,  # [O]
     eps: float = 0.0,  # of that
-    cut: Cut | None = None,
+    cut: Tiles | None = None,  # None: what `tiles` says
+    overlap: bool | None = None,  # None: wherever the device can
 ) -> Rows | None:
     """out, or out +, (norm of) x @ weight.T + bias, or the gate of its halves; what is normed in part if asked."""
-    squares = x.squares if isinstance(x, Rows) else None
-    own_eps = x.eps if isinstance(x, Rows) else 0.0
-    x = x.scaled if isinstance(x, Rows) else x
+    given, x = x, x.scaled if isinstance(x, Rows) else x
+    squares, own_eps = (given.squares, given.eps) if isinstance(given, Rows) else (None, 0.0)
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
-    assert rows <= FEW and x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
+    assert 0 < rows <= FEW and x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
     assert out.shape == (rows, outputs) and weight.shape[1] == inputs and weight.dtype == x.dtype
-    assert squares is not None or not gate
-    cut = cut or cut_for(x, outputs, gate=gate)
-    num_tiles = -(-outputs // cut.width)
-    block = max(16, next_power_of_2(cut.width))
-    overlap = overlaps(x)
+    cut = cut or tiles(rows, outputs, inputs, x.itemsize, gate=gate)
+    assert cut.slices or rows == 1
+    overlap = overlaps(x) if overlap is None else overlap
+    num_tiles = -(-outputs // cut.outputs)
+    lines = next_power_of_2(cut.outputs) * (2 if gate else 1)
     after = None
     if next_norm is not None:
         sums = torch.empty(num_tiles, rows, dtype=torch.float32, device=x.device)
@@ -387,7 +332,6 @@ def few_rows(
         rows,
         outputs,
         inputs,
-        cut.width,
         0 if squares is None else squares.shape[0],
         own_eps,
         NORM=squares is not None,
@@ -395,19 +339,29 @@ def few_rows(
         ADD=add,
         NEXT=after is not None,
         BIAS=bias is not None,
-        EVEN=inputs % (cut.parts * cut.depth) == 0,
-        PARTS=cut.parts,
-        BLOCK_M=max(16, next_power_of_2(rows)),
-        BLOCK_N=block,
-        BLOCK_K=cut.depth,
+        EVEN=inputs % cut.inputs == 0,
+        SHRINK=_shrink(x.dtype),
+        WIDTH=cut.outputs,
+        SLICES=max(cut.slices, 1),
+        BLOCK_M=max(16, next_power_of_2(rows)) if cut.slices else 1,
+        BLOCK_N=lines,
+        BLOCK_K=cut.inputs,
         BLOCK_S=1 if squares is None else next_power_of_2(squares.shape[0]),
-        EARLY=EARLY,
+        STAGES=cut.stages,
+        AHEAD=_bytes_ahead(weight, inputs - cut.inputs, cut.ahead // lines) if overlap else 0,
+        CHUNK=_CHUNK,
         PDL=overlap,
         num_warps=cut.warps,
-        num_stages=cut.stages,
         **launch(overlap),
     )
     return after
+
+
+def _bytes_ahead(weight: Tensor, numbers: int, most: int) -> int:
+    """Bytes of a weight row, a power of two, that a program asks for behind the `inputs` it has loaded."""
+    size = min(numbers * weight.itemsize, most)
+    aligned = weight.shape[1] * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
+    return 1 << (size.bit_length() - 1) if aligned and size >= _CHUNK else 0
 
 
 def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
@@ -415,8 +369,7 @@ def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool
     rows, outputs = x.shape[0], weight.shape[0]
     if 0 < rows <= FEW:
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
-        multiply = in_registers if rows <= ROWS else few_rows
-        multiply(x.contiguous(), weight, out, bias=bias)
+        few_rows(x.contiguous(), weight, out, bias=bias)
         return out
     if not wide or x.dtype == torch.float32:
         return functional.linear(x, weight, bias)

@@ -25,16 +25,14 @@ except ImportError:
 
 __all__ = [
     "AVAILABLE",
-    "INTERPRETED",
-    "LEAST_CAPABILITY",
     "begin",
     "dot",
     "jit",
     "jit_counts",
     "launch",
+    "narrow",
     "next_power_of_2",
     "overlaps",
-    "serves",
     "tl",
     "wait",
 ]
@@ -89,16 +87,26 @@ def launch(overlap: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if overlap else {}
 
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
 
 
 @jit
 def dot(a, b, total):
     """a @ b + total, float32, with no more rounding than the operands' own; Triton's interpreter knows no bfloat16."""
-    if INTERPRETED:
+    if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@jit
+def narrow(value, dtype: tl.constexpr):
+    """float32 rounded to dtype, to the nearest, as a GPU rounds; Triton's interpreter cuts bfloat16 off."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
 
 
 @jit
