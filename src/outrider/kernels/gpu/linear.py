@@ -24,6 +24,7 @@ from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, nar
 FEW = 64
 """Rows up to which these kernels are used."""
 
+EARLY = True
 _CHUNK = 512  # bytes a thread asks for at once
 _SHRINK = 1 / 256  # of rows normed in part in float16, whose largest is 65,504: a residual stream grows beyond its root
 
@@ -184,9 +185,11 @@ def _few_rows_kernel(
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,  # bytes of each weight row to ask for
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    begin(PDL)
+    if EARLY:
+        begin(PDL)
     tile = tl.program_id(0)
     lines: tl.constexpr = 2 * WIDTH if GATE else WIDTH
     full: tl.constexpr = lines == BLOCK_N
@@ -211,6 +214,8 @@ def _few_rows_kernel(
         value = _load(x_at + k, place + k < inputs, row < rows, EVEN, BLOCK_M == 1)
         w = _load(w_at + k, place + k < inputs, index < lines, EVEN, full)
         total = _multiply(value, w, total, SLICES, BLOCK_M)
+    if not EARLY:
+        begin(PDL)
     result = _sum(total, SLICES, BLOCK_M)
     if NORM:
         result *= root[:, None]
@@ -350,6 +355,7 @@ def few_rows(
         STAGES=cut.stages,
         AHEAD=_bytes_ahead(weight, inputs - cut.inputs, cut.ahead // lines) if overlap else 0,
         CHUNK=_CHUNK,
+        EARLY=EARLY,
         PDL=overlap,
         num_warps=cut.warps,
         **launch(overlap),

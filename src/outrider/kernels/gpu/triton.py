@@ -25,6 +25,8 @@ except ImportError:
 
 __all__ = [
     "AVAILABLE",
+    "INTERPRETED",
+    "LEAST_CAPABILITY",
     "begin",
     "dot",
     "jit",
@@ -33,13 +35,13 @@ __all__ = [
     "narrow",
     "next_power_of_2",
     "overlaps",
+    "serves",
     "tl",
     "wait",
 ]
 
 AVAILABLE = triton is not None
 """Whether kernels of this room can run: without Triton the references serve a GPU too."""
-
 
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that the kernels of this room are for: what came before has no bfloat16."""
@@ -87,13 +89,13 @@ def launch(overlap: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if overlap else {}
 
 
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
 
 
 @jit
 def dot(a, b, total):
     """a @ b + total, float32, with no more rounding than the operands' own; Triton's interpreter knows no bfloat16."""
-    if _INTERPRETED:
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -102,7 +104,7 @@ def dot(a, b, total):
 @jit
 def narrow(value, dtype: tl.constexpr):
     """float32 rounded to dtype, to the nearest, as a GPU rounds; Triton's interpreter cuts bfloat16 off."""
-    if _INTERPRETED and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
