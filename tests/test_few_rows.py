@@ -31,10 +31,8 @@ SHAPES = [
     (3, 256, 40),
     (8, 67, 5),
     (16, 512, 24),
-    (17, 256, 32),
-    (33, 200, 19),
+    (9, 200, 19),
 ]
-SHAPES += [(64, 384, 40)]
 
 
 def distance(ours: Tensor, exact: Tensor) -> float:
@@ -52,7 +50,7 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def cuts(rows: int, outputs: int, inputs: int, dtype: torch.dtype, gate: bool) -> list[Tiles]:
     """The rule's own, and one with columns and steps left over."""
-    slices = 0 if rows == 1 else 1 if rows > 16 or dtype == torch.float32 else 4
+    slices = 0 if rows == 1 else 1 if dtype == torch.float32 else 4
     return [tiles(rows, outputs, inputs, dtype.itemsize, gate=gate), Tiles(5, 128, slices)]
 
 
@@ -137,7 +135,7 @@ def test_many_rows_go_through_the_smaller_ops(device: str, monkeypatch: pytest.M
             assert distance(ours[name], theirs[name].double()) < 2e-6
 
 
-@pytest.mark.parametrize("few", [64, 0], ids=["few", "many"])
+@pytest.mark.parametrize("few", [16, 0], ids=["few", "many"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_layers_hand_the_stream_on_and_show_it_where_it_is_tapped(
     device: str, few: int, monkeypatch: pytest.MonkeyPatch

@@ -76,7 +76,6 @@ def _composed(on: Callable[[Op], Callable[..., Any]]) -> Callable[..., Tensor]:
 
 decoder_layer_reference = _composed(lambda op: op.reference)
 decoder_layer_by_ops = _composed(lambda op: op.on("cpu"))
-_by_ops_on_gpu = _composed(lambda op: op.on("cuda"))
 
 
 class LayerWeights(NamedTuple):

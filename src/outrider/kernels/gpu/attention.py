@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.triton import INTERPRETED, begin, jit, launch, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, next_power_of_2, overlaps, tl, wait
 
 _INTERPRETER = 8  # multiprocessors that it is taken to have: enough for keys to be shared out, few enough to end
 _MOST_SPLITS = 64
@@ -68,14 +68,6 @@ def choose_splits(
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETER
-
-
-@jit
-def _dot(a, b, total):
-    if INTERPRETED:  # it knows no bfloat16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @jit
@@ -130,7 +122,7 @@ def _step(
     inside = (key < num_keys)[:, None] & (column < HEAD_DIM)[None, :]
 
     keys = _load(key_cache, at, inside, MASKED or HEAD_DIM != BLOCK_D).to(query.dtype)
-    scores = _dot(query, tl.trans(keys), tl.zeros([query.shape[0], BLOCK_N], tl.float32))
+    scores = dot(query, tl.trans(keys), tl.zeros([query.shape[0], BLOCK_N], tl.float32))
     if MASKED:
         scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -139,11 +131,11 @@ def _step(
     decay = tl.exp2(top - shift)
     weight = weight * decay + tl.sum(powers, 1)
     values = _load(value_cache, at, inside, MASKED or HEAD_DIM != BLOCK_D).to(query.dtype)
-    total = _dot(powers.to(query.dtype), values, total * decay[:, None])
+    total = dot(powers.to(query.dtype), values, total * decay[:, None])
     return next_block, new_top, weight, total
 
 
-@jit
+@jit_counts("num_tokens", "num_rows")
 def _attention_kernel(
     query,
     key_cache,
@@ -224,7 +216,7 @@ def _attention_kernel(
     tl.store(out + place[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
 
 
-@jit
+@jit_counts("num_heads", "splits")
 def _combine_kernel(
     partial,  # [SPLITS, T * Hq, D] float32
     log_weights,  # [SPLITS, T * Hq] float32

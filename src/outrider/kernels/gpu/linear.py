@@ -21,10 +21,11 @@ from torch.nn import functional
 
 from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
 
-FEW = 64
-"""Rows up to which these kernels are used."""
+FEW = 16
+"""Rows up to which these kernels are used: cuBLAS is faster above."""
 
-EARLY = True
+_SMALL = 16 << 20  # bytes of weights below which the next kernel's programs had better not come early
+_MANY = 100_000  # outputs, as those of a vocabulary, from which on cuBLAS is faster for more rows than one
 _CHUNK = 512  # bytes a thread asks for at once
 _SHRINK = 1 / 256  # of rows normed in part in float16, whose largest is 65,504: a residual stream grows beyond its root
 
@@ -41,7 +42,8 @@ class Tiles(NamedTuple):
     slices: int = 1
     warps: int = 4
     stages: int = 3
-    ahead: int = 64 << 10  # bytes a program brings into the L2 cache before it waits, at most
+    ahead: int = 0  # bytes a program brings into the L2 cache before it waits, at most
+    early: bool = True  # the next kernel's programs may come when all of this one's have, not when they are done
 
 
 class Rows(NamedTuple):
@@ -53,17 +55,18 @@ class Rows(NamedTuple):
 
 
 def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False) -> Tiles:
-    """Two programs a multiprocessor or more where that leaves each a full tile. With `gate`, outputs behind it."""
+    """What was fastest on an H100 at the shapes of Qwen3-0.6B and 8B (docs/journal.md); `gate`: it has one."""
     halves = 2 if gate else 1
     if itemsize > 2:
         return Tiles(16 // halves, 64, stages=2)
-    if rows > 16:
-        return Tiles((64 if rows > 32 and halves * outputs >= 1 << 13 else 32) // halves, 128)
-    width = 8
-    while width < 32 and halves * outputs // (2 * width) >= 256:
-        width *= 2
-    depth = 256 if width > 8 else 512
-    return Tiles(width // halves, min(depth, max(64, next_power_of_2(inputs))), 0 if rows == 1 else 4)
+    depth = max(64, next_power_of_2(inputs))
+    if rows == 1:
+        return Tiles(8 // halves, min(depth, 1024), 0)
+    if halves * outputs * inputs * itemsize < _SMALL:
+        return Tiles(16 // halves, min(depth, 512), 4, early=False)
+    if halves * outputs <= 4096:
+        return Tiles(8, min(depth, 512), 4)
+    return Tiles(32 // halves, min(depth, 256), 4, stages=4) if gate else Tiles(16, min(depth, 256), 4, 4, 5, 16 << 10)
 
 
 @jit
@@ -355,7 +358,7 @@ def few_rows(
         STAGES=cut.stages,
         AHEAD=_bytes_ahead(weight, inputs - cut.inputs, cut.ahead // lines) if overlap else 0,
         CHUNK=_CHUNK,
-        EARLY=EARLY,
+        EARLY=cut.early,
         PDL=overlap,
         num_warps=cut.warps,
         **launch(overlap),
@@ -373,7 +376,7 @@ def _bytes_ahead(weight: Tensor, numbers: int, most: int) -> int:
 def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """`linear`, in a kernel of this file for few rows and by cuBLAS for many."""
     rows, outputs = x.shape[0], weight.shape[0]
-    if 0 < rows <= FEW:
+    if 0 < rows <= (1 if outputs > _MANY else FEW):
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
         few_rows(x.contiguous(), weight, out, bias=bias)
         return out
