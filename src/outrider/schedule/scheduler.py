@@ -158,11 +158,14 @@ class Scheduler:
         request, count = seat.request, len(tokens)
         assert 1 <= count <= row.num_drafts + 1, f"slot {row.slot} gave {count} tokens for {row.num_drafts} drafts"
         assert 0 <= num_drafted <= self.options.num_drafts, f"slot {row.slot} has {num_drafted} drafts waiting"
-        if num_verified := min(row.num_drafts, seat.num_drafts):  # planned ahead, a row may ask for more than came
-            request.acceptance.record(num_verified, count - 1)
-            self.acceptance.record(num_verified, count - 1)
+        # Planned ahead, a row may run more drafts than came. What lies behind those may be right by chance; it is no guess.
+        num_verified = min(row.num_drafts, seat.num_drafts)
+        num_accepted = min(count - 1, num_verified)
+        if num_verified:
+            request.acceptance.record(num_verified, num_accepted)
+            self.acceptance.record(num_verified, num_accepted)
             if request.watch is not None:
-                request.watch.record(num_verified, count - 1)
+                request.watch.record(num_verified, num_accepted)
         num_computed = len(request.tokens) + count - 1
         kept = request.extend(tokens, seat.end)
         self._advance(seat, min(num_computed, len(request.tokens)))
@@ -172,7 +175,7 @@ class Scheduler:
             seat.least += count - 1
             seat.most += count - 1 - row.num_drafts
             seat.num_drafts = num_drafted
-        return TokenDelta(request.id, kept, min(count - 1, len(kept)), request.finish_reason, request.stop_token)
+        return TokenDelta(request.id, kept, min(num_accepted, len(kept)), request.finish_reason, request.stop_token)
 
     def _advance(self, seat: Seat, num_computed: int) -> None:
         seat.num_computed = num_computed

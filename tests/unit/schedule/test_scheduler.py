@@ -193,6 +193,16 @@ def test_planning_ahead_reckons_with_every_outcome() -> None:
     scheduler.check_idle()
 
 
+def test_a_token_that_was_right_by_chance_is_no_accepted_draft() -> None:
+    scheduler = make(depth=2, num_drafts=2)
+    request = add(scheduler, "a", 3)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    land(scheduler, first, [5], num_drafted=1)
+    (delta,) = land(scheduler, second, [6, 7, 8], num_drafted=0)
+    assert delta.tokens == (6, 7, 8) and delta.num_accepted == 1, "one draft came; what was run behind it was none"
+    assert request.acceptance.report().per_position == (1, 0)
+
+
 def test_what_overshoots_is_dropped_and_its_slot_kept_until_it_lands() -> None:
     scheduler = make(depth=2, max_num_seqs=1)
     add(scheduler, "a", 3)
