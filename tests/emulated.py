@@ -18,13 +18,15 @@ ABSURD = -(10**6)
 
 
 class Fence:
-    def __init__(self, fetched: list[tuple[Tensor, Tensor]]) -> None:
-        self._fetched = fetched
+    def __init__(self, fetched: list[tuple[Tensor, Tensor]], marks: dict[Marks, int]) -> None:
+        self._fetched, self._marks = fetched, marks
 
     @torch.inference_mode()
     def wait(self) -> None:
         for out, value in self._fetched:
             out.copy_(value)
+        for marks, num_set in self._marks.items():
+            marks.num_passed = num_set
 
 
 class Recorder:
@@ -32,6 +34,7 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self._fetched: list[tuple[Tensor, Tensor]] = []
+        self._marks: list[Marks] = []
         self.num_recorded = 0
         self.num_replayed = 0
 
@@ -52,21 +55,23 @@ class Recorder:
 
     def fence(self) -> Fence:
         fetched, self._fetched = self._fetched, []
-        return Fence(fetched)
+        return Fence(fetched, {marks: len(marks.set) for marks in self._marks})
 
     def marks(self, names: tuple[str, ...]) -> Marks:
-        return Marks(names)
+        self._marks.append(Marks(names))
+        return self._marks[-1]
 
     def used(self) -> int:
         return 0
 
 
 class Marks:
-    """Marks that are a millisecond apart, and remember the order they were set in."""
+    """Marks that are a millisecond apart, and cannot be read while a later run is setting them again."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
         self.set: list[str] = []
+        self.num_passed = 0
 
     def __call__(self, name: str) -> None:
         assert name in self._names
@@ -74,6 +79,7 @@ class Marks:
 
     def milliseconds(self, name: str, other: Marks, later: str) -> float:
         assert name in self.set and later in other.set
+        assert self.num_passed == len(self.set) and other.num_passed == len(other.set), "both runs must be over"
         return 1.0
 
 

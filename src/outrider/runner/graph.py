@@ -54,7 +54,7 @@ class Recorded:
     size: int
     rows: Tensor  # [size, 4] int64, the fields of `core.plan.Row`
     out: Tensor  # [size, K+3] int64: the verdict's tokens, their count, and how many drafts are waiting
-    copies: list[tuple[Callable[[], None], Marks | None]]  # used in turn, where the marks of two runs must be apart
+    copies: list[tuple[Callable[[], None], Marks | None]]  # used in turn: marks are read while later steps set theirs
     turn: int = 0
 
 
@@ -188,7 +188,7 @@ class GraphRunner:
         num_tokens = size * (self._num_drafts + 1 if kind.drafts else 1)
         processors = self._config.processors if kind.processed else ()
         copies: list[tuple[Callable[[], None], Marks | None]] = []
-        for _ in range(self.depth if self._config.time_parts else 1):
+        for _ in range(self.depth + 1 if self._config.time_parts else 1):
             marks = self._recorder.marks((_START, *PARTS, _END)) if self._config.time_parts else None
 
             def body(marks: Marks | None = marks) -> None:
