@@ -158,7 +158,7 @@ class Scheduler:
         request, count = seat.request, len(tokens)
         assert 1 <= count <= row.num_drafts + 1, f"slot {row.slot} gave {count} tokens for {row.num_drafts} drafts"
         assert 0 <= num_drafted <= self.options.num_drafts, f"slot {row.slot} has {num_drafted} drafts waiting"
-        # Planned ahead, a row may run more drafts than came. What lies behind those may be right by chance; it is no guess.
+        # Planned ahead, a row may run more drafts than came: what lies behind those is right by chance, if it is.
         num_verified = min(row.num_drafts, seat.num_drafts)
         num_accepted = min(count - 1, num_verified)
         if num_verified:
