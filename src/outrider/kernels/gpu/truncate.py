@@ -264,6 +264,8 @@ def truncate_gpu(
     assert slot is None or (slot.dtype == torch.int64 and slot.is_contiguous())
     assert temperature is None or (temperature.dtype == torch.float32 and temperature.is_contiguous())
     rows, size = logits.shape
+    if not rows:
+        return logits
     blocks, overlap = -(-size // _BLOCK), overlaps(logits)
 
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
