@@ -7,12 +7,15 @@ from torch import Tensor
 
 from outrider.bench.kernel_sizes import BLOCK_SIZE, Case, Sizes, num_bytes
 from outrider.kernels.commit import COMMIT, STORE_DRAFT
+from outrider.kernels.decree import DECREE
 from outrider.kernels.draft_rows import DRAFT_ROWS
+from outrider.kernels.embed import EMBED
 from outrider.kernels.gather_rows import GATHER_ROWS
 from outrider.kernels.join_input import JOIN_INPUT
 from outrider.kernels.ngram import NGRAM_LOOKUP
 from outrider.kernels.noise import NOISE_BITS
 from outrider.kernels.report import REPORT
+from outrider.kernels.single_rows import SINGLE_ROWS
 from outrider.kernels.step_inputs import ASSEMBLE, assemble_reference
 from outrider.kernels.temper import TEMPER
 from outrider.kernels.verdict import JUDGE
@@ -167,7 +170,44 @@ def _ngram_lookup(sizes: Sizes) -> Case:
     return Case(NGRAM_LOOKUP, "", [given], 8 * rows * sizes.context)
 
 
+def _embed(sizes: Sizes) -> Case:
+    ids = torch.randint(0, sizes.config.vocab_size, (sizes.rows * (1 + sizes.num_drafts),), device=sizes.device)
+    weight = sizes.weight(sizes.config.vocab_size, sizes.config.hidden_size)
+    given = {"ids": ids, "weight": weight, "dtype": sizes.draw(1, 1).dtype}
+    return Case(EMBED, "", [given], 2 * len(ids) * weight.shape[1] * weight.itemsize)
+
+
+def _decree(sizes: Sizes) -> Case:
+    slots = _slots(sizes)
+    batch = _batch(sizes, slots)
+    given = {
+        "logits_start": batch.logits_start,
+        "seed": slots.seed,
+        "logits_slot": batch.logits_slot,
+        "logits_position": batch.logits_position,
+        "chances": torch.full((max(sizes.num_drafts, 1),), 0.5, dtype=torch.float64, device=sizes.device),
+        "purpose": Purpose.ACCEPT,
+    }
+    return Case(DECREE, "", [given], 24 * len(batch.logits_slot))
+
+
+def _single_rows(sizes: Sizes) -> Case:
+    slots, drafts = _slots(sizes), max(sizes.num_drafts, 1)
+    given = {
+        "logits_index": torch.zeros(sizes.rows * drafts, dtype=torch.int64, device=sizes.device),
+        "guess_position": torch.full((sizes.rows * drafts,), sizes.context, device=sizes.device),
+        "length": sizes.whole([drafts] * sizes.rows, torch.int32),
+        "block_table": slots.block_table,
+        "num_drafts": drafts,
+        "block_size": BLOCK_SIZE,
+    }
+    return Case(SINGLE_ROWS, "", [given], 28 * sizes.rows * drafts)
+
+
 BOOKS = (
+    _embed,
+    _decree,
+    _single_rows,
     _assemble,
     _commit,
     _store_draft,

@@ -5,28 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from outrider.kernels.gpu.noise import bits, row_key
 from outrider.kernels.gpu.step_inputs import tile
-from outrider.kernels.gpu.triton import begin, jit, jit_counts, launch, overlaps, tl, wait
-
-
-@jit
-def _mixed(x):
-    """`kernels.noise.mix` of uint32."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@jit
-def _first_bits(seed, position, PURPOSE: tl.constexpr):
-    """The integer of `kernels.noise` at index 0, uint32, for int64 seeds and positions."""
-    a = _mixed(seed.to(tl.uint32) + 0x9E3779B9)
-    b = _mixed((seed >> 32).to(tl.uint32) ^ a)
-    a = _mixed(a ^ b ^ position.to(tl.uint32))
-    b = _mixed(b + a + ((PURPOSE * 0x85EBCA6B) & 0xFFFFFFFF))
-    return _mixed(_mixed(_mixed(a ^ b)) + b)
+from outrider.kernels.gpu.triton import begin, jit_counts, launch, overlaps, tl, wait
 
 
 @jit_counts("num_rows", "num_logits")
@@ -44,7 +25,8 @@ def _decree_kernel(
     place = item - own
     at = tl.load(logits_slot + item, mask=inside, other=0)
     position = tl.load(logits_position + item, mask=inside, other=0)
-    noise = _first_bits(tl.load(seed + at, mask=inside, other=0), position, PURPOSE)
+    a, b = row_key(tl.load(seed + at, mask=inside, other=0), position, PURPOSE)
+    noise = bits(a, b, tl.zeros([BLOCK], tl.int32))
     chance = tl.load(chances + place, mask=inside & (place < num_chances), other=0)
     uniform = (noise.to(tl.float64) + 0.5) * (1.0 / 4294967296.0)
     tl.store(stands + item, (uniform < chance).to(tl.uint8), mask=inside)
