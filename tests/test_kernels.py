@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -524,3 +525,20 @@ assert os.waitpid(child, 0)[1] == 0
 def test_a_forked_process_and_the_interpreters_end_are_survived() -> None:
     """A child has no helper threads, and an exit must not take code away from under running ones."""
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
+
+
+SHARED_MEMORY = 227 << 10
+"""Bytes that a program may have on a GPU of compute capability 9.0."""
+
+
+def test_gpu_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+    """In a process of its own: in this one Triton interprets, and takes what its compiler does not."""
+    pytest.importorskip("triton")
+    script = Path(__file__).parent / "compile_kernels.py"
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    own |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(script)], env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = dict(line.split() for line in done.stdout.splitlines())
+    assert {"_attention_kernel", "_few_rows_kernel", "_assemble_kernel", "_best_of_row_kernel"} <= set(shared)
+    assert all(int(size) <= SHARED_MEMORY for size in shared.values())
