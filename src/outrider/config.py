@@ -65,7 +65,7 @@ class EngineOptions:
     pipeline_parallel_size: int = option(1, "ranks that split the layers")
     capture_sizes: Sequence[int] | None = option(
         None,
-        "batch sizes the graph runner records, a step takes the next larger; left out: about twenty to max_num_seqs",
+        "batch sizes the graph runner records, a step takes the next larger; left out: 1, 2, 3, 4, 6, 8 ...",
     )
     time_parts: bool = option(
         False, "time the parts of a step on the device, for benchmarks; only the graph runner can"
@@ -166,6 +166,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         max_num_batched_tokens=budget,
         num_drafts=num_drafts,
         keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
+        weighs_probabilities=Feature.DRAFT_LOGITS in verifier.needs,
         drafter=drafter.footprint(draft_options, facts),
         programs=verdict.runner.footprint(capture_sizes, num_drafts) if isinstance(verdict, Choice) else 0,
         in_place=hardware.needs == {Feature.CUDA},

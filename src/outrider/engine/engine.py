@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from outrider.errors import EngineDeadError
 from outrider.runner.base import Pending
 from outrider.schedule.scheduler import Scheduler
 from outrider.workers.local import LocalWorker
+
+logger = logging.getLogger("outrider")
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd and irregular, so that the n-th seedless requests of engines with neighbouring seeds share no noise."""
@@ -74,6 +77,8 @@ class Engine:
         self.resolved = resolve(options, progress)
         self.choice = self.resolved.served_by()
         runner = replace(self.resolved.runner, recording=recording)
+        if options.capture_sizes is not None and not runner.memory.programs:
+            logger.warning("capture_sizes is not used: runner %s records nothing", self.choice.runner.name)
         self._worker = LocalWorker(self.choice.runner, runner, self.resolved.mesh)
         self._scheduler_options = replace(self.resolved.scheduler, depth=self._worker.depth)
         self._scheduler = Scheduler(self._scheduler_options)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
@@ -37,6 +38,8 @@ logger = logging.getLogger("outrider")
 
 PARTS = ("inputs", "target", "verify", "draft")
 _START, _END = "start", "end"
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+_PROMPTS = (1, 16, 48, 256)  # tokens of a prompt step; beyond, kernels differ no more
 PROGRAM_BYTES = 4 * MIB
 """Of a recorded step: 2 to 3 MiB were measured for the shapes of Qwen3-0.6B and 8B (H100, torch 2.11)."""
 _ONE_PROCESS = "the graph runner holds the whole model in one process; leave it at 1"
@@ -130,7 +133,8 @@ class GraphRunner:
         self._recorded: dict[Kind, list[Recorded]] = {}
         self._last: Marks | None = None  # of the step read last
         self._spent = dict.fromkeys((*PARTS, "gap"), 0.0)
-        self._num_timed = 0
+        self._num_timed = self._num_gaps = 0
+        self._warm_up()
         self._record()
 
     @classmethod
@@ -157,19 +161,8 @@ class GraphRunner:
         self._recorded = {kind: [] for kind in kinds}
         for size in reversed(sizes):
             for kind in kinds:
-                try:
+                with self._explained(f"the program for {size} rows was recorded, after {done} of {total}"):
                     self._recorded[kind].insert(0, self._record_one(kind, size))
-                except torch.OutOfMemoryError as error:
-                    raise CapacityError(
-                        f"memory ran out while the program for {size} rows was recorded, after {done} of {total}: "
-                        "lower gpu_memory_utilization or kv_cache_memory so that the key/value cache leaves more, or "
-                        "max_num_seqs, or give fewer capture_sizes"
-                    ) from error
-                except RuntimeError as error:
-                    raise UnsupportedError(
-                        f"the step could not be recorded with drafter {self._config.drafter.name}: {error}; a part "
-                        "that reads tensors on the host must have HOST_CODE in its needs, which the eager runner offers"
-                    ) from error
                 done += 1
                 if self._config.recording is not None:
                     self._config.recording(done, total)
@@ -183,11 +176,49 @@ class GraphRunner:
             self.programs_bytes / MIB,
         )
 
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong while the runner is built, in words that name a remedy."""
+        try:
+            yield
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in _OUT_OF_MEMORY):
+                raise CapacityError(
+                    f"memory ran out while {what}: lower gpu_memory_utilization or kv_cache_memory so that the "
+                    "key/value cache leaves more, or max_num_seqs or max_num_batched_tokens, or give fewer "
+                    "capture_sizes"
+                ) from error
+            if "captur" in said:
+                said += "; a part that reads tensors on the host must need HOST_CODE, which the eager runner offers"
+            raise UnsupportedError(
+                f"the graph runner failed while {what}, with drafter {self._config.drafter.name}: {said}"
+            ) from error
+
+    def _warm_up(self) -> None:
+        """Steps of prompts, of each size for which kernels differ, so that none is compiled while requests wait.
+
+        They are the spare slot's, whose keys and values go where no request's are yet.
+        """
+        most, slots = self._config.max_num_batched_tokens, self._table.slots
+        for num_tokens in sorted({min(size, most) for size in (*_PROMPTS, most)}):
+            longest = min(num_tokens, self._config.max_model_len - 1)
+            lengths = [min(longest, num_tokens - start) for start in range(0, num_tokens, longest)]
+            for ends_prompt in (0, 1):
+                rows = torch.tensor([[self._spare, length, 0, ends_prompt] for length in lengths], device=self._device)
+                out = torch.empty(len(lengths), self._num_drafts + 3, dtype=torch.int64, device=self._device)
+                with self._explained(f"a prompt step of {num_tokens} tokens was tried"):
+                    num_logits = len(lengths) * ends_prompt
+                    self._run(rows, num_tokens, num_logits, self._config.processors, self._num_drafts > 0, out)
+                slots.length[self._spare].zero_()
+                slots.computed[self._spare].zero_()
+
     def _record_one(self, kind: Kind, size: int) -> Recorded:
         width = self._num_drafts + 3
         rows = torch.tensor([[self._spare, 0, 0, 0]] * size, dtype=torch.int64, device=self._device)
         out = torch.empty(size, width, dtype=torch.int64, device=self._device)
         num_tokens = size * (self._num_drafts + 1 if kind.drafts else 1)
+        num_tokens = min(num_tokens, self._config.max_num_batched_tokens)  # of all rows: no plan asks for more
         processors = self._config.processors if kind.processed else ()
         copies: list[tuple[Callable[[], None], Marks | None]] = []
         for _ in range(self.depth + 1 if self._config.time_parts else 1):
@@ -217,7 +248,7 @@ class GraphRunner:
         mark("inputs")
         verdict, proposed = self._program(batch, draft, slots, processors, drafts, mark)
         self._report(verdict.tokens, verdict.count, None if proposed is None else proposed.length, out)
-        mark("end")
+        mark(_END)
 
     # Running.
 
@@ -266,6 +297,7 @@ class GraphRunner:
             self._spent[part] += marks.milliseconds(before, marks, part)
         if self._last is not None and self._last is not marks:
             self._spent["gap"] += self._last.milliseconds(_END, marks, _START)
+            self._num_gaps += 1
         self._last = marks
         self._num_timed += 1
 
@@ -279,14 +311,16 @@ class GraphRunner:
         """
         if not self._config.time_parts:
             return None
-        times = {part: spent / max(self._num_timed, 1) for part, spent in self._spent.items()}
-        self._spent, self._num_timed = dict.fromkeys(self._spent, 0.0), 0
+        counts = dict.fromkeys(PARTS, self._num_timed) | {"gap": self._num_gaps}
+        times = {part: spent / max(counts[part], 1) for part, spent in self._spent.items()}
+        self._spent, self._num_timed, self._num_gaps = dict.fromkeys(self._spent, 0.0), 0, 0
         return times
 
     def reset(self) -> None:
         """Empties the slots, once the device is done with what it was given."""
         self._recorder.fence().wait()
         self._table.reset()
+        self._last = None
 
     def close(self) -> None:
         """Drops the programs, the model and the cache."""

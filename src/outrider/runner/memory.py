@@ -40,6 +40,7 @@ class Demand:
     max_num_batched_tokens: int
     num_drafts: int
     keeps_draft_logits: bool
+    weighs_probabilities: bool  # whether the verifier compares distributions, and not tokens
     drafter: Footprint
     programs: int  # bytes that the runner itself will hold
     in_place: bool  # whether kernels change logits where they stand; torch's make copies
@@ -123,8 +124,8 @@ def _workspace(demand: Demand, activation: torch.dtype) -> int:
     # widest live tensors of a layer: residual, its norm, qkv or gate_up, and what comes of it
     width = 4 * config.hidden_size + 3 * max(config.intermediate_size, config.num_heads * config.head_dim)
     activations = demand.max_num_batched_tokens * width * activation.itemsize
-    # logits; where nothing is in place, what processors make of them and noise too
-    copies = 1 if demand.in_place else 3
+    # logits; where nothing is in place, what processors make of them and noise too; probabilities of both models
+    copies = (1 if demand.in_place else 3) + (5 if demand.weighs_probabilities else 0)
     logits = copies * min(slots * (demand.num_drafts + 1), demand.max_num_batched_tokens) * config.vocab_size * 4
     history = slots * demand.max_model_len * 8
     draft_logits = slots * demand.num_drafts * config.vocab_size * 4 if demand.keeps_draft_logits else 0

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
 from outrider.core.plan import StepPlan
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import Pending, Runner, RunnerConfig, TimesParts
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a CUDA device the thread's own: kernels are launched on that one, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class LocalWorker:
@@ -12,13 +21,16 @@ class LocalWorker:
 
     def __init__(self, runner: type[Runner], config: RunnerConfig, mesh: Mesh) -> None:
         """Builds the runner; whatever it raises is the caller's to report."""
-        self._runner: Runner | None = runner.build(config, mesh)
+        self._device = config.device
+        with on_device(self._device):
+            self._runner: Runner | None = runner.build(config, mesh)
         self.depth = runner.depth
 
     def submit(self, plan: StepPlan) -> Pending:
         """Starts a step; plans run in the order given."""
         assert self._runner is not None, "the worker is closed"
-        return self._runner.submit(plan)
+        with on_device(self._device):
+            return self._runner.submit(plan)
 
     def part_times(self) -> dict[str, float] | None:
         """As `TimesParts.part_times`; None if the runner cannot."""
@@ -27,10 +39,12 @@ class LocalWorker:
     def reset(self) -> None:
         """Forgets every request, as after an interrupted step."""
         assert self._runner is not None, "the worker is closed"
-        self._runner.reset()
+        with on_device(self._device):
+            self._runner.reset()
 
     def close(self) -> None:
         """Gives back the runner's memory. Idempotent."""
         if self._runner is not None:
-            self._runner.close()
+            with on_device(self._device):
+                self._runner.close()
             self._runner = None
