@@ -302,6 +302,8 @@ def _device(name: str) -> torch.device:
         raise OptionError(f"unknown device: {name} (known: auto, cpu, cuda, cuda:N)") from None
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"device is not supported: {name} (known: auto, cpu, cuda, cuda:N)")
+    if device.type == "cuda" and torch.version.hip is not None:
+        raise OptionError(f"device is not supported: {name} of ROCm; take cpu, or a CUDA device and its torch")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(
             f"no such device: {name}; torch sees {torch.cuda.device_count()} CUDA devices: "

@@ -144,6 +144,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: boo
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for rows, inputs, outputs in (
+            (0, 64, 8),
             (1, 64, 128),
             (1, 67, 5),
             (3, 129, 67),

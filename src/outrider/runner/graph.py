@@ -204,12 +204,13 @@ class GraphRunner:
         for num_tokens in sorted({min(size, most) for size in (*_PROMPTS, most)}):
             longest = min(num_tokens, self._config.max_model_len - 1)
             lengths = [min(longest, num_tokens - start) for start in range(0, num_tokens, longest)]
+            del lengths[self._config.max_num_seqs :]
             for ends_prompt in (0, 1):
                 rows = torch.tensor([[self._spare, length, 0, ends_prompt] for length in lengths], device=self._device)
                 out = torch.empty(len(lengths), self._num_drafts + 3, dtype=torch.int64, device=self._device)
                 with self._explained(f"a prompt step of {num_tokens} tokens was tried"):
                     num_logits = len(lengths) * ends_prompt
-                    self._run(rows, num_tokens, num_logits, self._config.processors, self._num_drafts > 0, out)
+                    self._run(rows, sum(lengths), num_logits, self._config.processors, self._num_drafts > 0, out)
                 slots.length[self._spare].zero_()
                 slots.computed[self._spare].zero_()
 

@@ -380,6 +380,8 @@ def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
         few_rows(x.contiguous(), weight, out, bias=bias)
         return out
+    if not rows:
+        return torch.empty(0, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
     if not wide or x.dtype == torch.float32:
         return functional.linear(x, weight, bias)
     if x.is_cuda and bias is None:
