@@ -126,6 +126,8 @@ def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
 def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = True) -> Tensor:
     (rows, inputs), outputs, kind = x.shape, weight.shape[0], KIND[weight.dtype]
     assert x.dtype == torch.float32 and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
+    if not rows:
+        return torch.empty(0, outputs)
     tiled = _amx.AVAILABLE and kind == BFLOAT16 and _amx.fits(inputs, outputs)
     if rows > FEW and not tiled:
         out = _many_rows(x, weight)
@@ -144,7 +146,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: boo
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for rows, inputs, outputs in (
-            (0, 64, 8),
+            (0, 64, 128),
             (1, 64, 128),
             (1, 67, 5),
             (3, 129, 67),
