@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from outrider.bench import batch
 from outrider.bench.batch import run_batch
@@ -111,9 +112,9 @@ class TimingRunner(Runner):
 
 
 def test_a_worker_passes_on_what_its_runner_timed() -> None:
-    nothing: Any = None
-    assert LocalWorker(Runner, nothing, Mesh()).part_times() is None  # type: ignore[arg-type]
-    timing = LocalWorker(TimingRunner, nothing, Mesh())  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert LocalWorker(Runner, config, Mesh()).part_times() is None  # type: ignore[arg-type]
+    timing = LocalWorker(TimingRunner, config, Mesh())  # type: ignore[arg-type]
     assert timing.part_times() == {"target": 1.5}
     timing.close()
     assert timing.part_times() is None
