@@ -127,6 +127,7 @@ def test_a_decode_loop_that_waits_is_noticed(tiny: Callable[..., Path]) -> None:
 
 
 def test_programs_take_the_memory_that_was_planned(tiny: Callable[..., Path]) -> None:
+    """Not beside other processes on the same GPU: what they take in the meantime would be counted too."""
     with LLM(str(tiny("qwen3")), device="cuda", runner="graph", max_num_seqs=8) as llm:
         runner = llm.engine._worker._runner
         plan = llm.engine.resolved.runner.memory
