@@ -341,5 +341,5 @@ DECODER_LAYER = Op(
     outputs=("residual", "key_cache", "value_cache"),
     tolerance=1e-3,
     narrow=2e-2,
-    why="four products deep, a key between two bfloat16 may be rounded to either, and Triton's interpreter cuts some off",
+    why="four products deep, a key between two bfloat16 may be rounded to either, and the interpreter cuts some off",
 )
