@@ -51,7 +51,7 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def cuts(rows: int, outputs: int, inputs: int, dtype: torch.dtype, gate: bool) -> list[Tiles]:
     """The rule's own, and one with columns and steps left over."""
     slices = 0 if rows == 1 else 1 if dtype == torch.float32 else 4
-    return [tiles(rows, outputs, inputs, dtype.itemsize, gate=gate), Tiles(5, 128, slices)]
+    return [tiles(rows, outputs, inputs, dtype.itemsize, gate=gate), Tiles(4, 128, slices)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,14 +1,15 @@
 """Products of few rows, and what stands before and behind them in a decoder layer. See `kernels.linear`.
 
 With few rows a product is a read of its weights, so a program takes a few outputs, reads their weights once and keeps
-all rows beside them. What is cheap is done on the way: the sum with the residual stream, the gate, and the norm of what
-comes next. For that a product that adds to the residual stream also leaves the stream times the next norm's weight, and
-each program's sums of squares; the product that reads those divides its results by the root mean square. More rows than
-FEW are cuBLAS's.
+all rows beside them. To tensor cores the weights are the first operand, whose height is 16, and the rows the second,
+whose width may be 8: so a result stands on its side until it is stored. What is cheap is done on the way: the sum with
+the residual stream, the gate, and the norm of what comes next. For that a product that adds to the residual stream
+also leaves the stream times the next norm's weight, and each program's sums of squares; the product that reads those
+divides its results by the root mean square. More rows than FEW are cuBLAS's.
 
 Weights are constants, so a program need not wait for the kernel in front to end before it reads them. It loads the
-first of its weights into registers and asks for more to be brought into the L2 cache, and only then waits: memory does
-not rest while kernels change, and the rows, once they are there, meet weights that are there already.
+first of its weights into registers, and only then waits: memory does not rest while kernels change, and the rows, once
+they are there, meet weights that are there already.
 """
 
 from __future__ import annotations
@@ -25,16 +26,15 @@ FEW = 16
 """Rows up to which these kernels are used: cuBLAS is faster above."""
 
 _SMALL = 16 << 20  # bytes of weights below which the next kernel's programs had better not come early
-_MANY = 100_000  # outputs, as those of a vocabulary, from which on cuBLAS is faster for more rows than one
-_CHUNK = 512  # bytes a thread asks for at once
 _SHRINK = 1 / 256  # of rows normed in part in float16, whose largest is 65,504: a residual stream grows beyond its root
 
 
 class Tiles(NamedTuple):
     """How a product is cut up.
 
-    A program makes `outputs` columns, `inputs` numbers of their weights at a time. Each of `slices` groups of warps
-    takes its own part of those inputs, summed at the end. Where there are 0, a row is multiplied without tensor cores.
+    A program makes `outputs` columns, `inputs` numbers of their weights at a time, both powers of two. Each of `slices`
+    groups of warps takes its own part of those inputs, summed at the end. Where there are 0, one row is multiplied
+    without tensor cores.
     """
 
     outputs: int
@@ -42,7 +42,6 @@ class Tiles(NamedTuple):
     slices: int = 1
     warps: int = 4
     stages: int = 3
-    ahead: int = 0  # bytes a program brings into the L2 cache before it waits, at most
     early: bool = True  # the next kernel's programs may come when all of this one's have, not when they are done
 
 
@@ -55,18 +54,14 @@ class Rows(NamedTuple):
 
 
 def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False) -> Tiles:
-    """What was fastest on an H100 at the shapes of Qwen3-0.6B and 8B (docs/journal.md); `gate`: it has one."""
+    """What was fastest on an H200 at the shapes of Qwen3-0.6B and 8B (docs/journal.md); `gate`: it has one."""
     halves = 2 if gate else 1
+    depth = max(64, next_power_of_2(inputs))
     if itemsize > 2:
         return Tiles(16 // halves, 64, stages=2)
-    depth = max(64, next_power_of_2(inputs))
     if rows == 1:
         return Tiles(8 // halves, min(depth, 1024), 0)
-    if halves * outputs * inputs * itemsize < _SMALL:
-        return Tiles(16 // halves, min(depth, 512), 4, early=False)
-    if halves * outputs <= 4096:
-        return Tiles(8, min(depth, 512), 4)
-    return Tiles(32 // halves, min(depth, 256), 4, stages=4) if gate else Tiles(16, min(depth, 256), 4, 4, 5, 16 << 10)
+    return Tiles(64 // halves, min(depth, 512), 4, stages=2) if gate else Tiles(16, min(depth, 1024), 4)
 
 
 @jit
@@ -77,23 +72,6 @@ def _line(tile, index, outputs, GATE: tl.constexpr, WIDTH: tl.constexpr):
     else:
         line = tl.minimum(tile * WIDTH + index, outputs - 1)
     return line
-
-
-@jit
-def _ask(weight, line, start, inputs, BYTES: tl.constexpr, CHUNK: tl.constexpr):
-    """Asks for the first BYTES from `start` on of each weight row to be brought into the L2 cache."""
-    numbers: tl.constexpr = CHUNK // (weight.dtype.element_ty.primitive_bitwidth // 8)
-    offset = start + tl.arange(0, BYTES // CHUNK) * numbers
-    at = weight + line[:, None] * inputs + offset[None, :]
-    size = tl.broadcast_to(tl.where(offset + numbers <= inputs, CHUNK, 0)[None, :], at.shape)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [at.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @jit
@@ -124,14 +102,14 @@ def _load(at, inside, valid, EVEN: tl.constexpr, FULL: tl.constexpr):
 
 
 @jit
-def _multiply(value, w, total, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """total + value @ w.T, slice by slice; of one row the products alone, to be summed when all are there."""
+def _multiply(w, value, total, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """total + w @ value.T, slice by slice; of one row the products alone, to be summed when all are there."""
     if BLOCK_M == 1:
-        total = total + value.to(tl.float32) * w.to(tl.float32)
+        total = total + w.to(tl.float32) * value.to(tl.float32)
     elif SLICES == 1:
-        total = dot(value, tl.trans(w), total)
+        total = dot(w, tl.trans(value), total)
     else:
-        total = dot(value, tl.permute(w, (0, 2, 1)), total)
+        total = dot(w, tl.permute(value, (0, 2, 1)), total)
     return total
 
 
@@ -141,17 +119,17 @@ def _nothing(w, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     if BLOCK_M == 1:
         total = tl.zeros(w.shape, tl.float32)
     elif SLICES == 1:
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
-        total = tl.zeros([SLICES, BLOCK_M, BLOCK_N], tl.float32)
+        total = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
     return total
 
 
 @jit
 def _sum(total, SLICES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """[BLOCK_M, columns] of what lies in slices, or was not summed yet."""
+    """[BLOCK_N, BLOCK_M] of what lies in slices, or was not summed yet."""
     if BLOCK_M == 1:
-        total = tl.sum(total, axis=1)[None, :]
+        total = tl.sum(total, axis=1)[:, None]
     elif SLICES > 1:
         total = tl.sum(total, axis=0)
     return total
@@ -178,6 +156,7 @@ def _few_rows_kernel(
     NEXT: tl.constexpr,  # leave out times next_norm, and its sums of squares
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,  # all steps are whole
+    FULL: tl.constexpr,  # as many rows as BLOCK_M
     SHRINK: tl.constexpr,
     WIDTH: tl.constexpr,  # columns
     SLICES: tl.constexpr,
@@ -186,62 +165,57 @@ def _few_rows_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,  # bytes of each weight row to ask for
-    CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if EARLY:
         begin(PDL)
     tile = tl.program_id(0)
-    lines: tl.constexpr = 2 * WIDTH if GATE else WIDTH
-    full: tl.constexpr = lines == BLOCK_N
-    index, place = _along(BLOCK_N, SLICES, 0), _along(BLOCK_K, SLICES, 1)
-    w_at = weight + _line(tile, index, outputs, GATE, WIDTH).to(tl.int64) * inputs + place
-    w = _load(w_at, place < inputs, index < lines, EVEN, full)
-    if AHEAD > 0:
-        flat = _line(tile, tl.arange(0, BLOCK_N), outputs, GATE, WIDTH).to(tl.int64)
-        _ask(weight, flat, BLOCK_K, inputs, AHEAD, CHUNK)
+    place = _along(BLOCK_K, SLICES, 1)
+    w_at = weight + _line(tile, _along(BLOCK_N, SLICES, 0), outputs, GATE, WIDTH).to(tl.int64) * inputs + place
+    w = _load(w_at, place < inputs, True, EVEN, True)
+    column = tile * WIDTH + tl.arange(0, WIDTH)
+    own = column < outputs
+    if NEXT:
+        scale = tl.load(next_norm + column, mask=own, other=0).to(tl.float32)[:, None]
+    if BIAS:
+        offset = tl.load(bias + _line(tile, tl.arange(0, BLOCK_N), outputs, GATE, WIDTH)).to(tl.float32)[:, None]
     wait(PDL)
     row = _along(BLOCK_M, SLICES, 0)
     x_at = x + row * inputs + place
-    value = _load(x_at, place < inputs, row < rows, EVEN, BLOCK_M == 1)
+    value = _load(x_at, place < inputs, row < rows, EVEN, FULL)
     flat_row = tl.arange(0, BLOCK_M)
+    valid = own[:, None] & (flat_row < rows)[None, :]
+    at = column[:, None] + flat_row[None, :].to(tl.int64) * outputs
     if NORM:
         sums = tl.arange(0, BLOCK_S)
         known = (sums < num_sums)[:, None] & (flat_row < rows)[None, :]
         square = tl.load(squares + sums[:, None] * rows + flat_row[None, :], mask=known, other=0)
-        root = tl.rsqrt(tl.sum(square, axis=0) / inputs + eps) / SHRINK
-    total = _multiply(value, w, _nothing(w, SLICES, BLOCK_M, BLOCK_N), SLICES, BLOCK_M)
+    if ADD:
+        old = tl.load(out + at, mask=valid, other=0)
+    total = _multiply(w, value, _nothing(w, SLICES, BLOCK_M, BLOCK_N), SLICES, BLOCK_M)
     for k in tl.range(BLOCK_K, inputs, BLOCK_K, num_stages=STAGES):
-        value = _load(x_at + k, place + k < inputs, row < rows, EVEN, BLOCK_M == 1)
-        w = _load(w_at + k, place + k < inputs, index < lines, EVEN, full)
-        total = _multiply(value, w, total, SLICES, BLOCK_M)
+        value = _load(x_at + k, place + k < inputs, row < rows, EVEN, FULL)
+        w = _load(w_at + k, place + k < inputs, True, EVEN, True)
+        total = _multiply(w, value, total, SLICES, BLOCK_M)
     if not EARLY:
         begin(PDL)
     result = _sum(total, SLICES, BLOCK_M)
     if NORM:
-        result *= root[:, None]
+        result *= (tl.rsqrt(tl.sum(square, axis=0) / inputs + eps) / SHRINK)[None, :]
     if BIAS:
-        line = _line(tile, tl.arange(0, BLOCK_N), outputs, GATE, WIDTH)
-        result += tl.load(bias + line).to(tl.float32)[None, :]
+        result += offset
     if GATE:
-        gate, up = tl.split(tl.reshape(result, [BLOCK_M, BLOCK_N // 2, 2]))
+        gate, up = tl.split(tl.permute(tl.reshape(result, [WIDTH, 2, BLOCK_M]), (0, 2, 1)))
         result = gate / (1 + tl.exp(-gate)) * up
-    lane = tl.arange(0, BLOCK_N // 2 if GATE else BLOCK_N)
-    column = tile * WIDTH + lane
-    own = (lane < WIDTH) & (column < outputs)
-    valid = (flat_row < rows)[:, None] & own[None, :]
-    at = flat_row[:, None].to(tl.int64) * outputs + column[None, :]
     if ADD:
-        result += tl.load(out + at, mask=valid, other=0).to(tl.float32)
+        result += old.to(tl.float32)
     stored = narrow(result, out.dtype.element_ty)
     tl.store(out + at, stored, mask=valid)
     if NEXT:
         wide = tl.where(valid, stored.to(tl.float32), 0)
-        scale = tl.load(next_norm + column, mask=own, other=0).to(tl.float32)[None, :]
         tl.store(next_scaled + at, narrow(wide * scale * SHRINK, out.dtype.element_ty), mask=valid)
-        tl.store(next_squares + tile * rows + flat_row, tl.sum(wide * wide, axis=1), mask=flat_row < rows)
+        tl.store(next_squares + tile * rows + flat_row, tl.sum(wide * wide, axis=0), mask=flat_row < rows)
 
 
 @jit
@@ -323,7 +297,7 @@ def few_rows(
     assert cut.slices or rows == 1
     overlap = overlaps(x) if overlap is None else overlap
     num_tiles = -(-outputs // cut.outputs)
-    lines = next_power_of_2(cut.outputs) * (2 if gate else 1)
+    block_m = max(8, next_power_of_2(rows)) if cut.slices else 1
     after = None
     if next_norm is not None:
         sums = torch.empty(num_tiles, rows, dtype=torch.float32, device=x.device)
@@ -348,16 +322,15 @@ def few_rows(
         NEXT=after is not None,
         BIAS=bias is not None,
         EVEN=inputs % cut.inputs == 0,
+        FULL=rows == block_m,
         SHRINK=_shrink(x.dtype),
         WIDTH=cut.outputs,
         SLICES=max(cut.slices, 1),
-        BLOCK_M=max(16, next_power_of_2(rows)) if cut.slices else 1,
-        BLOCK_N=lines,
+        BLOCK_M=block_m,
+        BLOCK_N=cut.outputs * (2 if gate else 1),
         BLOCK_K=cut.inputs,
         BLOCK_S=1 if squares is None else next_power_of_2(squares.shape[0]),
         STAGES=cut.stages,
-        AHEAD=_bytes_ahead(weight, inputs - cut.inputs, cut.ahead // lines) if overlap else 0,
-        CHUNK=_CHUNK,
         EARLY=cut.early,
         PDL=overlap,
         num_warps=cut.warps,
@@ -366,17 +339,10 @@ def few_rows(
     return after
 
 
-def _bytes_ahead(weight: Tensor, numbers: int, most: int) -> int:
-    """Bytes of a weight row, a power of two, that a program asks for behind the `inputs` it has loaded."""
-    size = min(numbers * weight.itemsize, most)
-    aligned = weight.shape[1] * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
-    return 1 << (size.bit_length() - 1) if aligned and size >= _CHUNK else 0
-
-
 def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """`linear`, in a kernel of this file for few rows and by cuBLAS for many."""
     rows, outputs = x.shape[0], weight.shape[0]
-    if 0 < rows <= (1 if outputs > _MANY else FEW):
+    if 0 < rows <= FEW:
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
         few_rows(x.contiguous(), weight, out, bias=bias)
         return out
