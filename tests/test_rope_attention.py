@@ -85,6 +85,15 @@ def test_what_no_row_holds_is_never_read(device: str, lengths: list[tuple[int, i
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_rows_without_tokens_may_name_any_length_and_blocks(device: str) -> None:
+    given = case([(2, 20), (1, 9), (0, 16), (0, 16), (0, 16)], device, padding=4)
+    ours = copy.deepcopy(given)
+    ours["seq_lens"][2:] = torch.tensor([2**30, -5, -(2**30)])
+    ours["block_table"][2:] = 2**31 - 1
+    check(rope_attention_gpu(**ours), ours, given, ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_calls_share_counters_and_read_what_those_before_wrote(device: str) -> None:
     """A decode loop: each call's tokens are the next one's cache."""
     given = case([(5, 60), (5, 21)], device, heads=(4, 1, 64))

@@ -7,9 +7,10 @@ tile and key head does, and stores those of the tile's own tokens.
 
 Keys are shared out a step of BLOCK_N at a time, the query tokens' being one more step: of N programs that have work,
 program n takes the steps n, n + N, ... So what it loads first does not depend on the row's length. N follows from the
-row's length and the tile's height alone: the others leave at once. Each of N > 1 leaves a normalised result and the
-logarithm of its weight and takes a ticket; who takes the last adds all up, in their order (Dao et al., 2023,
-"Flash-Decoding").
+row's length and the tile's height alone: the others leave at once. A program takes more steps than one where there are
+not enough programs, and where adding up the results of more would take longer than it saves. Each of N > 1 leaves a
+normalised result and the logarithm of its weight and takes a ticket; who takes the last adds all up, in their order
+(Dao et al., 2023, "Flash-Decoding").
 
 A step's time is that of a chain of loads, each of which needs what the one before it brought. So all that is known to
 be needed is asked for at once, and the first keys and values come while the queries are turned.
@@ -53,7 +54,7 @@ TALLEST = 64
 _FEW_PROGRAMS = 128  # without sharing out keys: fewer than a large GPU has multiprocessors
 _OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
-_BALANCE = 64.0  # a step of keys takes as long as adding up so many rows of a tile does (estimated, not measured)
+_BALANCE = 64.0  # rows of a tile that are added up in the time of a step of keys: an estimate
 
 
 def is_short(num_tokens: int, num_rows: int, group: int) -> bool:
@@ -79,8 +80,9 @@ def choose_short_tiles(num_tokens: int, num_rows: int, num_kv_heads: int, group:
     if itemsize > 2:
         return cut._replace(stages=1)
     rows = min(cut.rows, TALLEST)
-    few = num_rows * num_kv_heads <= _FEW_PROGRAMS
-    return Tiles(rows, min(cut.tokens, rows // group), 32 if few else 64, 4 if rows < TALLEST else 8, 1)
+    keys = 32 if num_rows * num_kv_heads <= _FEW_PROGRAMS else 64
+    tall = rows == TALLEST
+    return Tiles(rows, min(cut.tokens, rows // group), keys, 8 if tall else 4, 1, tall)
 
 
 @jit
@@ -280,29 +282,33 @@ def _rope_attention_kernel(
         tile, query_start, seq_lens, num_tokens, num_rows, BLOCK_Q, BLOCK_B
     )  # fmt: skip
     last_token = tl.minimum(first_token + BLOCK_Q, end)  # of the tile, the one behind it
-    num_cached = tl.where(row < num_rows, length - (end - start), 0)
-    num_steps = (num_cached + BLOCK_N - 1) // BLOCK_N
-    splits = 1
-    if SPLIT:
-        height = tl.maximum(last_token - first_token, 1) * GROUP
-        best = tl.ceil(tl.sqrt((num_steps + 1) * BALANCE / height)).to(tl.int32)
-        splits = tl.minimum(tl.minimum(num_steps + 1, best), tl.num_programs(2))
-    if (first_token >= end) | (split >= splits):
-        return
+    num_cached = tl.where((row < num_rows) & (first_token < end), length - (end - start), 0)
 
     slot = tl.arange(0, BLOCK_M)
     token = first_token + slot // GROUP
     owned = (slot < BLOCK_Q * GROUP) & (token < end)
-    heads_of_token = (GROUP + 2) * num_kv_heads
-    at = (token.to(tl.int64) * heads_of_token + head * GROUP + slot % GROUP) * HEAD_DIM
+    at = ((token.to(tl.int64) * (GROUP + 2) * num_kv_heads + head * GROUP) + slot % GROUP)[:, None] * HEAD_DIM
     in_half = owned[:, None] & (part < half)[None, :]
     table = block_table + row.to(tl.int64) * max_blocks
-    first_key, stride = split * BLOCK_N, splits * BLOCK_N
+    first_key = split * BLOCK_N
     block = find_blocks(table, first_key, num_cached, BLOCK_N, BLOCK_SIZE)
-    next_block = find_blocks(table, first_key + stride, num_cached, BLOCK_N, BLOCK_SIZE)
     position = tl.load(positions + token, mask=owned, other=0)
-    query_low = tl.load(qkv + at[:, None] + part[None, :], mask=in_half, other=0)
-    query_high = tl.load(qkv + at[:, None] + half + part[None, :], mask=in_half, other=0)
+    query_low = tl.load(qkv + at + part[None, :], mask=in_half, other=0)
+    query_high = tl.load(qkv + at + half + part[None, :], mask=in_half, other=0)
+
+    num_cached_steps = (num_cached + BLOCK_N - 1) // BLOCK_N
+    splits = 1
+    if SPLIT:
+        num_steps = num_cached_steps + 1
+        height = (last_token - first_token) * GROUP
+        share = (tl.sqrt(tl.maximum(num_steps * height, 0) / BALANCE) + 0.5).to(tl.int32)
+        share = tl.maximum(share, (num_steps + tl.num_programs(2) - 1) // tl.num_programs(2))
+        splits = (num_steps + share - 1) // share
+    if (first_token >= end) | (split >= splits):
+        return
+
+    stride = splits * BLOCK_N
+    next_block = find_blocks(table, first_key + stride, num_cached, BLOCK_N, BLOCK_SIZE)
     low, high, values = _load_step(
         key_cache, value_cache, block, first_key, num_cached, head, num_kv_heads,
         BLOCK_N, BLOCK_H, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
@@ -326,7 +332,7 @@ def _rope_attention_kernel(
         )  # fmt: skip
         low, high, values = next_low, next_high, next_values
 
-    if split == num_steps % splits:  # whose turn is the step of the row's query tokens
+    if split == num_cached_steps % splits:  # whose turn is the step of the row's query tokens
         for first_own in range(start, last_token, OWN):
             top, weight, total = _own_step(
                 query_low, query_high, qkv, k_norm, eps, rope, positions, key_cache, value_cache, cache_slot,
