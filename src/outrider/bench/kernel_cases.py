@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,11 @@ from outrider.kernels.attention import PAGED_ATTENTION
 from outrider.kernels.bar_tokens import BAR_TOKENS
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.divide_logits import DIVIDE_LOGITS
+from outrider.kernels.gpu.rope_attention import new_counters, rope_attention_gpu
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.rope import ROPE_STORE
+from outrider.kernels.rope_attention import ROPE_ATTENTION
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.truncate import TRUNCATE
 from outrider.models.registry import find_model
@@ -46,6 +49,8 @@ def cases(sizes: Sizes) -> Iterator[partial[Case]]:
     yield partial(_attention, sizes, f"verify {sizes.num_drafts}", sizes.rows, 1 + sizes.num_drafts, sizes.context)
     if sizes.prefill:
         yield partial(_attention, sizes, f"prefill {sizes.prefill}", 1, sizes.prefill, sizes.prefill)
+    yield partial(_rope_attention, sizes, "decode", 1)
+    yield partial(_rope_attention, sizes, f"verify {sizes.num_drafts}", 1 + sizes.num_drafts)
     yield partial(_decoder_layer, sizes)
     yield partial(_gumbel_argmax, sizes, 0.0)
     yield partial(_gumbel_argmax, sizes, 0.8)
@@ -141,6 +146,31 @@ def _attention(sizes: Sizes, name: str, rows: int, num_query: int, length: int) 
     held = 2 * rows * length * config.num_kv_heads * config.head_dim * sizes.allocator.cache_dtype.itemsize
     operations = 4 * seen * config.num_heads * config.head_dim
     return Case(PAGED_ATTENTION, name, copies, held + 2 * query.nbytes, operations)
+
+
+def _rope_attention(sizes: Sizes, name: str, num_query: int) -> Case:
+    config, length = sizes.config, sizes.context
+    num_query = min(num_query, length)
+    where, positions, slot = _paged(sizes, sizes.rows, num_query, length)
+    qkv = sizes.draw(len(positions), (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    given = {
+        "qkv": qkv,
+        **_rope_arguments(sizes),
+        "positions": positions,
+        "cache_slot": slot,
+        **where,
+        "num_kv_heads": config.num_kv_heads,
+        "scale": config.head_dim**-0.5,
+    }
+    blocks = where["block_table"].numel()
+    first = _caches(sizes, blocks)
+    rest = [_caches(sizes, blocks) for _ in range(num_copies(num_bytes(*first.values())) - 1)]
+    copies = [{**given, **caches} for caches in (first, *rest)]
+    counters = new_counters(sizes.device, config.num_kv_heads)  # made once, as by a stack of layers
+    op = replace(ROPE_ATTENTION, kernels={"cuda": partial(rope_attention_gpu, counters=counters)})
+    held = 2 * sizes.rows * length * config.num_kv_heads * config.head_dim * sizes.allocator.cache_dtype.itemsize
+    operations = 4 * int((positions + 1).sum()) * config.num_heads * config.head_dim
+    return Case(op, name, copies, held + 2 * qkv.nbytes, operations)
 
 
 def _decoder_layer(sizes: Sizes) -> Case:

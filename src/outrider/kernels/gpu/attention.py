@@ -54,6 +54,11 @@ def choose_tiles(num_tokens: int, num_rows: int, group: int, head_dim: int, item
     return Tiles(rows, tokens, 64 if head_dim <= 128 else 32, 4, 3 if head_dim <= 128 else 2)
 
 
+def count_tiles(num_tokens: int, num_rows: int, tokens: int) -> int:
+    """Tiles of so many tokens that rows may need, however the step's tokens are theirs."""
+    return (num_tokens + (num_rows + 1) * (tokens - 1)) // tokens
+
+
 def choose_splits(
     num_tokens: int, num_rows: int, num_kv_heads: int, max_len: int, tiles: Tiles, processors: int
 ) -> int:
@@ -66,20 +71,32 @@ def choose_splits(
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETER
 
 
 @jit
-def _row_of(tile, query_start, num_rows, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr):
+def find_row(tile, query_start, seq_lens, num_tokens, num_rows, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr):
+    """A tile's row, that row's first token, the one behind its last, and its length; and the tile's first token.
+
+    All from what is loaded at once: the rows up to the tile's are the first ones, so the sum over them of what lengths
+    differ by is its own. The tokens past the last row's are one more row, of length 0.
+    """
     row = tl.arange(0, BLOCK_B)
     first_token = tl.load(query_start + row, mask=row <= num_rows, other=0)
+    length = tl.load(seq_lens + row, mask=row < num_rows, other=0)
+    length_before = tl.load(seq_lens + row - 1, mask=(row > 0) & (row <= num_rows), other=0)
     first_tile = (first_token + row * (BLOCK_Q - 1)) // BLOCK_Q
-    return tl.sum(((row <= num_rows) & (first_tile <= tile)).to(tl.int32)) - 1
+    reached = (row <= num_rows) & (first_tile <= tile)
+    found = tl.sum(reached.to(tl.int32)) - 1
+    start = tl.max(tl.where(reached, first_token, 0))
+    end = tl.min(tl.where((row <= num_rows) & (first_tile > tile), first_token, num_tokens))
+    length = tl.sum(tl.where(reached, length - length_before, 0))
+    return found, start, end, length, start + (tile - (start + found * (BLOCK_Q - 1)) // BLOCK_Q) * BLOCK_Q
 
 
 @jit
-def _blocks(table, first_key, num_keys, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def find_blocks(table, first_key, num_keys, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The blocks of a step's keys. They are asked for a step ahead, so that keys and values can be several ahead."""
     key = first_key + tl.arange(0, BLOCK_N)
     return tl.load(table + key // BLOCK_SIZE, mask=key < num_keys, other=0)
@@ -90,6 +107,22 @@ def _load(cache, at, mask, MASKED: tl.constexpr):
     if MASKED:
         return tl.load(cache + at, mask=mask, other=0)
     return tl.load(cache + at)
+
+
+@jit
+def find_keys(block, key, head, num_kv_heads, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where in a cache keys or values of a head start."""
+    return (block.to(tl.int64) * num_kv_heads + head) * (BLOCK_SIZE * HEAD_DIM) + key % BLOCK_SIZE * HEAD_DIM
+
+
+@jit
+def weigh(scores, scale, top, weight, MASKED: tl.constexpr):
+    """Powers of two of scores [M, N] less the largest so far; what those so far decay by; the new largest and sum."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    powers = tl.exp2(scores * scale - shift[:, None])
+    decay = tl.exp2(top - shift)
+    return powers, decay, new_top, weight * decay + tl.sum(powers, 1)
 
 
 @jit
@@ -116,20 +149,15 @@ def _step(
 ):
     key = first_key + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
-    next_block = _blocks(table, first_key + BLOCK_N, num_keys, BLOCK_N, BLOCK_SIZE)
-    at = (block.to(tl.int64) * num_kv_heads + head) * (BLOCK_SIZE * HEAD_DIM) + key % BLOCK_SIZE * HEAD_DIM
-    at = at[:, None] + column[None, :]
+    next_block = find_blocks(table, first_key + BLOCK_N, num_keys, BLOCK_N, BLOCK_SIZE)
+    at = find_keys(block, key, head, num_kv_heads, BLOCK_SIZE, HEAD_DIM)[:, None] + column[None, :]
     inside = (key < num_keys)[:, None] & (column < HEAD_DIM)[None, :]
 
     keys = _load(key_cache, at, inside, MASKED or HEAD_DIM != BLOCK_D).to(query.dtype)
     scores = dot(query, tl.trans(keys), tl.zeros([query.shape[0], BLOCK_N], tl.float32))
     if MASKED:
         scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-    powers = tl.exp2(scores * scale - shift[:, None])
-    decay = tl.exp2(top - shift)
-    weight = weight * decay + tl.sum(powers, 1)
+    powers, decay, new_top, weight = weigh(scores, scale, top, weight, MASKED)
     values = _load(value_cache, at, inside, MASKED or HEAD_DIM != BLOCK_D).to(query.dtype)
     total = dot(powers.to(query.dtype), values, total * decay[:, None])
     return next_block, new_top, weight, total
@@ -166,11 +194,9 @@ def _attention_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a row's last tiles have most to do
     head, split = tl.program_id(1), tl.program_id(2)
     wait(PDL)
-    row = _row_of(tile, query_start, num_rows, BLOCK_Q, BLOCK_B)
-    start = tl.load(query_start + row)
-    end = tl.load(query_start + row + 1, mask=row < num_rows, other=num_tokens)
-    length = tl.load(seq_lens + row, mask=row < num_rows, other=0)
-    first_token = start + (tile - (start + row * (BLOCK_Q - 1)) // BLOCK_Q) * BLOCK_Q
+    row, _, end, length, first_token = find_row(
+        tile, query_start, seq_lens, num_tokens, num_rows, BLOCK_Q, BLOCK_B
+    )  # fmt: skip
     if first_token >= end:
         return
 
@@ -189,7 +215,7 @@ def _attention_kernel(
     first_key = split * share * BLOCK_N
     last_key = tl.minimum((split + 1) * share, num_steps) * BLOCK_N
     table = block_table + row.to(tl.int64) * max_blocks
-    block = _blocks(table, first_key, num_keys, BLOCK_N, BLOCK_SIZE)
+    block = find_blocks(table, first_key, num_keys, BLOCK_N, BLOCK_SIZE)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -271,7 +297,7 @@ def attend(
         result = torch.empty(splits, *query.shape, dtype=torch.float32, device=query.device)
         log_weights = torch.empty(splits, num_tokens, num_heads, dtype=torch.float32, device=query.device)
     overlap = overlaps(query)
-    num_tiles = (num_tokens + (num_rows + 1) * (tiles.tokens - 1)) // tiles.tokens
+    num_tiles = count_tiles(num_tokens, num_rows, tiles.tokens)
     block_d = max(16, next_power_of_2(head_dim))
     _attention_kernel[(num_tiles, num_kv_heads, splits)](
         query,
@@ -296,7 +322,7 @@ def attend(
         BLOCK_Q=tiles.tokens,
         BLOCK_N=tiles.keys,
         BLOCK_D=block_d,
-        BLOCK_B=max(128, next_power_of_2(num_rows + 1)),
+        BLOCK_B=max(32, next_power_of_2(num_rows + 1)),
         PDL=overlap,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -333,6 +359,6 @@ def paged_attention_gpu(
     num_rows, max_blocks = block_table.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     tiles = choose_tiles(num_tokens, num_rows, num_heads // num_kv_heads, head_dim, query.element_size())
-    processors = _multiprocessors(query.device)
+    processors = multiprocessors(query.device)
     splits = choose_splits(num_tokens, num_rows, num_kv_heads, max_blocks * block_size, tiles, processors)
     return attend(query, key_cache, value_cache, block_table, query_start, seq_lens, scale, tiles, splits)

@@ -1,4 +1,4 @@
-"""Decoder layers on a GPU: six kernels each for few rows, cuBLAS and the smaller ops for many.
+"""Decoder layers on a GPU: five kernels each for few rows, cuBLAS and the smaller ops for many.
 
 See `kernels.decoder_layer`. The residual stream holds everything when a layer ends: None is left to be added.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.gpu.linear import FEW, Rows, few_rows, scale_rows
+from outrider.kernels.gpu.rope_attention import is_short, new_counters, rope_attention_gpu
 
 
 class GpuLayerStack:
@@ -38,6 +39,7 @@ class GpuLayerStack:
         self._rms_norm, self._add_rms_norm, self._silu_mul, self._multiply = rms_norm, add_rms_norm, silu_mul, multiply
         self._rope_store, self._attend, self._take_taps = rope_store, attend, take_taps
         self._num_kv_heads = caches[0][0].shape[1]
+        self._counters = new_counters(caches[0][0].device, self._num_kv_heads)
 
     def __call__(
         self,
@@ -61,10 +63,13 @@ class GpuLayerStack:
 
     def _mix(self, index: int, heads: Tensor, where: tuple[Tensor, ...]) -> Tensor:
         """What attention makes of heads [T, (Hq + 2*Hkv) * D]: [T, Hq * D]."""
-        rope, positions, cache_slot, *rows = where
+        rope, positions, cache_slot, block_table, query_start, seq_lens = where
         weights, cache = self._layers[index]
         norms = weights.q_norm, weights.k_norm, self._eps
-        counts = self._num_heads, self._num_kv_heads
+        counts, rows = (self._num_heads, self._num_kv_heads), (block_table, query_start, seq_lens)
+        if is_short(len(heads), len(block_table), self._num_heads // self._num_kv_heads):
+            given = (heads, *norms, rope, positions, *cache, cache_slot, *rows, *counts, self._scale)
+            return rope_attention_gpu(*given, self._counters).flatten(1)
         query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *counts)
         return self._attend(query, *cache, *rows, self._scale).flatten(1)
 

@@ -12,6 +12,29 @@ from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, ove
 
 
 @jit
+def turn(low, high, norm_low, norm_high, cos, sin, eps, NORM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Heads [N, D / 2] twice, normed if asked and rotated, in float32; the others [1 or N, D / 2]."""
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    if NORM:
+        root = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)[:, None]
+        low = norm_low * (low * root)
+        high = norm_high * (high * root)
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@jit
+def load_norm(norm, column, half: tl.constexpr, NORM: tl.constexpr):
+    """The halves of a norm's weight, [1, D / 2] each; zeros where there is none."""
+    if NORM:
+        low = tl.load(norm + column, mask=column < half, other=0).to(tl.float32)[None, :]
+        high = tl.load(norm + half + column, mask=column < half, other=0).to(tl.float32)[None, :]
+    else:
+        low = tl.zeros(column.shape, tl.float32)[None, :]
+        high = low
+    return low, high
+
+
+@jit
 def _rope_store_kernel(
     qkv,  # [T, (Hq + 2 * Hkv) * D]
     q_norm,
@@ -42,11 +65,8 @@ def _rope_store_kernel(
     is_query, is_value = head < num_heads, head >= num_heads + num_kv_heads
     is_key = (head >= num_heads) & (head < num_heads + num_kv_heads)
     inside = (head < all_heads)[:, None] & turns[None, :]
-    if NORM:
-        q_low = tl.load(q_norm + column, mask=turns, other=0).to(tl.float32)
-        q_high = tl.load(q_norm + half + column, mask=turns, other=0).to(tl.float32)
-        k_low = tl.load(k_norm + column, mask=turns, other=0).to(tl.float32)
-        k_high = tl.load(k_norm + half + column, mask=turns, other=0).to(tl.float32)
+    q_low, q_high = load_norm(q_norm, column, half, NORM)
+    k_low, k_high = load_norm(k_norm, column, half, NORM)
     wait(PDL)
     at = qkv + (token * all_heads + head)[:, None] * HEAD_DIM + column[None, :]
     given_low = tl.load(at, mask=inside, other=0)
@@ -56,13 +76,9 @@ def _rope_store_kernel(
     cos = tl.load(angles, mask=turns, other=0)[None, :]
     sin = tl.load(angles + half, mask=turns, other=0)[None, :]
 
-    low, high = given_low.to(tl.float32), given_high.to(tl.float32)
-    if NORM:
-        root = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)[:, None]
-        low = tl.where(is_query[:, None], q_low[None, :], k_low[None, :]) * (low * root)
-        high = tl.where(is_query[:, None], q_high[None, :], k_high[None, :]) * (high * root)
-    turned_low = (low * cos - high * sin).to(given_low.dtype)
-    turned_high = (high * cos + low * sin).to(given_low.dtype)
+    norm_low, norm_high = tl.where(is_query[:, None], q_low, k_low), tl.where(is_query[:, None], q_high, k_high)
+    low, high = turn(given_low, given_high, norm_low, norm_high, cos, sin, eps, NORM, HEAD_DIM)
+    turned_low, turned_high = low.to(given_low.dtype), high.to(given_low.dtype)
 
     to_query = inside & is_query[:, None]
     at = query + (token * num_heads + head)[:, None] * HEAD_DIM + column[None, :]

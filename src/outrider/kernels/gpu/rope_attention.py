@@ -1,0 +1,481 @@
+"""Norm, rotation, cache write and attention in one kernel, for steps of few query tokens a row.
+
+See `kernels.rope_attention`. Tiles of query tokens are those of `gpu.attention`. Every program turns its tile's queries
+itself, which is little work. A row's earlier keys lie in the cache; those of its query tokens do not yet, since another
+program may be about to write them: whoever needs them makes them anew, rounded as they will be stored. One program a
+tile and key head does, and stores those of the tile's own tokens.
+
+Keys are shared out a step of BLOCK_N at a time, the query tokens' being one more step: of N programs that have work,
+program n takes the steps n, n + N, ... So what it loads first does not depend on the row's length. N follows from the
+row's length and the tile's height alone: the others leave at once. A program takes more steps than one where there are
+not enough programs, and where adding up the results of more would take longer than it saves. Each of N > 1 leaves a
+normalised result and the logarithm of its weight and takes a ticket; who takes the last adds all up, in their order
+(Dao et al., 2023, "Flash-Decoding").
+
+A step's time is that of a chain of loads, each of which needs what the one before it brought. So all that is known to
+be needed is asked for at once, and the first keys and values come while the queries are turned.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from outrider.kernels.gpu.attention import (
+    Tiles,
+    choose_splits,
+    choose_tiles,
+    count_tiles,
+    find_blocks,
+    find_keys,
+    find_row,
+    multiprocessors,
+    weigh,
+)
+from outrider.kernels.gpu.rope import load_norm, turn
+from outrider.kernels.gpu.triton import (
+    begin,
+    dot,
+    jit,
+    jit_counts,
+    launch,
+    narrow,
+    next_power_of_2,
+    overlaps,
+    tl,
+    wait,
+)
+
+TALLEST = 64
+"""Rows of a tile, query tokens times query heads of a key head, up to which a step's rows are short."""
+
+_FEW_PROGRAMS = 128  # without sharing out keys: fewer than a large GPU has multiprocessors
+_OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
+_ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
+_BALANCE = 64.0  # rows of a tile that are added up in the time of a step of keys: an estimate
+
+
+def is_short(num_tokens: int, num_rows: int, group: int) -> bool:
+    """Whether this kernel is for such a step: a tile holds a row of the mean length."""
+    return num_tokens > 0 and next_power_of_2(-(-num_tokens // num_rows)) * group <= TALLEST
+
+
+def new_counters(device: torch.device, num_kv_heads: int) -> Tensor:
+    """Tickets, all 0 between calls: enough for any step whose keys `choose_splits` shares out, on one stream.
+
+    Of such a step neither rows nor whole tiles of tokens, times key heads, are more than the multiprocessors; there are
+    no more tiles than both together and one.
+    """
+    return torch.zeros(2 * multiprocessors(device) + num_kv_heads, dtype=torch.int32, device=device)
+
+
+def choose_short_tiles(num_tokens: int, num_rows: int, num_kv_heads: int, group: int, itemsize: int) -> Tiles:
+    """Tiles for short rows, of few keys a step where few programs are to keep many multiprocessors busy.
+
+    One stage: the kernel itself loads a step ahead. A tall tile wants the registers of eight warps.
+    """
+    cut = choose_tiles(num_tokens, num_rows, group, 0, itemsize)
+    if itemsize > 2:
+        return cut._replace(stages=1)
+    rows = min(cut.rows, TALLEST)
+    keys = 32 if num_rows * num_kv_heads <= _FEW_PROGRAMS else 64
+    tall = rows == TALLEST
+    return Tiles(rows, min(cut.tokens, rows // group), keys, 8 if tall else 4, 1, tall)
+
+
+@jit
+def _load_step(
+    key_cache,
+    value_cache,
+    block,  # [BLOCK_N]
+    first_key,
+    num_keys,
+    head,
+    num_kv_heads,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Keys, in halves [BLOCK_N, D / 2], and values [BLOCK_N, D]; zeros from num_keys on."""
+    half: tl.constexpr = HEAD_DIM // 2
+    key = first_key + tl.arange(0, BLOCK_N)
+    part, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    at = find_keys(block, key, head, num_kv_heads, BLOCK_SIZE, HEAD_DIM)[:, None]
+    in_half = (key < num_keys)[:, None] & (part < half)[None, :]
+    low = tl.load(key_cache + at + part[None, :], mask=in_half, other=0)
+    high = tl.load(key_cache + at + half + part[None, :], mask=in_half, other=0)
+    inside = (key < num_keys)[:, None] & (column < HEAD_DIM)[None, :]
+    return low, high, tl.load(value_cache + at + column[None, :], mask=inside, other=0)
+
+
+@jit
+def _attend(query_low, query_high, low, high, values, seen, scale, top, weight, total, MASKED: tl.constexpr):
+    """One step: keys, in halves, and values; `seen` [1 or BLOCK_M, keys], MASKED where there may be none in a row."""
+    scores = tl.zeros([query_low.shape[0], low.shape[0]], tl.float32)
+    scores = dot(query_low, tl.trans(low.to(query_low.dtype)), scores)
+    scores = dot(query_high, tl.trans(high.to(query_low.dtype)), scores)
+    scores = tl.where(seen, scores, float("-inf"))
+    powers, decay, top, weight = weigh(scores, scale, top, weight, MASKED)
+    total = dot(narrow(powers, query_low.dtype), values.to(query_low.dtype), total * decay[:, None])
+    return top, weight, total
+
+
+@jit
+def _load_angles(rope, position, mask, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Cosines and sines [N, D / 2] of positions [N]."""
+    half: tl.constexpr = HEAD_DIM // 2
+    part = tl.arange(0, BLOCK_H)
+    at = rope + (position * HEAD_DIM)[:, None] + part[None, :]
+    inside = mask[:, None] & (part < half)[None, :]
+    return tl.load(at, mask=inside, other=0), tl.load(at + half, mask=inside, other=0)
+
+
+@jit
+def _own_step(
+    query_low,
+    query_high,
+    qkv,
+    k_norm,
+    eps,
+    rope,
+    positions,
+    key_cache,
+    value_cache,
+    cache_slot,
+    token,  # [BLOCK_M], of the queries
+    first_own,
+    first_token,  # of the tile, which are stored
+    last_token,
+    of_row,  # whether the tokens are of one
+    head,
+    num_kv_heads,
+    scale,
+    top,
+    weight,
+    total,
+    NORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """The step of OWN query tokens' keys and values, made anew as the cache will hold them."""
+    half: tl.constexpr = HEAD_DIM // 2
+    part, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    own = first_own + tl.arange(0, OWN)
+    known = own < last_token
+    in_half = known[:, None] & (part < half)[None, :]
+    inside = known[:, None] & (column < HEAD_DIM)[None, :]
+    at = qkv + ((own.to(tl.int64) * (GROUP + 2) + GROUP) * num_kv_heads + head)[:, None] * HEAD_DIM
+    position = tl.load(positions + own, mask=known, other=0)
+    slot = tl.load(cache_slot + own, mask=known, other=-1)
+    k_low, k_high = load_norm(k_norm, part, half, NORM)
+    given_low = tl.load(at + part[None, :], mask=in_half, other=0)
+    given_high = tl.load(at + half + part[None, :], mask=in_half, other=0)
+    given_value = tl.load(at + num_kv_heads * HEAD_DIM + column[None, :], mask=inside, other=0)
+    cos, sin = _load_angles(rope, position, known, HEAD_DIM, BLOCK_H)
+    low, high = turn(given_low, given_high, k_low, k_high, cos, sin, eps, NORM, HEAD_DIM)
+    low = narrow(narrow(low, given_low.dtype).to(tl.float32), key_cache.dtype.element_ty)
+    high = narrow(narrow(high, given_low.dtype).to(tl.float32), key_cache.dtype.element_ty)
+    value = narrow(given_value.to(tl.float32), value_cache.dtype.element_ty)
+
+    stored = ((own >= first_token) & (slot >= 0))[:, None]
+    there = find_keys(slot // BLOCK_SIZE, slot, head, num_kv_heads, BLOCK_SIZE, HEAD_DIM)[:, None]
+    tl.store(key_cache + there + part[None, :], low, mask=in_half & stored)
+    tl.store(key_cache + there + half + part[None, :], high, mask=in_half & stored)
+    tl.store(value_cache + there + column[None, :], value, mask=inside & stored)
+
+    seen = (own[None, :] <= token[:, None]) & (known & of_row)[None, :]
+    value = tl.where(of_row, value, 0.0).to(value.dtype)
+    top, weight, total = _attend(query_low, query_high, low, high, value, seen, scale, top, weight, total, True)
+    return top, weight, total
+
+
+@jit
+def _add_up(
+    partial,  # [SPLITS, T * Hq, D] float32
+    log_weights,  # [SPLITS, T * Hq] float32
+    out,
+    place,  # [BLOCK_R] of a query head among all
+    owned,  # [BLOCK_R]
+    num_heads,  # T * Hq
+    splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The result from `splits` partial ones, which other multiprocessors wrote: so not through this one's cache."""
+    column = tl.arange(0, BLOCK_D)
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_R], tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        at = split[None, :] * num_heads + place[:, None]
+        known = owned[:, None] & (split < splits)[None, :]
+        logs = tl.load(log_weights + at, mask=known, other=float("-inf"), cache_modifier=".cg")
+        inside = known[:, :, None] & (column < HEAD_DIM)[None, None, :]
+        value_at = partial + (at * HEAD_DIM)[:, :, None] + column[None, None, :]
+        value = tl.load(value_at, mask=inside, other=0, cache_modifier=".cg")
+        powers, decay, top, weight = weigh(logs, 1.0, top, weight, True)
+        total = total * decay[:, None] + tl.sum(powers[:, :, None] * value, 1)
+    result = total / tl.where(weight > 0, weight, 1.0)[:, None]
+    inside = owned[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(out + place[:, None] * HEAD_DIM + column[None, :], narrow(result, out.dtype.element_ty), mask=inside)
+
+
+@jit_counts("num_tokens", "num_rows")
+def _rope_attention_kernel(
+    qkv,  # [T, (Hq + 2 * Hkv) * D]
+    q_norm,
+    k_norm,
+    eps,
+    rope,
+    positions,
+    key_cache,
+    value_cache,
+    cache_slot,
+    block_table,
+    query_start,
+    seq_lens,
+    out,  # [T, Hq, D]
+    partial,  # with SPLIT [SPLITS, T, Hq, D] float32
+    log_weights,  # with SPLIT [SPLITS, T, Hq] float32
+    counters,  # with SPLIT: tickets taken, of each tile and key head
+    scale,  # to powers of two
+    num_tokens,
+    num_rows,
+    num_kv_heads,
+    max_blocks,
+    NORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BALANCE: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # of a tile, without what tensor cores want beyond
+    BLOCK_S: tl.constexpr,  # partial results added up at once
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # of half a head
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    half: tl.constexpr = HEAD_DIM // 2
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, split = tl.program_id(1), tl.program_id(2)
+    part, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    q_low, q_high = load_norm(q_norm, part, half, NORM)
+    wait(PDL)
+    row, start, end, length, first_token = find_row(
+        tile, query_start, seq_lens, num_tokens, num_rows, BLOCK_Q, BLOCK_B
+    )  # fmt: skip
+    last_token = tl.minimum(first_token + BLOCK_Q, end)  # of the tile, the one behind it
+    num_cached = tl.where((row < num_rows) & (first_token < end), length - (end - start), 0)
+
+    slot = tl.arange(0, BLOCK_M)
+    token = first_token + slot // GROUP
+    owned = (slot < BLOCK_Q * GROUP) & (token < end)
+    at = ((token.to(tl.int64) * (GROUP + 2) * num_kv_heads + head * GROUP) + slot % GROUP)[:, None] * HEAD_DIM
+    in_half = owned[:, None] & (part < half)[None, :]
+    table = block_table + row.to(tl.int64) * max_blocks
+    first_key = split * BLOCK_N
+    block = find_blocks(table, first_key, num_cached, BLOCK_N, BLOCK_SIZE)
+    position = tl.load(positions + token, mask=owned, other=0)
+    query_low = tl.load(qkv + at + part[None, :], mask=in_half, other=0)
+    query_high = tl.load(qkv + at + half + part[None, :], mask=in_half, other=0)
+
+    num_cached_steps = (num_cached + BLOCK_N - 1) // BLOCK_N
+    splits = 1
+    if SPLIT:
+        num_steps = num_cached_steps + 1
+        height = (last_token - first_token) * GROUP
+        share = (tl.sqrt(tl.maximum(num_steps * height, 0) / BALANCE) + 0.5).to(tl.int32)
+        share = tl.maximum(share, (num_steps + tl.num_programs(2) - 1) // tl.num_programs(2))
+        splits = (num_steps + share - 1) // share
+    if (first_token >= end) | (split >= splits):
+        return
+
+    stride = splits * BLOCK_N
+    next_block = find_blocks(table, first_key + stride, num_cached, BLOCK_N, BLOCK_SIZE)
+    low, high, values = _load_step(
+        key_cache, value_cache, block, first_key, num_cached, head, num_kv_heads,
+        BLOCK_N, BLOCK_H, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
+    )  # fmt: skip
+    cos, sin = _load_angles(rope, position, owned, HEAD_DIM, BLOCK_H)
+    turned_low, turned_high = turn(query_low, query_high, q_low, q_high, cos, sin, eps, NORM, HEAD_DIM)
+    query_low, query_high = narrow(turned_low, query_low.dtype), narrow(turned_high, query_low.dtype)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for key in range(first_key, num_cached, stride):
+        next_low, next_high, next_values = _load_step(
+            key_cache, value_cache, next_block, key + stride, num_cached, head, num_kv_heads,
+            BLOCK_N, BLOCK_H, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
+        )  # fmt: skip
+        next_block = find_blocks(table, key + 2 * stride, num_cached, BLOCK_N, BLOCK_SIZE)
+        seen = (key + tl.arange(0, BLOCK_N) < num_cached)[None, :]
+        top, weight, total = _attend(
+            query_low, query_high, low, high, values, seen, scale, top, weight, total, False
+        )  # fmt: skip
+        low, high, values = next_low, next_high, next_values
+
+    if split == num_cached_steps % splits:  # whose turn is the step of the row's query tokens
+        for first_own in range(start, last_token, OWN):
+            top, weight, total = _own_step(
+                query_low, query_high, qkv, k_norm, eps, rope, positions, key_cache, value_cache, cache_slot,
+                token, first_own, first_token, last_token, row < num_rows, head, num_kv_heads, scale, top, weight,
+                total, NORM, GROUP, OWN, BLOCK_H, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
+            )  # fmt: skip
+
+    some = tl.where(weight > 0, weight, 1.0)
+    result = total / some[:, None]
+    place = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
+    inside = owned[:, None] & (column < HEAD_DIM)[None, :]
+    if splits == 1:
+        tl.store(out + place[:, None] * HEAD_DIM + column[None, :], narrow(result, out.dtype.element_ty), mask=inside)
+    if SPLIT and splits > 1:
+        num_heads = num_tokens * num_kv_heads * GROUP
+        place += split * num_heads
+        tl.store(log_weights + place, tl.where(weight > 0, top + tl.log2(some), float("-inf")), mask=owned)
+        tl.store(partial + place[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
+        tl.debug_barrier()  # all threads have stored before one takes the ticket
+        counter = counters + tile * num_kv_heads + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+            each = tl.arange(0, BLOCK_R)
+            its_token = first_token + each // GROUP
+            its_place = (its_token * num_kv_heads + head) * GROUP + each % GROUP
+            its_own = (each < BLOCK_Q * GROUP) & (its_token < end)
+            _add_up(
+                partial, log_weights, out, its_place, its_own, num_heads, splits,
+                HEAD_DIM, BLOCK_R, BLOCK_S, BLOCK_D,
+            )  # fmt: skip
+            tl.store(counter, 0)
+
+
+def rope_attend(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    rope: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_slot: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    counters: Tensor,  # int32, all 0, and so again when it is done
+    tiles: Tiles,
+    splits: int,  # programs among which a tile's keys may be shared out
+) -> Tensor:
+    """`rope_attention` cut up as told."""
+    tokens, (_, _, block_size, head_dim) = qkv.shape[0], key_cache.shape
+    num_rows, max_blocks = block_table.shape
+    group = num_heads // num_kv_heads
+    assert (q_norm is None) == (k_norm is None) and rope.dtype == torch.float32 and scale > 0 and head_dim % 2 == 0
+    assert positions.dtype == cache_slot.dtype == torch.int64 and key_cache.dtype == value_cache.dtype
+    assert block_table.dtype == query_start.dtype == seq_lens.dtype == counters.dtype == torch.int32
+    assert qkv.is_contiguous() and rope.is_contiguous() and block_table.is_contiguous()
+    assert key_cache.is_contiguous() and value_cache.is_contiguous()
+    assert tiles.tokens * group <= tiles.rows
+    out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    num_tiles = count_tiles(tokens, num_rows, tiles.tokens)
+    partial = log_weights = None
+    if splits > 1:
+        assert num_tiles * num_kv_heads <= len(counters)
+        partial = torch.empty(splits, tokens, num_heads, head_dim, dtype=torch.float32, device=qkv.device)
+        log_weights = torch.empty(splits, tokens, num_heads, dtype=torch.float32, device=qkv.device)
+    block_d, block_r = max(16, next_power_of_2(head_dim)), next_power_of_2(tiles.tokens * group)
+    overlap = overlaps(qkv)
+    _rope_attention_kernel[(num_tiles, num_kv_heads, splits)](
+        qkv,
+        q_norm,
+        k_norm,
+        eps,
+        rope,
+        positions,
+        key_cache,
+        value_cache,
+        cache_slot,
+        block_table,
+        query_start,
+        seq_lens,
+        out,
+        partial,
+        log_weights,
+        counters,
+        scale * math.log2(math.e),
+        tokens,
+        num_rows,
+        num_kv_heads,
+        max_blocks,
+        NORM=q_norm is not None,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        SPLIT=splits > 1,
+        BALANCE=_BALANCE,
+        OWN=_OWN,
+        BLOCK_M=tiles.rows,
+        BLOCK_Q=tiles.tokens,
+        BLOCK_R=block_r,
+        BLOCK_S=max(1, min(next_power_of_2(splits), _ADDED * tiles.warps // (block_r * block_d))),
+        BLOCK_N=tiles.keys,
+        BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
+        BLOCK_D=block_d,
+        BLOCK_B=max(32, next_power_of_2(num_rows + 1)),
+        PDL=overlap,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **launch(overlap),
+    )
+    return out
+
+
+def rope_attention_gpu(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    rope: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_slot: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    counters: Tensor | None = None,  # of `new_counters`: a caller of many steps keeps its own
+) -> Tensor:
+    """`rope_attention` in one kernel, made for steps that are short."""
+    tokens, (num_rows, max_blocks) = qkv.shape[0], block_table.shape
+    group = num_heads // num_kv_heads
+    tiles = choose_short_tiles(tokens, num_rows, num_kv_heads, group, qkv.itemsize)
+    processors = multiprocessors(qkv.device)
+    most_keys = max_blocks * key_cache.shape[2] + tiles.keys  # and a step for the query tokens'
+    splits = choose_splits(tokens, num_rows, num_kv_heads, most_keys, tiles, processors)
+    if counters is None:
+        counters = new_counters(qkv.device, num_kv_heads)
+    given = (qkv, q_norm, k_norm, eps, rope, positions, key_cache, value_cache, cache_slot)
+    where = (block_table, query_start, seq_lens)
+    return rope_attend(*given, *where, num_heads, num_kv_heads, scale, counters, tiles, splits)

@@ -1,0 +1,182 @@
+"""The GPU's norm, rotation, cache write and attention in one kernel: however it is cut up, and call after call.
+
+On a GPU, and everywhere else through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerWeights, _gpu_stack
+from outrider.kernels.gpu import decoder_layer as gpu_decoder_layer
+from outrider.kernels.gpu import rope_attention as gpu_rope_attention
+from outrider.kernels.gpu.attention import Tiles, choose_splits, count_tiles
+from outrider.kernels.gpu.rope_attention import (
+    choose_short_tiles,
+    is_short,
+    new_counters,
+    rope_attend,
+    rope_attention_gpu,
+)
+from outrider.kernels.rope_attention import rope_attention_case, rope_attention_reference
+
+DEVICES = [
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+    pytest.param("cpu", marks=pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="not interpreted")),
+]
+ROUNDING = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 5e-6}
+ROWS = [(1, 97), (6, 70), (0, 5), (19, 50), (3, 3)]
+
+
+def case(
+    lengths: list[tuple[int, int]], device: str, dtype: torch.dtype = torch.float32, **given: Any
+) -> dict[str, Any]:
+    generator, heads = torch.Generator().manual_seed(4), given.pop("heads", (4, 2, 64))
+    return dict(rope_attention_case(generator, torch.device(device), lengths, heads, dtype, dtype, **given))
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Relative, of what is a number in either; both must hold NaN in the same places."""
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    wide = theirs.double().nan_to_num()
+    return float((ours.double().nan_to_num() - wide).norm() / wide.norm())
+
+
+def check(found: Tensor, ours: dict[str, Any], given: dict[str, Any], tolerance: float) -> None:
+    """What a call returned and wrote against the reference's."""
+    theirs = copy.deepcopy(given)
+    expected = rope_attention_reference(**theirs)
+    assert distance(found, expected) < tolerance
+    for name in ("key_cache", "value_cache"):
+        assert distance(ours[name], theirs[name]) < tolerance
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+@pytest.mark.parametrize("device", DEVICES)
+def test_result_does_not_depend_on_how_it_is_cut_up(device: str, tokens: int, splits: int) -> None:
+    """Nor do rows longer than a tile, and shares without keys."""
+    given = case(ROWS, device, padding=2)
+    ours, counters = copy.deepcopy(given), torch.zeros(200, dtype=torch.int32, device=device)
+    found = rope_attend(**ours, counters=counters, tiles=Tiles(16, tokens, 16, 4, 1), splits=splits)
+    check(found, ours, given, ROUNDING[torch.float32])
+    assert not counters.any() and not found[-2:].any()
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("lengths", [[(1, 130)], [(2, 40), (9, 35), (1, 1)], [(21, 21), (1, 48)]], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_no_row_holds_is_never_read(device: str, lengths: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    given = case(lengths, device, dtype, heads=(6, 2, 80), padding=1, rest=torch.nan)
+    given["qkv"][-1] = torch.nan  # of a token of no row
+    ours = copy.deepcopy(given)
+    found = rope_attention_gpu(**ours)
+    assert found.isfinite().all() and not found[-1].any()
+    given["qkv"][-1] = 0.0
+    finite = {k: v.nan_to_num() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    assert distance(found, rope_attention_reference(**finite)) < ROUNDING[dtype]
+    check(found, ours, given, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_without_tokens_may_name_any_length_and_blocks(device: str) -> None:
+    given = case([(2, 20), (1, 9), (0, 16), (0, 16), (0, 16)], device, padding=4)
+    ours = copy.deepcopy(given)
+    ours["seq_lens"][2:] = torch.tensor([2**30, -5, -(2**30)])
+    ours["block_table"][2:] = 2**31 - 1
+    check(rope_attention_gpu(**ours), ours, given, ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_calls_share_counters_and_read_what_those_before_wrote(device: str) -> None:
+    """A decode loop: each call's tokens are the next one's cache."""
+    given = case([(5, 60), (5, 21)], device, heads=(4, 1, 64))
+    given["cache_slot"] = torch.tensor([0], device=device).repeat(10)
+    for row in range(2):
+        place = given["positions"][5 * row : 5 * row + 5]
+        block = given["block_table"][row, place // 16].long()
+        given["cache_slot"][5 * row : 5 * row + 5] = block * 16 + place % 16
+    ours, theirs = copy.deepcopy(given), copy.deepcopy(given)
+    expected = rope_attention_reference(**theirs)
+    counters = new_counters(torch.device(device), 1)
+    starts = torch.arange(3, device=device, dtype=torch.int32)
+    for step in range(5):
+        now = torch.tensor([step, 5 + step], device=device)
+        one = {name: given[name][now] for name in ("qkv", "positions", "cache_slot")}
+        call = ours | one | {"query_start": starts, "seq_lens": given["seq_lens"] - 4 + step}
+        found = rope_attention_gpu(**call, counters=counters)
+        assert distance(found, expected[now]) < ROUNDING[torch.float32]
+        assert not counters.any()
+    for name in ("key_cache", "value_cache"):
+        assert distance(ours[name], theirs[name]) < ROUNDING[torch.float32]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_result_is_the_same_whoever_comes_last(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs programs one after the other: once in order, and once the other way round."""
+    given = case([(1, 300), (3, 90)], device)
+
+    def call() -> Tensor:
+        counters = torch.zeros(200, dtype=torch.int32, device=device)
+        return rope_attend(**copy.deepcopy(given), counters=counters, tiles=Tiles(16, 4, 16, 4, 1), splits=7)
+
+    first = call()
+    if device == "cuda":
+        assert all(torch.equal(call(), first) for _ in range(50))
+        return
+    from triton.runtime import interpreter
+
+    builder, order = interpreter.interpreter_builder, []
+    set_index = builder.set_grid_idx
+
+    def backwards(x: int, y: int, z: int) -> None:
+        order.append(6 - z)
+        set_index(x, y, 6 - z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    assert torch.equal(call(), first) and order[:2] == [6, 5]
+
+
+def test_counters_are_enough_for_every_step() -> None:
+    device = torch.device("cpu")
+    processors = gpu_rope_attention.multiprocessors(device)
+    for num_kv_heads in (1, 2, 3, 8):
+        counters = len(new_counters(device, num_kv_heads))
+        for num_rows in range(1, 40):
+            for num_tokens in range(1, 64 * num_rows, 7):
+                for group, size in ((1, 2), (3, 2), (8, 4)):
+                    tiles = choose_short_tiles(num_tokens, num_rows, num_kv_heads, group, size)
+                    if choose_splits(num_tokens, num_rows, num_kv_heads, 10**6, tiles, processors) > 1:
+                        assert count_tiles(num_tokens, num_rows, tiles.tokens) * num_kv_heads <= counters
+
+
+def test_short_steps_are_those_whose_rows_fit_a_tile() -> None:
+    assert is_short(1, 1, 64) and is_short(128, 128, 8) and is_short(32, 1, 2) and is_short(12, 3, 16)
+    assert not is_short(1, 1, 65) and not is_short(33, 1, 2) and not is_short(13, 3, 16) and not is_short(0, 1, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_use_it_for_short_rows_and_two_kernels_for_prompts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DECODER_LAYER.examples is not None
+    examples = DECODER_LAYER.examples(torch.Generator().manual_seed(3), torch.device(device), False)
+    example = next(dict(each) for each in examples if each["qkv"].dtype == torch.float32 and len(each["residual"]) == 8)
+    where = {name: example[name] for name in ("rope", "positions", "cache_slot", "block_table", "query_start")}
+    calls, found = [], []
+    one_kernel = gpu_decoder_layer.rope_attention_gpu
+    monkeypatch.setattr(gpu_decoder_layer, "rope_attention_gpu", lambda *given: calls.append(1) or one_kernel(*given))
+    for tallest in (64, 0):
+        monkeypatch.setattr(gpu_rope_attention, "TALLEST", tallest)
+        given = copy.deepcopy(example)
+        weights = LayerWeights(*(given[name] for name in LayerWeights._fields))
+        cache = given["key_cache"], given["value_cache"]
+        stack = _gpu_stack([weights] * 2, [cache] * 2, 1e-6, given["num_heads"], given["scale"])
+        stack(0, 2, None, given["residual"], **where, seq_lens=given["seq_lens"])
+        found.append((given["residual"], *cache))
+        assert len(calls) == 2 and not stack._counters.any()
+    assert all(distance(one, two) < 3e-6 for one, two in zip(*found, strict=True))
