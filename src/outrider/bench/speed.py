@@ -212,6 +212,7 @@ def configuration(llm: LLM, workload: Workload) -> dict[str, Any]:
         "max_num_seqs": runner.max_num_seqs,
         "max_model_len": runner.max_model_len,
         "max_num_batched_tokens": runner.max_num_batched_tokens,
+        "max_prefill_tokens_beside_decodes": resolved.scheduler.max_prefill_tokens_beside_decodes,
     }
 
 
