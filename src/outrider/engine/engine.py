@@ -191,7 +191,7 @@ class Engine:
         return self._worker.part_times()
 
     def recorded(self) -> dict[str, float] | None:
-        """The "seconds" that recording took at the start, and the "bytes" of the device; None if nothing is recorded."""
+        """The "seconds" that recording took and "bytes" of the device it left taken; None if nothing is recorded."""
         return self._worker.recorded()
 
     def step(self) -> list[tuple[TokenDelta, Request]]:
