@@ -22,8 +22,10 @@ from outrider.cache.layout import CacheLayout
 from outrider.draft.head import HeadDrafter
 from outrider.draft.registry import METHODS
 from outrider.errors import CapacityError, UnsupportedError
+from outrider.runner import graph, slots
 from outrider.runner.eager import EagerRunner
 from outrider.runner.graph import GraphPending, Kind
+from outrider.runner.slots import to_device
 from test_lossless import CASES, NGRAM, TIGHT, TIGHT_WITH_HEAD, WAYS, reference, serve
 from workloads import agree, drive, random_cases
 
@@ -160,6 +162,30 @@ def test_prompts_beside_decodes_are_called_in_bounded_steps(
             gained += [delta.request_id for delta, _ in engine.step()]
     assert called == [3, 7, 7, 7, 7, 2]
     assert recorder.num_replayed - replayed >= 5 and gained.count("decodes") >= 5
+
+
+def test_a_step_that_decodes_sends_its_rows_and_what_has_grown(
+    expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, ...]] = []
+
+    def look(array: Any, device: torch.device) -> torch.Tensor:
+        sent.append(array.shape)
+        return to_device(array, device)
+
+    monkeypatch.setattr(graph, "to_device", look)
+    monkeypatch.setattr(slots, "to_device", look)
+    with serve(expected[0], max_num_seqs=2, capture_sizes=[2]) as llm:
+        llm.engine.add("a", list(range(14)), SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))
+        per_step = []
+        while llm.engine.has_work:
+            sent.clear()
+            llm.engine.step()
+            per_step.append([*sent])
+    rows, block = (2, 4), (2, 1)
+    assert len(per_step[0]) > 2, "an admission"
+    assert {tuple(step) for step in per_step[1:-2]} == {(rows,), (block, rows)}
+    assert per_step[1:-2].count([block, rows]) == 2, "at 16 and at 32 tokens"
 
 
 def test_a_step_is_read_when_the_next_has_been_submitted(
