@@ -168,15 +168,42 @@ def wanting(names: tuple[str, ...]) -> Case:
     return asked
 
 
+def wanted_sets(served: Served, device: str = "cpu", family: str = "qwen3") -> list[Work]:
+    """A batch for each set of processors, of which one request wants them."""
+    return [served(device, family, [wanting(names), *PLAIN])[1] for names in SETS]
+
+
 @on_every_device
 @pytest.mark.parametrize("drafting", DRAFTINGS)
+@pytest.mark.parametrize("architecture", MODELS)
 @by_every_runner
 def test_every_runner_with_every_set_of_processors(
-    runner: type[Any], drafting: str, device: str, served: Served
+    runner: type[Any], architecture: str, drafting: str, device: str, served: Served
+) -> None:
+    options, _ = served(device, FAMILIES[architecture])
+    work = wanted_sets(served, device, FAMILIES[architecture])
+    verify_promise(runner, {**options, "speculative_config": DRAFTINGS[drafting]}, *work)
+
+
+@on_every_device
+@pytest.mark.parametrize("checking", CHECKING)
+@by_every_runner
+def test_every_runner_with_every_verifier_and_set_of_processors(
+    runner: type[Any], checking: str, device: str, served: Served
 ) -> None:
     options, _ = served(device)
-    work = [served(device, cases=[wanting(names), *PLAIN])[1] for names in SETS]
-    verify_promise(runner, {**options, "speculative_config": DRAFTINGS[drafting]}, *work)
+    options |= {"speculative_config": DRAFTINGS["peagle"], **CHECKING[checking]}
+    verify_promise(runner, options, *wanted_sets(served, device))
+
+
+@pytest.mark.parametrize("drafting", DRAFTINGS)
+def test_the_graph_runner_with_every_set_of_processors_where_no_gpu_is(
+    drafting: str, served: Served, lend: Callable[..., None]
+) -> None:
+    options, _ = served()
+    lend(Emulated)
+    used = verify_promise(Emulated, options | {"speculative_config": DRAFTINGS[drafting]}, *wanted_sets(served))
+    assert (not used) == (drafting == "host"), "refused if and only if the drafter needs the host"
 
 
 @pytest.mark.parametrize("checking", CHECKING)

@@ -235,6 +235,7 @@ def test_numbers_of_a_flag_may_stand_with_commas(outrider: Any) -> None:
 def test_bench_prints_a_page(outrider: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = {"inputs": 0.01, "target": 0.6, "verify": 0.04, "draft": 0.25, "gap": 0.1}
     monkeypatch.setattr(Engine, "part_times", lambda engine: parts)
+    monkeypatch.setattr(Engine, "recorded", lambda engine: {"seconds": 3.14, "bytes": 5 << 20})
     written = tmp_path / "result.json"
     flags = ("--input-len", "8", "--output-len", "32", "--parts", "--output", str(written))
     code, out, _ = outrider("bench", "throughput", "-k", "3", "--concurrency", "1,2", *flags)
@@ -249,6 +250,7 @@ def test_bench_prints_a_page(outrider: Any, monkeypatch: pytest.MonkeyPatch, tmp
         "commit",
         "torch",
         "tokens/s",
+        "recorded in 3.1 s, 5 MiB",
     ):
         assert said in out
     assert "…" not in out, "no figure is cut off where the output is no terminal"

@@ -14,6 +14,7 @@ from checkpoints import SIZES, cache_bytes
 from heads import NUM_LAYERS as HEAD_LAYERS
 from heads import drafting, tiny_head
 from outrider import LLM, DraftContext, SamplingParams
+from outrider.draft.head import HeadDrafter
 from outrider.draft.registry import METHODS
 from outrider.runner.registry import RUNNERS
 from outrider.tensors import Draft
@@ -62,7 +63,8 @@ def test_runners_agree_on_random_workloads(tiny: Callable[..., Path], method: st
     found = {}
     for runner in RUNNERS:
         options = {"max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 40, "dtype": "float32"}
-        tight = cache_bytes(8, num_hidden_layers=SIZES["num_hidden_layers"] + HEAD_LAYERS)
+        layers = SIZES["num_hidden_layers"] + (HEAD_LAYERS if issubclass(METHODS[method], HeadDrafter) else 0)
+        tight = cache_bytes(6, num_hidden_layers=layers)
         with LLM(
             str(path),
             device="cuda",
@@ -72,6 +74,8 @@ def test_runners_agree_on_random_workloads(tiny: Callable[..., Path], method: st
             **options,
         ) as llm:
             found[runner.name] = drive(llm, cases, seed)
+            stats = llm.engine.stats()
+            assert stats.num_preemptions and stats.prefix_hits and found[runner.name][1], "what it is for"
     (ours, dropped), (theirs, also_dropped) = found.values()
     both = [number for number in ours if number not in dropped | also_dropped]
     assert len(both) > 20 and all(ours[number] == theirs[number] for number in both)

@@ -13,16 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import Case, run
+from checkpoints import Case, Right, plugin, run
 from emulated import ABSURD, Emulated, Recorder
 from heads import drafting
 from outrider import LLM, SamplingParams
 from outrider import config as config_module
+from outrider.cache.layout import CacheLayout
 from outrider.draft.head import HeadDrafter
 from outrider.draft.registry import METHODS
 from outrider.errors import CapacityError, UnsupportedError
+from outrider.runner import graph, slots
 from outrider.runner.eager import EagerRunner
-from outrider.runner.graph import Kind
+from outrider.runner.graph import GraphPending, Kind
+from outrider.runner.slots import to_device
 from test_lossless import CASES, NGRAM, TIGHT, TIGHT_WITH_HEAD, WAYS, reference, serve
 from workloads import agree, drive, random_cases
 
@@ -133,6 +136,107 @@ def test_decodes_are_replayed_and_prompts_are_called(expected: tuple[Path, Any])
         assert results == 2 * 9 and recorder.num_replayed == 8
 
 
+def test_prompts_beside_decodes_are_called_in_bounded_steps(
+    expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decodes are replayed all the same, and each gets a token every step."""
+    path, _ = expected
+    called: list[int] = []
+    call = Emulated._call
+
+    def look(self: Any, rows: Any, *more: Any) -> Any:
+        called.append(sum(row.num_tokens for row in rows))
+        return call(self, rows, *more)
+
+    monkeypatch.setattr(Emulated, "_call", look)
+    with serve(path, max_num_seqs=2, max_prefill_tokens_beside_decodes=7, enable_prefix_caching=False) as llm:
+        engine, recorder = llm.engine, runner_of(llm)._recorder
+        sampling = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+        engine.add("decodes", [1, 2, 3], sampling)
+        while not engine.step():
+            pass
+        replayed = recorder.num_replayed
+        engine.add("prompt", list(range(1, 31)), sampling)
+        gained = []
+        while "prompt" not in gained:
+            gained += [delta.request_id for delta, _ in engine.step()]
+    assert called == [3, 7, 7, 7, 7, 2]
+    assert recorder.num_replayed - replayed >= 5 and gained.count("decodes") >= 5
+
+
+def test_a_step_that_decodes_sends_its_rows_and_what_has_grown(
+    expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, ...]] = []
+
+    def look(array: Any, device: torch.device) -> torch.Tensor:
+        sent.append(array.shape)
+        return to_device(array, device)
+
+    monkeypatch.setattr(graph, "to_device", look)
+    monkeypatch.setattr(slots, "to_device", look)
+    with serve(expected[0], max_num_seqs=2, capture_sizes=[2]) as llm:
+        llm.engine.add("a", list(range(14)), SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))
+        per_step = []
+        while llm.engine.has_work:
+            sent.clear()
+            llm.engine.step()
+            per_step.append([*sent])
+    rows, block = (2, 4), (2, 1)
+    assert len(per_step[0]) > 2, "an admission"
+    assert {tuple(step) for step in per_step[1:-2]} == {(rows,), (block, rows)}
+    assert per_step[1:-2].count([block, rows]) == 2, "at 16 and at 32 tokens"
+
+
+def test_a_step_is_read_when_the_next_has_been_submitted(
+    expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, int]] = []
+    submit, result = Emulated.submit, GraphPending.result
+
+    def submitted(self: Any, plan: Any) -> Any:
+        order.append(("submit", plan.step))
+        return submit(self, plan)
+
+    def read(self: Any) -> Any:
+        found = result(self)
+        order.append(("read", found.step))
+        return found
+
+    monkeypatch.setattr(Emulated, "submit", submitted)
+    monkeypatch.setattr(GraphPending, "result", read)
+    with serve(expected[0]) as llm:
+        run(llm, CASES[:1])
+    last = max(step for _, step in order)
+    assert last > 3
+    for step in range(last):
+        assert order.index(("submit", step + 1)) < order.index(("read", step)), step
+
+
+@pytest.mark.parametrize("place", ["_replay", "_call", "_find"])
+def test_an_interrupt_with_steps_under_way_leaves_the_engine_usable(
+    place: str, expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, results = expected
+    with serve(path, speculative_config=drafting("peagle", 3)) as llm:
+        work, calls = getattr(Emulated, place), 0
+
+        def interrupted(self: Any, *given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise KeyboardInterrupt
+            return work(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Emulated, place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(llm, CASES)
+        assert not llm.engine.has_work
+        llm.engine._scheduler.check_idle()
+        assert run(llm, CASES) == results
+
+
 def test_a_step_takes_the_smallest_program_it_fits_in(expected: tuple[Path, Any]) -> None:
     path, _ = expected
     with serve(path, max_num_seqs=5, capture_sizes=[1, 3, 5]) as llm:
@@ -149,6 +253,46 @@ def test_memory_that_runs_out_while_recording_names_what_to_lower(
     monkeypatch.setattr(Recorder, "record", fail)
     with pytest.raises(CapacityError, match=r"for 8 rows was recorded, after 0 of .*lower gpu_memory_utilization"):
         serve(expected[0])
+
+
+@pytest.mark.parametrize("runner", [EagerRunner, Emulated], ids=["eager", "graph"])
+def test_memory_that_somebody_else_took_meanwhile_names_what_to_lower(
+    runner: type[Any], expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_module, "RUNNERS", (runner,))
+
+    def fail(self: Any, *given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CacheLayout, "allocate", fail)
+    with pytest.raises(CapacityError, match=r"memory ran out on cpu .* or lower gpu_memory_utilization"):
+        serve(expected[0])
+
+
+class Secretive(Right):
+    """Reads the host and does not say so."""
+
+    name = "secretive"
+    needs = frozenset()
+
+
+def test_a_part_that_reads_the_host_unsaid_is_named_before_anything_is_served(
+    expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def record(self: Any, body: Callable[[], None]) -> Callable[[], None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("tolist", "item", "numpy", "__int__", "__bool__"):
+                patch.setattr(torch.Tensor, name, refuse)
+            body()
+        return body
+
+    monkeypatch.setattr(Recorder, "record", record)
+    with pytest.raises(UnsupportedError, match=r"with drafter secretive: .*must need HOST_CODE, which the eager"):
+        serve(expected[0], speculative_config=plugin(Secretive, 3))
+    serve(expected[0], speculative_config=drafting("peagle", 3)).close()
 
 
 def test_a_failure_while_recording_names_what_failed_and_its_remedy(

@@ -124,6 +124,11 @@ def test_kernel_agrees_with_reference(op: Op, device: str, poison: None) -> None
     assert count > 0
 
 
+def test_every_op_has_a_kernel_for_a_gpu() -> None:
+    """Which the interpreter and a GPU then try: an op without one would only be compared with itself."""
+    assert [op.name for op in all_ops() if "cuda" not in op.kernels] == []
+
+
 def test_every_op_has_examples_and_a_reason_for_its_tolerance() -> None:
     for op in all_ops():
         assert op.examples is not None, op.name
@@ -287,6 +292,39 @@ def test_attention_of_a_gpu_is_exact_however_it_is_cut_up(
 ) -> None:
     case = absurd_past_rows(attention_case(lengths, heads, head_dim=48 if heads == (2, 2) else 64))
     assert close(attention_on(device)(**case), paged_attention_reference(**finite(case)), PAGED_ATTENTION.tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("device", EVERYWHERE[1:])
+def test_attention_of_a_gpu_with_every_group_of_heads(
+    device: str, group: int, head_dim: int, dtype: torch.dtype, poison: None
+) -> None:
+    """A step that verifies, one token a row beside it, and the end of a prompt; no length is a multiple of anything."""
+    lengths = [(8, 203), (1, 67), (13, 37)]
+    case = attention_case(lengths, (2 * group, 2), head_dim, seed=group, cache=dtype)
+    case = absurd_past_rows(case | {"query": 3 * case["query"].to(dtype)})
+    expected = paged_attention_reference(**finite(case))
+    assert close(attention_on(device)(**case), expected, PAGED_ATTENTION.tolerance, PAGED_ATTENTION.narrow)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("device", "lengths"),
+    [
+        pytest.param("cuda", [(4, 131_071), (1, 40_003), (3, 5)], marks=[pytest.mark.gpu, NO_CUDA]),
+        pytest.param("interpreter", [(8, 5_001), (1, 4_099), (3, 5)], marks=INTERPRETED),
+    ],
+    ids=["cuda", "interpreter"],
+)
+def test_attention_of_a_gpu_over_a_long_context(
+    device: str, lengths: list[tuple[int, int]], dtype: torch.dtype, poison: None
+) -> None:
+    case = attention_case(lengths, (4, 1), 128, cache=dtype)
+    case = absurd_past_rows(case | {"query": 3 * case["query"].to(dtype)})
+    expected = paged_attention_reference(**finite(case))
+    assert close(attention_on(device)(**case), expected, PAGED_ATTENTION.tolerance, PAGED_ATTENTION.narrow)
 
 
 def finite(case: dict[str, Any]) -> dict[str, Any]:

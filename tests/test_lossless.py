@@ -238,6 +238,7 @@ def test_random_engines_and_batches(
         "speculative_config": plugin(drafting, num_drafts) if isinstance(drafting, type) else drafting,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": data.draw(st.integers(max(max_num_seqs, num_drafts + 1), 60)),
+        "max_prefill_tokens_beside_decodes": data.draw(st.integers(1, 60)),
         "kv_cache_memory": cache_bytes(data.draw(st.integers(6, 20)), num_hidden_layers=layers),
         "enable_prefix_caching": data.draw(st.booleans()),
     }

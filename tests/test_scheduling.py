@@ -24,7 +24,7 @@ from outrider.core.sampling import SamplingParams
 from outrider.schedule.options import SchedulerOptions
 from outrider.schedule.roster import Roster
 from outrider.schedule.scheduler import Scheduler
-from outrider.schedule.seat import Seat
+from outrider.schedule.seat import Seat, Sketch
 
 VOCAB = 5
 NO_TOKEN = -1
@@ -247,6 +247,8 @@ class Workload:
         decoding = {slot for slot in stays if slots[slot].past_prompt}
         kinds = [row.slot in decoding for row in plan.rows]
         assert kinds == sorted(kinds, reverse=True), "a prefill row comes before a decode row"
+        beside = sum(row.num_tokens for row in plan.rows if row.slot not in decoding)
+        assert not any(kinds) or beside <= options.max_prefill_tokens_beside_decodes, "prompts hold up the decodes"
         running = [request.arrival for request in self.requests if request.status is RequestStatus.RUNNING]
         waiting = [request.arrival for request in self.requests if request.status is RequestStatus.WAITING]
         assert not running or not waiting or max(running) < min(waiting), "a request was overtaken"
@@ -302,6 +304,7 @@ def random_options(rng: random.Random, **fixed: int) -> SchedulerOptions:
         "num_blocks": -(-max_model_len // block_size) + rng.choice([0, 0, 0, 1, 2, 4, 10, 40]),
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_seqs + rng.choice([0, 0, 1, 4, 12, 64]),
+        "max_prefill_tokens_beside_decodes": (1, 2, 7, 2048, 2048)[max_model_len % 5],
         "enable_prefix_caching": rng.random() < 0.8,
         "num_drafts": num_drafts,
         "lookahead": rng.choice([0, num_drafts]),
@@ -529,6 +532,15 @@ def test_reusing_a_slot_under_a_plan_under_way_is_found() -> None:
             pass
 
     all_fail(with_roster(Hasty), "a plan under way writes to it", depth=2)
+
+
+def test_holding_up_decodes_is_found() -> None:
+    class Hungry(Scheduler):
+        def _plan_prefills(self, sketch: Sketch) -> None:
+            sketch.budget = self.options.max_num_batched_tokens - sum(row.num_tokens for row in sketch.rows)
+            super()._plan_prefills(sketch)
+
+    all_fail(Hungry, "prompts hold up the decodes")
 
 
 def test_seating_the_young_before_the_old_is_found() -> None:

@@ -58,6 +58,11 @@ class EngineOptions:
     )
     max_num_seqs: int = option(128, "most sequences run at once")
     max_num_batched_tokens: int | None = option(None, "most tokens a step; left out: 2048 on a CPU, 8192 on a GPU")
+    max_prefill_tokens_beside_decodes: int | None = option(
+        None,
+        "most prompt tokens of a step in which others decode, whose tokens wait for them; "
+        "left out: 2048 on a GPU, on a CPU as max_num_batched_tokens",
+    )
     kv_cache_memory: int | None = option(None, "bytes for keys and values; left out: what is free")
     gpu_memory_utilization: float = option(0.9, "share of a GPU's free memory to use")
     enable_prefix_caching: bool = option(True, "reuse keys and values of prompts that begin alike")
@@ -195,20 +200,23 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         seed=options.seed,
         progress=progress,
     )
-    scheduler = _scheduler_options(runner, options.enable_prefix_caching)
+    scheduler = _scheduler_options(runner, options)
     eos = _eos_token_ids(directory, model_config)
     return Resolved(options, directory, runner, scheduler, mesh, parts, verdict, eos)
 
 
-def _scheduler_options(runner: RunnerConfig, enable_prefix_caching: bool) -> SchedulerOptions:
+def _scheduler_options(runner: RunnerConfig, options: EngineOptions) -> SchedulerOptions:
     num_drafts, drafter = runner.draft_options.num_speculative_tokens, runner.drafter
+    budget = runner.max_num_batched_tokens
+    beside = options.max_prefill_tokens_beside_decodes or (budget if runner.device.type == "cpu" else 2048)
     return SchedulerOptions(
         max_model_len=runner.max_model_len,
         num_blocks=runner.memory.num_blocks,
         block_size=runner.block_size,
         max_num_seqs=runner.max_num_seqs,
-        max_num_batched_tokens=runner.max_num_batched_tokens,
-        enable_prefix_caching=enable_prefix_caching,
+        max_num_batched_tokens=budget,
+        max_prefill_tokens_beside_decodes=min(beside, budget),
+        enable_prefix_caching=options.enable_prefix_caching,
         num_drafts=num_drafts,
         lookahead=num_drafts if drafter.writes_ahead else 0,
         rerun=drafter.rerun,
@@ -279,7 +287,8 @@ def _parts(
 
 
 def _check_values(options: EngineOptions) -> None:
-    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory"):
+    counts = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes")
+    for name in (*counts, "kv_cache_memory"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise OptionError(f"{name} must be a whole number of 1 or more: {value!r}")

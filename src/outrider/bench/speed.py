@@ -212,14 +212,19 @@ def configuration(llm: LLM, workload: Workload) -> dict[str, Any]:
         "max_num_seqs": runner.max_num_seqs,
         "max_model_len": runner.max_model_len,
         "max_num_batched_tokens": runner.max_num_batched_tokens,
+        "max_prefill_tokens_beside_decodes": resolved.scheduler.max_prefill_tokens_beside_decodes,
     }
 
 
 def memory(llm: LLM, free_before: int) -> dict[str, Any]:
-    """The plan; and on a GPU what was taken since `free_before` was measured: in all, and beside weights and cache."""
+    """The plan; on a GPU what was taken since `free_before` was measured: in all, and beside weights and cache.
+
+    And what recording took, where the runner records.
+    """
     plan = llm.engine.resolved.runner.memory
     device = llm.engine.resolved.runner.device
     told: dict[str, Any] = {"plan": plan.to_dict(), "used": None, "beside_weights_and_cache": None}
+    told["recorded"] = llm.engine.recorded()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         told["used"] = free_before - free_memory(device)

@@ -153,6 +153,8 @@ def _print_memory(memory: Mapping[str, Any]) -> None:
     if memory["used"] is not None:
         beside = memory["beside_weights_and_cache"] / MIB
         line += f"; measured: {memory['used'] / MIB:,.0f} in all, {beside:,.0f} beside weights and cache"
+    if memory["recorded"] is not None:
+        line += f"; recorded in {memory['recorded']['seconds']:.1f} s, {memory['recorded']['bytes'] / MIB:,.0f} MiB"
     out.print(line)
 
 

@@ -190,6 +190,10 @@ class Engine:
         """
         return self._worker.part_times()
 
+    def recorded(self) -> dict[str, float] | None:
+        """The "seconds" that recording took and "bytes" of the device it left taken; None if nothing is recorded."""
+        return self._worker.recorded()
+
     def step(self) -> list[tuple[TokenDelta, Request]]:
         """Submits a step and reads the oldest one due; what each request gained, and its record.
 

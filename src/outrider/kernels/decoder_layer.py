@@ -283,6 +283,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
         (64, 67, 4, 4, 64, torch.float32),
         (128, 96, 8, 2, 32, torch.bfloat16),
         (64, 72, 2, 1, 80, torch.bfloat16),
+        (64, 96, 3, 1, 128, torch.float32),
     )
     for hidden, width, num_heads, num_kv_heads, head_dim, dtype in shapes:
         activation_type = torch.float32 if wide else dtype

@@ -93,6 +93,14 @@ class Runner(Protocol):
 
 
 @runtime_checkable
+class Records(Protocol):
+    """What a runner that records its steps tells besides."""
+
+    def recorded(self) -> dict[str, float]:
+        """The "seconds" that recording took, and the "bytes" of the device that programs and their workspace took."""
+
+
+@runtime_checkable
 class TimesParts(Protocol):
     """What a runner may do besides: time its steps on the device, if built with `RunnerConfig.time_parts`."""
 

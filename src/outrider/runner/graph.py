@@ -176,6 +176,10 @@ class GraphRunner:
             self.programs_bytes / MIB,
         )
 
+    def recorded(self) -> dict[str, float]:
+        """What recording took."""
+        return {"seconds": self.programs_seconds, "bytes": self.programs_bytes}
+
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
         """Whatever goes wrong while the runner is built, in words that name a remedy."""

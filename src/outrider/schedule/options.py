@@ -20,6 +20,7 @@ class SchedulerOptions:
     block_size: int = 16  # tokens a block
     max_num_seqs: int = 128  # slots: most requests running at once
     max_num_batched_tokens: int = 2048  # most query tokens of a step, drafts included
+    max_prefill_tokens_beside_decodes: int = 2048  # of those, most that prompts get while others decode
     enable_prefix_caching: bool = True
     num_drafts: int = 0  # K: most drafts a row
     lookahead: int = 0  # positions past a row's last query token that the drafter may write: K if it keeps a cache
@@ -28,7 +29,7 @@ class SchedulerOptions:
     depth: int = 1  # plans that may be under way before the oldest is applied
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "block_size", "num_blocks", "depth"):
+        for name in ("max_num_seqs", "max_prefill_tokens_beside_decodes", "block_size", "num_blocks", "depth"):
             self._at_least(name, 1)
         for name in ("num_drafts", "lookahead", "rerun"):
             self._at_least(name, 0)

@@ -3,7 +3,9 @@
 The scheduler knows tokens, not phases: a plan is {slot: number of tokens}. A request past its prompt
 takes its last token and the drafts waiting behind it, one inside its prompt a chunk of what is not yet
 computed. Everything is first come, first served: slots, blocks and the token budget go to the oldest,
-and when blocks run out the youngest gives up its place and is computed again later.
+and when blocks run out the youngest gives up its place and is computed again later. A step that decodes
+gives prompts `max_prefill_tokens_beside_decodes` of its budget at most, since the decodes' tokens come when
+all of it is over; a step that does not gives them the whole.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from outrider.schedule.roster import Roster
 from outrider.schedule.seat import Seat, Sketch
 
 PREFILL_SHARE = 8
-"""While a prompt waits to be run, drafts leave it at least one part in this many of a step's tokens."""
+"""While a prompt waits to be run, drafts leave it one part in this many of a step's tokens, or all that it may get."""
 
 
 class Scheduler:
@@ -116,6 +118,8 @@ class Scheduler:
         assert len(self._under_way) < options.depth, f"depth {options.depth}: apply the oldest plan first"
         sketch = Sketch(options.max_num_batched_tokens)
         self._plan_decodes(sketch)
+        if sketch.rows:
+            sketch.budget = min(sketch.budget, options.max_prefill_tokens_beside_decodes)
         if roster.num_prefilling and not sketch.stalled:
             self._plan_prefills(sketch)
         if roster.waiting and not (sketch.stalled or sketch.preempted):
@@ -260,7 +264,7 @@ class Scheduler:
         roster, total = self._roster, self.options.max_num_batched_tokens
         left = total - (len(roster.running) - roster.num_prefilling)
         if roster.num_prefilling or (roster.waiting and roster.free_slots):
-            left -= max(1, total // PREFILL_SHARE)
+            left -= max(1, min(total // PREFILL_SHARE, self.options.max_prefill_tokens_beside_decodes))
         return max(0, left)
 
     def _make_room(self, seat: Seat, num_drafts: int, sketch: Sketch) -> int | None:

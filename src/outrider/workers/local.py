@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from outrider.core.plan import StepPlan
+from outrider.errors import CapacityError
 from outrider.parallel.mesh import Mesh
-from outrider.runner.base import Pending, Runner, RunnerConfig, TimesParts
+from outrider.runner.base import Pending, Records, Runner, RunnerConfig, TimesParts
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -20,10 +21,17 @@ class LocalWorker:
     """Hosts one runner in the calling process."""
 
     def __init__(self, runner: type[Runner], config: RunnerConfig, mesh: Mesh) -> None:
-        """Builds the runner; whatever it raises is the caller's to report."""
+        """Builds the runner. Whatever it raises is the caller's to report; CapacityError if memory runs out."""
         self._device = config.device
         with on_device(self._device):
-            self._runner: Runner | None = runner.build(config, mesh)
+            try:
+                self._runner: Runner | None = runner.build(config, mesh)
+            except torch.OutOfMemoryError as error:
+                raise CapacityError(
+                    f"memory ran out on {config.device} while the model was loaded and its cache made, though the plan "
+                    "fits what was free before: something else takes memory there; free it, or lower "
+                    "gpu_memory_utilization or kv_cache_memory"
+                ) from error
         self.depth = runner.depth
 
     def submit(self, plan: StepPlan) -> Pending:
@@ -35,6 +43,10 @@ class LocalWorker:
     def part_times(self) -> dict[str, float] | None:
         """As `TimesParts.part_times`; None if the runner cannot."""
         return self._runner.part_times() if isinstance(self._runner, TimesParts) else None
+
+    def recorded(self) -> dict[str, float] | None:
+        """As `Records.recorded`; None if the runner records nothing."""
+        return self._runner.recorded() if isinstance(self._runner, Records) else None
 
     def reset(self) -> None:
         """Forgets every request, as after an interrupted step."""

@@ -61,6 +61,7 @@ def test_floors_are_counted_apart() -> None:
     alone, together = (row["floor_parts_ms"]["cache"] for row in result["rows"])
     assert together > 3 * alone > 3 * 16 * reads.cache_per_token / 1e6
     assert result["memory"]["plan"]["weights"] == weights and result["memory"]["used"] is None
+    assert result["memory"]["recorded"] is None, "the eager runner records nothing"
 
 
 def test_parts_that_the_device_timed_replace_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +79,8 @@ def test_a_runner_two_steps_deep_is_measured_and_times_its_parts(monkeypatch: py
     monkeypatch.setattr(config_module, "RUNNERS", (Emulated,))
     result = bench(options(capture_sizes=(1, 4)), Workload(16, 64, max_steps=5), [1, 4], 2, parts=True)
     assert result["parts_error"] is None and result["config"]["runner"] == "graph"
+    recorded = result["memory"]["recorded"]
+    assert recorded["seconds"] > 0 and recorded["bytes"] == 0, "the emulation takes nothing of a device"
     for row in result["rows"]:
         assert row["steady_steps"] == 10 and row["parts_on"] == "device"
         assert row["parts_ms"] == pytest.approx(dict.fromkeys(PARTS, 1.0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 from outrider.engine.logs import FIELDS, JsonFormatter
 
@@ -27,3 +29,20 @@ def test_json_shows_exceptions() -> None:
     except ValueError as error:
         told = json.loads(JsonFormatter().format(record("failed", exc_info=(ValueError, error, error.__traceback__))))
     assert told["exception"].startswith("Traceback") and "ValueError: why" in told["exception"]
+
+
+TOLD = """
+import logging
+from outrider.engine.logs import write_logs
+write_logs("text")
+logging.getLogger("outrider").info("recorded 4 programs")
+logging.getLogger("other").info("nobody asked")
+logging.getLogger("other").warning("a warning")
+"""
+
+
+def test_our_own_log_is_told_from_info_on_and_others_from_warnings_on() -> None:
+    """In a process of its own, as an engine's is: the log of this one is pytest's."""
+    done = subprocess.run([sys.executable, "-c", TOLD], capture_output=True, text=True, check=True, timeout=60)
+    assert "INFO outrider recorded 4 programs" in done.stderr and "WARNING other a warning" in done.stderr
+    assert "nobody asked" not in done.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from checkpoints import Case, cache_bytes, run
 from outrider import LLM, CapacityError, OptionError
+from outrider.config import EngineOptions, resolve
 
 MAX_LEN = 64
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
@@ -38,6 +39,8 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "utilization": ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization.*1.5"),
     "ranks": ({"tensor_parallel_size": 0}, "tensor_parallel_size.*0"),
     "narrow-steps": ({"max_num_batched_tokens": 3, "max_num_seqs": 4}, "max_num_batched_tokens 3"),
+    "no-prompts": ({"max_prefill_tokens_beside_decodes": 0}, "max_prefill_tokens_beside_decodes must be.*1 or more: 0"),
+    "prompts-of-text": ({"max_prefill_tokens_beside_decodes": "9"}, "max_prefill_tokens_beside_decodes must be.*'9'"),
     "steps-of-drafts": (
         {"max_num_batched_tokens": 3, "max_num_seqs": 1, "speculative_config": NGRAM},
         "tokens 3 .* 3 d",
@@ -64,6 +67,21 @@ def test_bad_options(path: Path, name: str) -> None:
     given, message = BAD_OPTIONS[name]
     with pytest.raises(OptionError, match=message):
         LLM(str(path), **given)
+
+
+def test_prompt_tokens_beside_decodes(path: Path, fake_gpu: Callable[..., None]) -> None:
+    """On a CPU the whole step, on a GPU 2048 of its 8192; what is said is done, up to the step's own limit."""
+
+    def bound(**options: Any) -> int:
+        return resolve(EngineOptions(model=str(path), **options)).scheduler.max_prefill_tokens_beside_decodes
+
+    assert bound() == 2048 and bound(max_num_batched_tokens=4096) == 4096
+    assert bound(max_prefill_tokens_beside_decodes=5) == 5
+    assert bound(max_prefill_tokens_beside_decodes=9999) == 2048
+    fake_gpu()
+    on_gpu: dict[str, Any] = {"device": "cuda", "kv_cache_memory": 1 << 24}
+    assert bound(**on_gpu) == 2048 and bound(**on_gpu, max_prefill_tokens_beside_decodes=4096) == 4096
+    assert bound(**on_gpu, max_num_batched_tokens=512) == 512
 
 
 def test_no_memory_for_one_sequence(path: Path) -> None:

@@ -257,6 +257,16 @@ def test_a_gpu_is_served_by_the_graph_runner(
     assert choice.runner is GraphRunner and not choice.passed_over and not choice.forced
 
 
+def test_explain_of_a_gpu_tells_the_memory_plan(explain: Any, fake_gpu: Callable[..., None]) -> None:
+    fake_gpu()
+    code, out, _ = explain("--draft", "ngram", "-k", "3", "--max-num-seqs", "8")
+    assert code == 0 and "runner graph, the fastest" in out
+    for said in ("weights", "workspace, at most", "for 6 batch sizes, to 8 rows", "32 blocks, 512 tokens"):
+        assert said in out
+    code, out, _ = explain("--draft", "ngram", "-k", "3", "--max-num-seqs", "8", "--json")
+    assert code == 0 and json.loads(out)["memory"]["programs"] == GraphRunner.footprint((1, 2, 3, 4, 6, 8), 3)
+
+
 def test_plain_python_on_a_gpu_is_served_by_the_eager_runner(
     path: str, fake_gpu: Callable[..., None], explain: Any
 ) -> None:

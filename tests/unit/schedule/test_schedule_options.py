@@ -8,7 +8,10 @@ def test_defaults_are_valid() -> None:
     assert SchedulerOptions(max_model_len=1024, num_blocks=64).depth == 1
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "block_size", "num_blocks", "depth", "max_model_len"])
+COUNTS = ["max_num_seqs", "max_prefill_tokens_beside_decodes", "block_size", "num_blocks", "depth", "max_model_len"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
 def test_counts_are_whole_and_positive(name: str) -> None:
     with pytest.raises(OptionError, match=f"{name} must be a whole number of . or more: 0"):
         SchedulerOptions(**({"max_model_len": 8, "num_blocks": 8} | {name: 0}))

@@ -100,6 +100,40 @@ def test_long_prompts_run_in_chunks_behind_decodes() -> None:
     assert [admission.slot for admission in plan.admit] == [2]
 
 
+def test_prompts_beside_decodes_are_bounded_in_sum() -> None:
+    scheduler = make(max_prefill_tokens_beside_decodes=6)
+    add(scheduler, "a", 9)
+    assert step(scheduler, [5]).rows == (Row(0, 9, 0, True),), "nobody decodes: the whole budget"
+    add(scheduler, "b", 10, first=50)
+    add(scheduler, "c", 4, first=80)
+    assert step(scheduler, [5], []).rows == (Row(0, 1, 0, True), Row(1, 6, 0, False))
+    plan = step(scheduler, [5], [6], [])
+    assert plan.rows == (Row(0, 1, 0, True), Row(1, 4, 0, True), Row(2, 2, 0, False)), "running and admitted together"
+    plan = step(scheduler, [EOS], [EOS], [7])
+    assert plan.rows == (Row(0, 1, 0, True), Row(1, 1, 0, True), Row(2, 2, 0, True))
+    scheduler.abort("c")
+    add(scheduler, "d", 16, first=20)
+    assert step(scheduler, [5]).rows == (Row(2, 16, 0, True),), "nobody decodes any more"
+
+
+def test_a_prompt_beside_decodes_gets_a_token_a_step_at_least() -> None:
+    scheduler = make(max_prefill_tokens_beside_decodes=1, max_num_batched_tokens=8, num_drafts=7)
+    add(scheduler, "a", 3)
+    step(scheduler, [5], num_drafted=7)
+    late = add(scheduler, "b", 3, first=50)
+    for gained in ([], [], [9]):
+        assert step(scheduler, [5], gained, num_drafted=7).rows[1].num_tokens == 1
+    assert late.output == [9]
+
+
+def test_drafts_leave_a_prompt_no_more_than_it_may_get() -> None:
+    scheduler = make(max_prefill_tokens_beside_decodes=1, num_drafts=15)
+    add(scheduler, "a", 3)
+    step(scheduler, [5], num_drafted=15)
+    add(scheduler, "b", 3, first=50)
+    assert step(scheduler, [5], [], num_drafted=15).rows == (Row(0, 15, 14, True), Row(1, 1, 0, False))
+
+
 def test_drafts_leave_room_for_a_waiting_prompt() -> None:
     scheduler = make(max_num_batched_tokens=8, num_drafts=7)
     add(scheduler, "a", 3)
