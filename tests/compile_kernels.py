@@ -1,8 +1,8 @@
-"""Compiles the GPU kernels for compute capability 9.0, without a GPU: launchers are called, nothing is launched.
+"""Compiles the GPU kernels without a GPU: launchers are called, nothing is launched.
 
 A script, since Triton decides at import whether it interprets. Prints a line a kernel: its name, and the bytes of
-shared memory of its largest variant. Usage: compile_kernels.py [OP...]; left out, all ops. The first two examples of
-each op are compiled.
+shared memory of its largest variant. Usage: compile_kernels.py [CAPABILITY], 90 if left out: for that all ops with
+their first two examples; for any other the products of few rows alone, at the sizes of Qwen3-8B.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 import outrider.kernels
 from outrider.kernels import gpu
+from outrider.kernels.gpu.linear import FEW, TICKETS, few_rows, linear_gpu
 from outrider.kernels.op import Op
 
 
@@ -33,14 +34,39 @@ class NoDriver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> Any:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
 
-def main(wanted: list[str]) -> None:
+def ops() -> None:
+    """Every op of which a GPU has a kernel."""
+    for module in pkgutil.iter_modules(outrider.kernels.__path__):
+        for op in vars(importlib.import_module(f"outrider.kernels.{module.name}")).values():
+            if isinstance(op, Op) and "cuda" in op.kernels:
+                assert op.examples is not None
+                examples = op.examples(torch.Generator().manual_seed(1), torch.device("cpu"), False)
+                for example in islice(examples, 2):
+                    op.kernels["cuda"](**example)
+
+
+def products() -> None:
+    """What a layer and a vocabulary ask of products of few rows."""
+    tickets = torch.zeros(TICKETS, dtype=torch.int32)
+    for rows in (1, 8, 16, FEW):
+        for outputs, inputs, gate in ((6144, 4096, False), (4096, 12288, False), (12288, 4096, True)):
+            x, weight = torch.empty(rows, inputs), torch.empty((1 + gate) * outputs, inputs, dtype=torch.bfloat16)
+            out = torch.empty(rows, outputs, dtype=torch.bfloat16)
+            few_rows(x.bfloat16(), weight, out, gate=gate, tickets=tickets)
+    linear_gpu(torch.empty(8, 4096, dtype=torch.bfloat16), torch.empty(32000, 4096, dtype=torch.bfloat16), wide=True)
+
+
+def main(capability: int = 90) -> None:
     shared: dict[str, int] = {}
     run = JITFunction.run
 
@@ -50,23 +76,20 @@ def main(wanted: list[str]) -> None:
         shared[self.fn.__name__] = max(shared.get(self.fn.__name__, 0), kernel.metadata.shared)
         return kernel
 
-    driver.set_active(NoDriver())
+    driver.set_active(NoDriver(capability))
     JITFunction.run = compile_only
     for module in pkgutil.iter_modules(gpu.__path__):
         room = importlib.import_module(f"outrider.kernels.gpu.{module.name}")
         if hasattr(room, "overlaps"):
-            room.overlaps = lambda x: True  # type: ignore[attr-defined]
-    for module in pkgutil.iter_modules(outrider.kernels.__path__):
-        for op in vars(importlib.import_module(f"outrider.kernels.{module.name}")).values():
-            if isinstance(op, Op) and "cuda" in op.kernels and (op.name in wanted or not wanted):
-                assert op.examples is not None
-                examples = op.examples(torch.Generator().manual_seed(1), torch.device("cpu"), False)
-                for example in islice(examples, 2):
-                    op.kernels["cuda"](**example)
+            room.overlaps = lambda x: capability >= 90  # type: ignore[attr-defined]
+    if capability == 90:
+        ops()
+    else:
+        products()
     for name, size in sorted(shared.items()):
         print(name, size)
 
 
 if __name__ == "__main__":
     assert not triton.knobs.runtime.interpret, "Triton must compile here, not interpret"
-    main(sys.argv[1:])
+    main(*map(int, sys.argv[1:]))

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from outrider.kernels.decoder_layer import DECODER_LAYER, LayerWeights, _gpu_stack, decoder_layer_reference
 from outrider.kernels.gpu import decoder_layer as gpu_decoder_layer
-from outrider.kernels.gpu.linear import Rows, Tiles, few_rows, scale_rows, tiles
+from outrider.kernels.gpu.linear import TICKETS, Tiles, few_rows, tiles
+from outrider.kernels.gpu.partial_norm import Rows, scale_rows
 from outrider.kernels.linear import LINEAR
 
 DEVICES = [
@@ -86,6 +87,47 @@ def test_product_with_all_it_does_on_the_way(
         few_rows(rows_normed, weight, out.fill_(torch.nan), bias=bias, gate=True, cut=cut)
         assert distance(out, functional.silu(gate) * up) < 2 * tolerance
         assert distance(out, functional.silu(up) * gate) > 0.1, "the halves are not told apart"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 256, 7), (5, 512, 40), (20, 1024, 70)])
+def test_programs_that_share_inputs(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device: str) -> None:
+    """The last adds up what all have left, and leaves the tickets as they were; again and again the same bits."""
+    x, weight = (
+        draw(rows, inputs, seed=0, dtype=dtype, device=device),
+        draw(2 * outputs, inputs, seed=1, dtype=dtype, device=device, spread=inputs**-0.5),
+    )
+    norm, stream = (
+        1 + draw(inputs, seed=2, dtype=dtype, device=device),
+        draw(rows, outputs, seed=3, dtype=dtype, device=device),
+    )
+    tickets, tolerance = torch.zeros(TICKETS, dtype=torch.int32, device=device), ROUNDING[dtype]
+    slices = 0 if rows == 1 else 1
+    added = []
+    for cut in [Tiles(16, 64, slices, parts=2), *[Tiles(32, 64, slices, parts=4)] * 3]:
+        added.append(stream.clone())
+        after = few_rows(x, weight[:outputs], added[-1], add=True, next_norm=stream[0], cut=cut, tickets=tickets)
+        assert distance(added[-1], stream.double() + x.double() @ weight[:outputs].double().T) < tolerance
+        assert after is not None and distance(after.squares.sum(0), added[-1].double().square().sum(1)) < 1e-6
+        assert not tickets.any()
+    assert torch.equal(added[1], added[2]) and torch.equal(added[1], added[3])
+    gate, up = (normed(x, norm, 1e-6) @ weight.double().T).chunk(2, dim=-1)
+    out = torch.full_like(stream, torch.nan)
+    cut = Tiles(8, 64, slices, parts=4)
+    few_rows(scale_rows(None, x, norm, 1e-6), weight, out, gate=True, cut=cut, tickets=tickets)
+    assert distance(out, functional.silu(gate) * up) < 2 * tolerance and not tickets.any()
+
+
+def test_tickets_are_enough_and_parts_are_whole() -> None:
+    for rows in (1, 2, 8, 9, 16, 17, 32):
+        for hidden, width in ((256, 704), (1024, 3072), (2048, 6144), (2560, 9728), (4096, 12288), (5120, 25600)):
+            for outputs, inputs in ((hidden + 2048, hidden), (hidden, hidden), (hidden, width), (hidden, 3 * hidden)):
+                cut = tiles(rows, outputs, inputs, 2)
+                assert cut.parts == 1 or (
+                    inputs % (cut.parts * cut.inputs) == 0 and -(-outputs // cut.outputs) < TICKETS
+                )
+    assert tiles(32, 4096, 12288, 2).parts == 2, "nothing is tested"
 
 
 @pytest.mark.parametrize("device", DEVICES)

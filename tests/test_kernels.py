@@ -565,19 +565,20 @@ def test_a_forked_process_and_the_interpreters_end_are_survived() -> None:
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60)
 
 
-SHARED_MEMORY = 227 << 10
-"""Bytes that a program may have on a GPU of compute capability 9.0."""
+SHARED_MEMORY = {90: 227 << 10, 86: 99 << 10}
+"""Bytes that a program may have on a GPU, by its compute capability."""
 
 
-def test_gpu_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_gpu_kernels_compile_without_a_gpu(tmp_path: Path, capability: int) -> None:
     """In a process of its own: in this one Triton interprets, and takes what its compiler does not."""
     pytest.importorskip("triton")
     script = Path(__file__).parent / "compile_kernels.py"
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     own |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, str(script)], env=own, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, str(capability)], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     shared = dict(line.split() for line in done.stdout.splitlines())
-    wanted = {"_attention_kernel", "_rope_attention_kernel", "_few_rows_kernel", "_assemble_kernel"}
-    assert wanted | {"_best_of_row_kernel"} <= set(shared)
-    assert all(int(size) <= SHARED_MEMORY for size in shared.values())
+    wanted = {"_attention_kernel", "_rope_attention_kernel", "_assemble_kernel", "_best_of_row_kernel"}
+    assert "_few_rows_kernel" in shared and (capability != 90 or wanted <= set(shared))
+    assert all(int(size) <= SHARED_MEMORY[capability] for size in shared.values())

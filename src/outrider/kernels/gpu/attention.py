@@ -72,6 +72,7 @@ def choose_splits(
 
 @cache
 def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs side by side at least; without a GPU, what its interpreter is taken to have."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETER
 
 
@@ -79,13 +80,16 @@ def multiprocessors(device: torch.device) -> int:
 def find_row(tile, query_start, seq_lens, num_tokens, num_rows, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr):
     """A tile's row, that row's first token, the one behind its last, and its length; and the tile's first token.
 
+    Here and below past this multiprocessor's own cache, where a step's numbers may be those of the step before.
+
     All from what is loaded at once: the rows up to the tile's are the first ones, so the sum over them of what lengths
     differ by is its own. The tokens past the last row's are one more row, of length 0.
     """
     row = tl.arange(0, BLOCK_B)
-    first_token = tl.load(query_start + row, mask=row <= num_rows, other=0)
-    length = tl.load(seq_lens + row, mask=row < num_rows, other=0)
-    length_before = tl.load(seq_lens + row - 1, mask=(row > 0) & (row <= num_rows), other=0)
+    first_token = tl.load(query_start + row, mask=row <= num_rows, other=0, cache_modifier=".cg")
+    length = tl.load(seq_lens + row, mask=row < num_rows, other=0, cache_modifier=".cg")
+    behind_first = (row > 0) & (row <= num_rows)
+    length_before = tl.load(seq_lens + row - 1, mask=behind_first, other=0, cache_modifier=".cg")
     first_tile = (first_token + row * (BLOCK_Q - 1)) // BLOCK_Q
     reached = (row <= num_rows) & (first_tile <= tile)
     found = tl.sum(reached.to(tl.int32)) - 1
@@ -99,7 +103,7 @@ def find_row(tile, query_start, seq_lens, num_tokens, num_rows, BLOCK_Q: tl.cons
 def find_blocks(table, first_key, num_keys, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The blocks of a step's keys. They are asked for a step ahead, so that keys and values can be several ahead."""
     key = first_key + tl.arange(0, BLOCK_N)
-    return tl.load(table + key // BLOCK_SIZE, mask=key < num_keys, other=0)
+    return tl.load(table + key // BLOCK_SIZE, mask=key < num_keys, other=0, cache_modifier=".cg")
 
 
 @jit
@@ -266,8 +270,31 @@ def _combine_kernel(
     top = tl.max(log_weight)
     weight = tl.exp2(log_weight - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight)
+    value = tl.where((weight > 0)[:, None], value, 0.0)  # a program without keys may have left none
     result = tl.sum(weight[:, None] * value, 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + head * HEAD_DIM + column, result.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+
+
+def combine(partial: Tensor, log_weights: Tensor, out: Tensor) -> None:
+    """out [T, Hq, D] from the results [SPLITS, T, Hq, D] of programs that shared keys, and their weights' logarithms.
+
+    A weight of 0 has a logarithm of -inf, and a result that is not looked at.
+    """
+    splits, num_tokens, num_heads, head_dim = partial.shape
+    overlap = overlaps(out)
+    _combine_kernel[(num_tokens * num_heads,)](
+        partial,
+        log_weights,
+        out,
+        num_tokens * num_heads,
+        splits,
+        HEAD_DIM=head_dim,
+        BLOCK_S=next_power_of_2(splits),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        PDL=overlap,
+        num_warps=4,
+        **launch(overlap),
+    )
 
 
 def attend(
@@ -328,20 +355,8 @@ def attend(
         num_stages=tiles.stages,
         **launch(overlap),
     )
-    if splits > 1:
-        _combine_kernel[(num_tokens * num_heads,)](
-            result,
-            log_weights,
-            out,
-            num_tokens * num_heads,
-            splits,
-            HEAD_DIM=head_dim,
-            BLOCK_S=next_power_of_2(splits),
-            BLOCK_D=block_d,
-            PDL=overlap,
-            num_warps=4,
-            **launch(overlap),
-        )
+    if log_weights is not None:
+        combine(result, log_weights, out)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Decoder layers on a GPU: five kernels each for few rows, cuBLAS and the smaller ops for many.
+"""Decoder layers on a GPU: five or six kernels each for few rows, cuBLAS and the smaller ops for many.
 
 See `kernels.decoder_layer`. The residual stream holds everything when a layer ends: None is left to be added.
 """
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.linear import FEW, Rows, few_rows, scale_rows
+from outrider.kernels.gpu.linear import FEW, TICKETS, few_rows
+from outrider.kernels.gpu.partial_norm import Rows, scale_rows
 from outrider.kernels.gpu.rope_attention import is_short, new_counters, rope_attention_gpu
 
 
@@ -39,7 +40,9 @@ class GpuLayerStack:
         self._rms_norm, self._add_rms_norm, self._silu_mul, self._multiply = rms_norm, add_rms_norm, silu_mul, multiply
         self._rope_store, self._attend, self._take_taps = rope_store, attend, take_taps
         self._num_kv_heads = caches[0][0].shape[1]
-        self._counters = new_counters(caches[0][0].device, self._num_kv_heads)
+        device = caches[0][0].device
+        self._counters = new_counters(device, self._num_kv_heads)
+        self._tickets = torch.zeros(TICKETS, dtype=torch.int32, device=device)
 
     def __call__(
         self,
@@ -61,15 +64,15 @@ class GpuLayerStack:
         run = self._few if len(residual) <= FEW else self._many
         run(first, last, x, residual, where, taps, features)
 
-    def _mix(self, index: int, heads: Tensor, where: tuple[Tensor, ...]) -> Tensor:
-        """What attention makes of heads [T, (Hq + 2*Hkv) * D]: [T, Hq * D]."""
+    def _mix(self, index: int, heads: Tensor, where: tuple[Tensor, ...], ahead: bool) -> Tensor:
+        """What attention makes of heads [T, (Hq + 2*Hkv) * D]: [T, Hq * D]. `ahead` as in `rope_attend`."""
         rope, positions, cache_slot, block_table, query_start, seq_lens = where
         weights, cache = self._layers[index]
         norms = weights.q_norm, weights.k_norm, self._eps
         counts, rows = (self._num_heads, self._num_kv_heads), (block_table, query_start, seq_lens)
         if is_short(len(heads), len(block_table), self._num_heads // self._num_kv_heads):
             given = (heads, *norms, rope, positions, *cache, cache_slot, *rows, *counts, self._scale)
-            return rope_attention_gpu(*given, self._counters).flatten(1)
+            return rope_attention_gpu(*given, self._counters, ahead).flatten(1)
         query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *counts)
         return self._attend(query, *cache, *rows, self._scale).flatten(1)
 
@@ -92,14 +95,18 @@ class GpuLayerStack:
             self._take_taps(index, None, residual, taps, features)
             assert source is not None, "a layer without input_norm is given what it reads"
             heads = self._empty(residual, weights.qkv.shape[0])
-            few_rows(source, weights.qkv, heads, bias=weights.qkv_bias)
-            mixed = self._mix(index, heads, where)
-            normed = few_rows(mixed, weights.out, residual, add=True, next_norm=weights.post_norm, eps=self._eps)
+            few_rows(source, weights.qkv, heads, bias=weights.qkv_bias, tickets=self._tickets, late=True)
+            mixed = self._mix(index, heads, where, ahead=True)
+            normed = self._add(mixed, weights.out, residual, weights.post_norm)
             assert normed is not None
             gated = self._empty(residual, weights.down.shape[1])
-            few_rows(normed, weights.gate_up, gated, gate=True)
+            few_rows(normed, weights.gate_up, gated, gate=True, tickets=self._tickets)
             after = self._layers[index + 1][0].input_norm if index + 1 < last else None
-            source = few_rows(gated, weights.down, residual, add=True, next_norm=after, eps=self._eps)
+            source = self._add(gated, weights.down, residual, after)
+
+    def _add(self, x: Tensor, weight: Tensor, residual: Tensor, next_norm: Tensor | None) -> Rows | None:
+        """Adds a product to the residual stream, and norms that in part."""
+        return few_rows(x, weight, residual, add=True, next_norm=next_norm, eps=self._eps, tickets=self._tickets)
 
     def _many(
         self,
@@ -122,7 +129,7 @@ class GpuLayerStack:
                 source = self._add_rms_norm(x, residual, weights.input_norm, self._eps)
             x = None
             self._take_taps(index, None, residual, taps, features)
-            mixed = self._mix(index, self._multiply(source, weights.qkv, weights.qkv_bias), where)
+            mixed = self._mix(index, self._multiply(source, weights.qkv, weights.qkv_bias), where, ahead=False)
             residual.addmm_(mixed, weights.out.t())
             normed = self._rms_norm(residual, weights.post_norm, self._eps)
             gated = self._silu_mul(self._multiply(normed, weights.gate_up))

@@ -1,11 +1,13 @@
 """Products of few rows, and what stands before and behind them in a decoder layer. See `kernels.linear`.
 
 With few rows a product is a read of its weights, so a program takes a few outputs, reads their weights once and keeps
-all rows beside them. To tensor cores the weights are the first operand, whose height is 16, and the rows the second,
-whose width may be 8: so a result stands on its side until it is stored. What is cheap is done on the way: the sum with
-the residual stream, the gate, and the norm of what comes next. For that a product that adds to the residual stream
-also leaves the stream times the next norm's weight, and each program's sums of squares; the product that reads those
-divides its results by the root mean square. More rows than FEW are cuBLAS's.
+all rows beside them. To tensor cores the weights are the first operand, whose height is 16 or more, and the rows the
+second, whose width may be 8: so a result stands on its side until it is stored. Where outputs are too few for a device,
+several programs share their inputs; who is done last adds up what all of them left, in their order.
+
+What is cheap is done on the way: the sum with the residual stream, the gate, and the norm of what comes next. For that
+a product that adds to the residual stream also leaves the stream times the next norm's weight, and each program's sums
+of squares; the product that reads those divides its results by the root mean square. More rows than FEW are cuBLAS's.
 
 Weights are constants, so a program need not wait for the kernel in front to end before it reads them. It loads the
 first of its weights into registers, and only then waits: memory does not rest while kernels change, and the rows, once
@@ -20,13 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from outrider.kernels.gpu.partial_norm import Rows, shrink
 from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
 
-FEW = 16
+FEW = 32
 """Rows up to which these kernels are used: cuBLAS is faster above."""
 
-_SMALL = 16 << 20  # bytes of weights below which the next kernel's programs had better not come early
-_SHRINK = 1 / 256  # of rows normed in part in float16, whose largest is 65,504: a residual stream grows beyond its root
+TICKETS = 128
+"""Counters that a product may need whose programs share inputs: one a tile."""
+
+_LARGE = 16 << 20  # bytes of weights from which on a gate's tiles are wide: enough of them for every multiprocessor
+_VOCABULARY = 16_384  # outputs from which on tiles are wide
 
 
 class Tiles(NamedTuple):
@@ -34,7 +40,7 @@ class Tiles(NamedTuple):
 
     A program makes `outputs` columns, `inputs` numbers of their weights at a time, both powers of two. Each of `slices`
     groups of warps takes its own part of those inputs, summed at the end. Where there are 0, one row is multiplied
-    without tensor cores.
+    without tensor cores. `parts` programs share a tile's inputs, each a whole number of steps.
     """
 
     outputs: int
@@ -42,26 +48,40 @@ class Tiles(NamedTuple):
     slices: int = 1
     warps: int = 4
     stages: int = 3
-    early: bool = True  # the next kernel's programs may come when all of this one's have, not when they are done
-
-
-class Rows(NamedTuple):
-    """Rows that are normed in part: times the norm's weight, but not yet divided by their root mean square."""
-
-    scaled: Tensor  # [T, H]
-    squares: Tensor  # [sums, T] float32, which add up to each row's sum of squares
-    eps: float
+    parts: int = 1
 
 
 def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False) -> Tiles:
-    """What was fastest on an H200 at the shapes of Qwen3-0.6B and 8B (docs/journal.md); `gate`: it has one."""
+    """What was fastest on an H200 at the shapes of Qwen3-0.6B and 8B (docs/journal.md); `gate`: it has one.
+
+    At most 99 KiB of shared memory, all that a GPU of capability 8.6 has, where it has no asynchronous tensor cores.
+    """
     halves = 2 if gate else 1
     depth = max(64, next_power_of_2(inputs))
+    large = halves * outputs * inputs * itemsize >= _LARGE
     if itemsize > 2:
         return Tiles(16 // halves, 64, stages=2)
     if rows == 1:
-        return Tiles(8 // halves, min(depth, 1024), 0)
-    return Tiles(64 // halves, min(depth, 512), 4, stages=2) if gate else Tiles(16, min(depth, 1024), 4)
+        step = min(depth, 2048)
+        return Tiles(4 // halves, step, 0, 4 if step > 1024 else 2, 2)
+    if rows <= 8:
+        if outputs >= _VOCABULARY:
+            return Tiles(64, min(depth, 128), 1, 4, 5)
+        if gate:
+            return Tiles(32, min(depth, 256), 1, 4, 3) if large else Tiles(8, min(depth, 512), 4, 4, 4)
+        return Tiles(16, min(depth, 512), 4, 4, 4) if outputs > inputs else Tiles(16, min(depth, 1024), 4, 4, 3)
+    if gate:
+        return Tiles(32, min(depth, 128), 1, 4, 4) if rows <= 16 else Tiles(64, 64, 1, 4, 4)
+    step, stages = (min(depth, 256), 3) if rows <= 16 else (min(depth, 128), 4)
+    return Tiles(64, step, 1, 4, stages, _parts(-(-outputs // 64), inputs, step))
+
+
+def _parts(tiles: int, inputs: int, step: int) -> int:
+    """Among how many programs a tile's inputs are shared out: where tiles are few, and more where inputs are many."""
+    parts = 1
+    while parts < 4 and (tiles * parts < 64 or (tiles * parts < 96 and inputs >= 4096 * parts)):
+        parts *= 2
+    return parts if inputs % (parts * step) == 0 else 1
 
 
 @jit
@@ -145,9 +165,12 @@ def _few_rows_kernel(
     next_norm,
     next_scaled,
     next_squares,
+    partial,  # with PARTS [tiles, PARTS, BLOCK_N, BLOCK_M] float32
+    tickets,  # with PARTS, taken for each tile; 0 before and after
     rows,
     outputs,
     inputs,
+    part_size,  # inputs of a part
     num_sums,
     eps,
     NORM: tl.constexpr,  # divide by the root mean square of the rows, whose squares are given
@@ -160,18 +183,21 @@ def _few_rows_kernel(
     SHRINK: tl.constexpr,
     WIDTH: tl.constexpr,  # columns
     SLICES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # weight rows: two a column with a gate
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    LATE: tl.constexpr,  # see `few_rows`
     PDL: tl.constexpr,
 ):
-    if EARLY:
+    if not LATE:
         begin(PDL)
-    tile = tl.program_id(0)
+    tile, part = tl.program_id(0), tl.program_id(1)
     place = _along(BLOCK_K, SLICES, 1)
+    if PARTS > 1:
+        place += tl.multiple_of(part * part_size, BLOCK_K)
     w_at = weight + _line(tile, _along(BLOCK_N, SLICES, 0), outputs, GATE, WIDTH).to(tl.int64) * inputs + place
     w = _load(w_at, place < inputs, True, EVEN, True)
     column = tile * WIDTH + tl.arange(0, WIDTH)
@@ -181,6 +207,8 @@ def _few_rows_kernel(
     if BIAS:
         offset = tl.load(bias + _line(tile, tl.arange(0, BLOCK_N), outputs, GATE, WIDTH)).to(tl.float32)[:, None]
     wait(PDL)
+    if LATE:
+        begin(PDL)
     row = _along(BLOCK_M, SLICES, 0)
     x_at = x + row * inputs + place
     value = _load(x_at, place < inputs, row < rows, EVEN, FULL)
@@ -191,16 +219,27 @@ def _few_rows_kernel(
         sums = tl.arange(0, BLOCK_S)
         known = (sums < num_sums)[:, None] & (flat_row < rows)[None, :]
         square = tl.load(squares + sums[:, None] * rows + flat_row[None, :], mask=known, other=0)
-    if ADD:
+    if ADD and PARTS == 1:
         old = tl.load(out + at, mask=valid, other=0)
     total = _multiply(w, value, _nothing(w, SLICES, BLOCK_M, BLOCK_N), SLICES, BLOCK_M)
-    for k in tl.range(BLOCK_K, inputs, BLOCK_K, num_stages=STAGES):
+    for k in tl.range(BLOCK_K, part_size, BLOCK_K, num_stages=STAGES):
         value = _load(x_at + k, place + k < inputs, row < rows, EVEN, FULL)
         w = _load(w_at + k, place + k < inputs, True, EVEN, True)
         total = _multiply(w, value, total, SLICES, BLOCK_M)
-    if not EARLY:
-        begin(PDL)
     result = _sum(total, SLICES, BLOCK_M)
+    if PARTS > 1:
+        size: tl.constexpr = BLOCK_N * BLOCK_M
+        left = partial + tile.to(tl.int64) * PARTS * size + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + flat_row[None, :]
+        tl.store(left + part * size, result)
+        tl.debug_barrier()  # all threads have stored before one takes the ticket
+        if tl.atomic_add(tickets + tile, 1, sem="acq_rel") < PARTS - 1:
+            return
+        result = tl.load(left, cache_modifier=".cg")  # others wrote it: not through this multiprocessor's cache
+        for other in tl.static_range(1, PARTS):
+            result += tl.load(left + other * size, cache_modifier=".cg")
+        tl.store(tickets + tile, 0)
+        if ADD:
+            old = tl.load(out + at, mask=valid, other=0)
     if NORM:
         result *= (tl.rsqrt(tl.sum(square, axis=0) / inputs + eps) / SHRINK)[None, :]
     if BIAS:
@@ -218,61 +257,6 @@ def _few_rows_kernel(
         tl.store(next_squares + tile * rows + flat_row, tl.sum(wide * wide, axis=0), mask=flat_row < rows)
 
 
-@jit
-def _scale_kernel(
-    x,
-    residual,
-    norm,
-    scaled,
-    squares,
-    size,
-    ADD: tl.constexpr,
-    SHRINK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    begin(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < size
-    scale = tl.load(norm + column, mask=inside, other=0).to(tl.float32)
-    wait(PDL)
-    value = tl.load(residual + row * size + column, mask=inside, other=0)
-    if ADD:
-        more = tl.load(x + row * size + column, mask=inside, other=0).to(tl.float32)
-        value = narrow(value.to(tl.float32) + more, value.dtype)
-        tl.store(residual + row * size + column, value, mask=inside)
-    wide = value.to(tl.float32)
-    tl.store(scaled + row * size + column, narrow(wide * scale * SHRINK, value.dtype), mask=inside)
-    tl.store(squares + row, tl.sum(wide * wide))
-
-
-def _shrink(dtype: torch.dtype) -> float:
-    return _SHRINK if dtype == torch.float16 else 1.0
-
-
-def scale_rows(x: Tensor | None, residual: Tensor, norm: Tensor, eps: float) -> Rows:
-    """Adds x to residual [T, H] in place, if there is one, and norms that in part."""
-    rows, size = residual.shape
-    assert residual.is_contiguous() and (x is None or (x.is_contiguous() and x.shape == residual.shape))
-    scaled, squares = torch.empty_like(residual), torch.empty(1, rows, dtype=torch.float32, device=residual.device)
-    overlap = overlaps(residual)
-    _scale_kernel[(rows,)](
-        x,
-        residual,
-        norm,
-        scaled,
-        squares,
-        size,
-        ADD=x is not None,
-        SHRINK=_shrink(residual.dtype),
-        BLOCK=next_power_of_2(size),
-        PDL=overlap,
-        **launch(overlap),
-    )
-    return Rows(scaled, squares, eps)
-
-
 def few_rows(
     x: Tensor | Rows,  # [T, I], at most FEW rows
     weight: Tensor,  # [O, I], or [2*O, I] with `gate`
@@ -284,9 +268,15 @@ def few_rows(
     next_norm: Tensor | None = None,  # [O]
     eps: float = 0.0,  # of that
     cut: Tiles | None = None,  # None: what `tiles` says
+    tickets: Tensor | None = None,  # [TICKETS] int32, all 0 before and after; without, a tile's inputs are not shared
+    late: bool = False,
     overlap: bool | None = None,  # None: wherever the device can
 ) -> Rows | None:
-    """out, or out +, (norm of) x @ weight.T + bias, or the gate of its halves; what is normed in part if asked."""
+    """out, or out +, (norm of) x @ weight.T + bias, or the gate of its halves; what is normed in part if asked.
+
+    `late`: programs of the next kernel come only when all of this one's have waited. So before it waits in turn, the
+    next kernel may read all that was written before this one.
+    """
     given, x = x, x.scaled if isinstance(x, Rows) else x
     squares, own_eps = (given.squares, given.eps) if isinstance(given, Rows) else (None, 0.0)
     rows, inputs = x.shape
@@ -296,13 +286,21 @@ def few_rows(
     cut = cut or tiles(rows, outputs, inputs, x.itemsize, gate=gate)
     assert cut.slices or rows == 1
     overlap = overlaps(x) if overlap is None else overlap
+    if tickets is None:
+        cut = cut._replace(parts=1)
     num_tiles = -(-outputs // cut.outputs)
+    assert inputs % (cut.parts * cut.inputs) == 0 or cut.parts == 1
+    assert tickets is None or num_tiles <= len(tickets) or cut.parts == 1
     block_m = max(8, next_power_of_2(rows)) if cut.slices else 1
     after = None
     if next_norm is not None:
         sums = torch.empty(num_tiles, rows, dtype=torch.float32, device=x.device)
         after = Rows(torch.empty_like(out), sums, eps)
-    _few_rows_kernel[(num_tiles,)](
+    partial = None
+    if cut.parts > 1:
+        size = num_tiles * cut.parts * cut.outputs * (2 if gate else 1) * block_m
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+    _few_rows_kernel[(num_tiles, cut.parts)](
         x,
         weight,
         bias,
@@ -311,9 +309,12 @@ def few_rows(
         next_norm,
         None if after is None else after.scaled,
         None if after is None else after.squares,
+        partial,
+        tickets if cut.parts > 1 else None,
         rows,
         outputs,
         inputs,
+        inputs // cut.parts,
         0 if squares is None else squares.shape[0],
         own_eps,
         NORM=squares is not None,
@@ -323,15 +324,16 @@ def few_rows(
         BIAS=bias is not None,
         EVEN=inputs % cut.inputs == 0,
         FULL=rows == block_m,
-        SHRINK=_shrink(x.dtype),
+        SHRINK=shrink(x.dtype),
         WIDTH=cut.outputs,
         SLICES=max(cut.slices, 1),
+        PARTS=cut.parts,
         BLOCK_M=block_m,
         BLOCK_N=cut.outputs * (2 if gate else 1),
         BLOCK_K=cut.inputs,
         BLOCK_S=1 if squares is None else next_power_of_2(squares.shape[0]),
         STAGES=cut.stages,
-        EARLY=cut.early,
+        LATE=late,
         PDL=overlap,
         num_warps=cut.warps,
         **launch(overlap),
@@ -342,9 +344,11 @@ def few_rows(
 def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """`linear`, in a kernel of this file for few rows and by cuBLAS for many."""
     rows, outputs = x.shape[0], weight.shape[0]
-    if 0 < rows <= FEW:
+    if 0 < rows <= (8 if outputs >= _VOCABULARY else FEW):
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
-        few_rows(x.contiguous(), weight, out, bias=bias)
+        cut = tiles(rows, outputs, x.shape[1], x.itemsize)
+        tickets = torch.zeros(TICKETS, dtype=torch.int32, device=x.device) if cut.parts > 1 else None
+        few_rows(x.contiguous(), weight, out, bias=bias, cut=cut, tickets=tickets)
         return out
     if not rows:
         return torch.empty(0, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)

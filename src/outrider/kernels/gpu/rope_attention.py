@@ -6,14 +6,14 @@ program may be about to write them: whoever needs them makes them anew, rounded 
 tile and key head does, and stores those of the tile's own tokens.
 
 Keys are shared out a step of BLOCK_N at a time, the query tokens' being one more step: of N programs that have work,
-program n takes the steps n, n + N, ... So what it loads first does not depend on the row's length. N follows from the
-row's length and the tile's height alone: the others leave at once. A program takes more steps than one where there are
-not enough programs, and where adding up the results of more would take longer than it saves. Each of N > 1 leaves a
-normalised result and the logarithm of its weight and takes a ticket; who takes the last adds all up, in their order
-(Dao et al., 2023, "Flash-Decoding").
+program n takes the steps n, n + N, ... So what it loads first does not depend on the row's length. N follows from that:
+a program takes more steps than one only where there are not enough programs. Each of N > 1 leaves a normalised result
+and the logarithm of its weight (Dao et al., 2023, "Flash-Decoding"). Where they are few, each takes a ticket, and who
+takes the last adds all up, in their order; where they are many, a second kernel does, since one program would read for
+longer than that takes to start.
 
 A step's time is that of a chain of loads, each of which needs what the one before it brought. So all that is known to
-be needed is asked for at once, and the first keys and values come while the queries are turned.
+be needed is asked for at once; with AHEAD all that does not come from the kernel in front even before that has ended.
 """
 
 from __future__ import annotations
@@ -27,34 +27,23 @@ from outrider.kernels.gpu.attention import (
     Tiles,
     choose_splits,
     choose_tiles,
+    combine,
     count_tiles,
     find_blocks,
-    find_keys,
     find_row,
     multiprocessors,
-    weigh,
 )
+from outrider.kernels.gpu.attention_steps import add_up, attend_step, load_angles, load_step, own_step
 from outrider.kernels.gpu.rope import load_norm, turn
-from outrider.kernels.gpu.triton import (
-    begin,
-    dot,
-    jit,
-    jit_counts,
-    launch,
-    narrow,
-    next_power_of_2,
-    overlaps,
-    tl,
-    wait,
-)
+from outrider.kernels.gpu.triton import begin, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
 
 TALLEST = 64
 """Rows of a tile, query tokens times query heads of a key head, up to which a step's rows are short."""
 
-_FEW_PROGRAMS = 128  # without sharing out keys: fewer than a large GPU has multiprocessors
+_FEW_PROGRAMS = 16  # rows times key heads: so few that what counts is how long one program takes
 _OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
-_BALANCE = 64.0  # rows of a tile that are added up in the time of a step of keys: an estimate
+_TICKETED = 320  # partial results, rows of a tile times programs, that one program adds up: a second kernel is dearer
 
 
 def is_short(num_tokens: int, num_rows: int, group: int) -> bool:
@@ -72,7 +61,7 @@ def new_counters(device: torch.device, num_kv_heads: int) -> Tensor:
 
 
 def choose_short_tiles(num_tokens: int, num_rows: int, num_kv_heads: int, group: int, itemsize: int) -> Tiles:
-    """Tiles for short rows, of few keys a step where few programs are to keep many multiprocessors busy.
+    """Tiles for short rows, as measured on an H200: with few programs, of more warps, and of few keys for one token.
 
     One stage: the kernel itself loads a step ahead. A tall tile wants the registers of eight warps.
     """
@@ -80,155 +69,9 @@ def choose_short_tiles(num_tokens: int, num_rows: int, num_kv_heads: int, group:
     if itemsize > 2:
         return cut._replace(stages=1)
     rows = min(cut.rows, TALLEST)
-    keys = 32 if num_rows * num_kv_heads <= _FEW_PROGRAMS else 64
-    tall = rows == TALLEST
-    return Tiles(rows, min(cut.tokens, rows // group), keys, 8 if tall else 4, 1, tall)
-
-
-@jit
-def _load_step(
-    key_cache,
-    value_cache,
-    block,  # [BLOCK_N]
-    first_key,
-    num_keys,
-    head,
-    num_kv_heads,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Keys, in halves [BLOCK_N, D / 2], and values [BLOCK_N, D]; zeros from num_keys on."""
-    half: tl.constexpr = HEAD_DIM // 2
-    key = first_key + tl.arange(0, BLOCK_N)
-    part, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    at = find_keys(block, key, head, num_kv_heads, BLOCK_SIZE, HEAD_DIM)[:, None]
-    in_half = (key < num_keys)[:, None] & (part < half)[None, :]
-    low = tl.load(key_cache + at + part[None, :], mask=in_half, other=0)
-    high = tl.load(key_cache + at + half + part[None, :], mask=in_half, other=0)
-    inside = (key < num_keys)[:, None] & (column < HEAD_DIM)[None, :]
-    return low, high, tl.load(value_cache + at + column[None, :], mask=inside, other=0)
-
-
-@jit
-def _attend(query_low, query_high, low, high, values, seen, scale, top, weight, total, MASKED: tl.constexpr):
-    """One step: keys, in halves, and values; `seen` [1 or BLOCK_M, keys], MASKED where there may be none in a row."""
-    scores = tl.zeros([query_low.shape[0], low.shape[0]], tl.float32)
-    scores = dot(query_low, tl.trans(low.to(query_low.dtype)), scores)
-    scores = dot(query_high, tl.trans(high.to(query_low.dtype)), scores)
-    scores = tl.where(seen, scores, float("-inf"))
-    powers, decay, top, weight = weigh(scores, scale, top, weight, MASKED)
-    total = dot(narrow(powers, query_low.dtype), values.to(query_low.dtype), total * decay[:, None])
-    return top, weight, total
-
-
-@jit
-def _load_angles(rope, position, mask, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Cosines and sines [N, D / 2] of positions [N]."""
-    half: tl.constexpr = HEAD_DIM // 2
-    part = tl.arange(0, BLOCK_H)
-    at = rope + (position * HEAD_DIM)[:, None] + part[None, :]
-    inside = mask[:, None] & (part < half)[None, :]
-    return tl.load(at, mask=inside, other=0), tl.load(at + half, mask=inside, other=0)
-
-
-@jit
-def _own_step(
-    query_low,
-    query_high,
-    qkv,
-    k_norm,
-    eps,
-    rope,
-    positions,
-    key_cache,
-    value_cache,
-    cache_slot,
-    token,  # [BLOCK_M], of the queries
-    first_own,
-    first_token,  # of the tile, which are stored
-    last_token,
-    of_row,  # whether the tokens are of one
-    head,
-    num_kv_heads,
-    scale,
-    top,
-    weight,
-    total,
-    NORM: tl.constexpr,
-    GROUP: tl.constexpr,
-    OWN: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """The step of OWN query tokens' keys and values, made anew as the cache will hold them."""
-    half: tl.constexpr = HEAD_DIM // 2
-    part, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
-    own = first_own + tl.arange(0, OWN)
-    known = own < last_token
-    in_half = known[:, None] & (part < half)[None, :]
-    inside = known[:, None] & (column < HEAD_DIM)[None, :]
-    at = qkv + ((own.to(tl.int64) * (GROUP + 2) + GROUP) * num_kv_heads + head)[:, None] * HEAD_DIM
-    position = tl.load(positions + own, mask=known, other=0)
-    slot = tl.load(cache_slot + own, mask=known, other=-1)
-    k_low, k_high = load_norm(k_norm, part, half, NORM)
-    given_low = tl.load(at + part[None, :], mask=in_half, other=0)
-    given_high = tl.load(at + half + part[None, :], mask=in_half, other=0)
-    given_value = tl.load(at + num_kv_heads * HEAD_DIM + column[None, :], mask=inside, other=0)
-    cos, sin = _load_angles(rope, position, known, HEAD_DIM, BLOCK_H)
-    low, high = turn(given_low, given_high, k_low, k_high, cos, sin, eps, NORM, HEAD_DIM)
-    low = narrow(narrow(low, given_low.dtype).to(tl.float32), key_cache.dtype.element_ty)
-    high = narrow(narrow(high, given_low.dtype).to(tl.float32), key_cache.dtype.element_ty)
-    value = narrow(given_value.to(tl.float32), value_cache.dtype.element_ty)
-
-    stored = ((own >= first_token) & (slot >= 0))[:, None]
-    there = find_keys(slot // BLOCK_SIZE, slot, head, num_kv_heads, BLOCK_SIZE, HEAD_DIM)[:, None]
-    tl.store(key_cache + there + part[None, :], low, mask=in_half & stored)
-    tl.store(key_cache + there + half + part[None, :], high, mask=in_half & stored)
-    tl.store(value_cache + there + column[None, :], value, mask=inside & stored)
-
-    seen = (own[None, :] <= token[:, None]) & (known & of_row)[None, :]
-    value = tl.where(of_row, value, 0.0).to(value.dtype)
-    top, weight, total = _attend(query_low, query_high, low, high, value, seen, scale, top, weight, total, True)
-    return top, weight, total
-
-
-@jit
-def _add_up(
-    partial,  # [SPLITS, T * Hq, D] float32
-    log_weights,  # [SPLITS, T * Hq] float32
-    out,
-    place,  # [BLOCK_R] of a query head among all
-    owned,  # [BLOCK_R]
-    num_heads,  # T * Hq
-    splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The result from `splits` partial ones, which other multiprocessors wrote: so not through this one's cache."""
-    column = tl.arange(0, BLOCK_D)
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_R], tl.float32)
-    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        at = split[None, :] * num_heads + place[:, None]
-        known = owned[:, None] & (split < splits)[None, :]
-        logs = tl.load(log_weights + at, mask=known, other=float("-inf"), cache_modifier=".cg")
-        inside = known[:, :, None] & (column < HEAD_DIM)[None, None, :]
-        value_at = partial + (at * HEAD_DIM)[:, :, None] + column[None, None, :]
-        value = tl.load(value_at, mask=inside, other=0, cache_modifier=".cg")
-        powers, decay, top, weight = weigh(logs, 1.0, top, weight, True)
-        total = total * decay[:, None] + tl.sum(powers[:, :, None] * value, 1)
-    result = total / tl.where(weight > 0, weight, 1.0)[:, None]
-    inside = owned[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(out + place[:, None] * HEAD_DIM + column[None, :], narrow(result, out.dtype.element_ty), mask=inside)
+    few, tall = num_rows * num_kv_heads <= _FEW_PROGRAMS, rows == TALLEST
+    keys = 32 if few and cut.tokens == 1 else 64
+    return Tiles(rows, min(cut.tokens, rows // group), keys, 8 if few or tall else 4, 1, tall)
 
 
 @jit_counts("num_tokens", "num_rows")
@@ -259,7 +102,8 @@ def _rope_attention_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
-    BALANCE: tl.constexpr,
+    TICKETS: tl.constexpr,  # with SPLIT: the last program adds up, or else a kernel behind this one
+    AHEAD: tl.constexpr,  # see `rope_attend`
     OWN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -277,7 +121,8 @@ def _rope_attention_kernel(
     head, split = tl.program_id(1), tl.program_id(2)
     part, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     q_low, q_high = load_norm(q_norm, part, half, NORM)
-    wait(PDL)
+    if not AHEAD:
+        wait(PDL)
     row, start, end, length, first_token = find_row(
         tile, query_start, seq_lens, num_tokens, num_rows, BLOCK_Q, BLOCK_B
     )  # fmt: skip
@@ -287,33 +132,38 @@ def _rope_attention_kernel(
     slot = tl.arange(0, BLOCK_M)
     token = first_token + slot // GROUP
     owned = (slot < BLOCK_Q * GROUP) & (token < end)
-    at = ((token.to(tl.int64) * (GROUP + 2) * num_kv_heads + head * GROUP) + slot % GROUP)[:, None] * HEAD_DIM
-    in_half = owned[:, None] & (part < half)[None, :]
     table = block_table + row.to(tl.int64) * max_blocks
     first_key = split * BLOCK_N
     block = find_blocks(table, first_key, num_cached, BLOCK_N, BLOCK_SIZE)
-    position = tl.load(positions + token, mask=owned, other=0)
-    query_low = tl.load(qkv + at + part[None, :], mask=in_half, other=0)
-    query_high = tl.load(qkv + at + half + part[None, :], mask=in_half, other=0)
+    position = tl.load(positions + token, mask=owned, other=0, cache_modifier=".cg")
+    place = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
+    num_heads = num_tokens * num_kv_heads * GROUP
 
     num_cached_steps = (num_cached + BLOCK_N - 1) // BLOCK_N
     splits = 1
     if SPLIT:
-        num_steps = num_cached_steps + 1
-        height = (last_token - first_token) * GROUP
-        share = (tl.sqrt(tl.maximum(num_steps * height, 0) / BALANCE) + 0.5).to(tl.int32)
-        share = tl.maximum(share, (num_steps + tl.num_programs(2) - 1) // tl.num_programs(2))
-        splits = (num_steps + share - 1) // share
+        share = (num_cached_steps + tl.num_programs(2)) // tl.num_programs(2)
+        splits = (num_cached_steps + share) // share
     if (first_token >= end) | (split >= splits):
+        if AHEAD:
+            wait(PDL)
+        if SPLIT and not TICKETS:
+            tl.store(log_weights + place + split * num_heads, float("-inf"), mask=owned)
         return
 
     stride = splits * BLOCK_N
     next_block = find_blocks(table, first_key + stride, num_cached, BLOCK_N, BLOCK_SIZE)
-    low, high, values = _load_step(
+    low, high, values = load_step(
         key_cache, value_cache, block, first_key, num_cached, head, num_kv_heads,
         BLOCK_N, BLOCK_H, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
     )  # fmt: skip
-    cos, sin = _load_angles(rope, position, owned, HEAD_DIM, BLOCK_H)
+    cos, sin = load_angles(rope, position, owned, HEAD_DIM, BLOCK_H)
+    if AHEAD:
+        wait(PDL)
+    at = ((token.to(tl.int64) * (GROUP + 2) * num_kv_heads + head * GROUP) + slot % GROUP)[:, None] * HEAD_DIM
+    in_half = owned[:, None] & (part < half)[None, :]
+    query_low = tl.load(qkv + at + part[None, :], mask=in_half, other=0)
+    query_high = tl.load(qkv + at + half + part[None, :], mask=in_half, other=0)
     turned_low, turned_high = turn(query_low, query_high, q_low, q_high, cos, sin, eps, NORM, HEAD_DIM)
     query_low, query_high = narrow(turned_low, query_low.dtype), narrow(turned_high, query_low.dtype)
 
@@ -321,20 +171,20 @@ def _rope_attention_kernel(
     weight = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in range(first_key, num_cached, stride):
-        next_low, next_high, next_values = _load_step(
+        next_low, next_high, next_values = load_step(
             key_cache, value_cache, next_block, key + stride, num_cached, head, num_kv_heads,
             BLOCK_N, BLOCK_H, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
         )  # fmt: skip
         next_block = find_blocks(table, key + 2 * stride, num_cached, BLOCK_N, BLOCK_SIZE)
         seen = (key + tl.arange(0, BLOCK_N) < num_cached)[None, :]
-        top, weight, total = _attend(
+        top, weight, total = attend_step(
             query_low, query_high, low, high, values, seen, scale, top, weight, total, False
         )  # fmt: skip
         low, high, values = next_low, next_high, next_values
 
     if split == num_cached_steps % splits:  # whose turn is the step of the row's query tokens
         for first_own in range(start, last_token, OWN):
-            top, weight, total = _own_step(
+            top, weight, total = own_step(
                 query_low, query_high, qkv, k_norm, eps, rope, positions, key_cache, value_cache, cache_slot,
                 token, first_own, first_token, last_token, row < num_rows, head, num_kv_heads, scale, top, weight,
                 total, NORM, GROUP, OWN, BLOCK_H, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
@@ -342,27 +192,26 @@ def _rope_attention_kernel(
 
     some = tl.where(weight > 0, weight, 1.0)
     result = total / some[:, None]
-    place = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
     inside = owned[:, None] & (column < HEAD_DIM)[None, :]
-    if splits == 1:
+    if not SPLIT or (TICKETS and splits == 1):
         tl.store(out + place[:, None] * HEAD_DIM + column[None, :], narrow(result, out.dtype.element_ty), mask=inside)
-    if SPLIT and splits > 1:
-        num_heads = num_tokens * num_kv_heads * GROUP
-        place += split * num_heads
-        tl.store(log_weights + place, tl.where(weight > 0, top + tl.log2(some), float("-inf")), mask=owned)
-        tl.store(partial + place[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
-        tl.debug_barrier()  # all threads have stored before one takes the ticket
-        counter = counters + tile * num_kv_heads + head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
-            each = tl.arange(0, BLOCK_R)
-            its_token = first_token + each // GROUP
-            its_place = (its_token * num_kv_heads + head) * GROUP + each % GROUP
-            its_own = (each < BLOCK_Q * GROUP) & (its_token < end)
-            _add_up(
-                partial, log_weights, out, its_place, its_own, num_heads, splits,
-                HEAD_DIM, BLOCK_R, BLOCK_S, BLOCK_D,
-            )  # fmt: skip
-            tl.store(counter, 0)
+    else:
+        left = place + split * num_heads
+        tl.store(log_weights + left, tl.where(weight > 0, top + tl.log2(some), float("-inf")), mask=owned)
+        tl.store(partial + left[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
+        if TICKETS:
+            tl.debug_barrier()  # all threads have stored before one takes the ticket
+            counter = counters + tile * num_kv_heads + head
+            if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+                each = tl.arange(0, BLOCK_R)
+                its_token = first_token + each // GROUP
+                its_place = (its_token * num_kv_heads + head) * GROUP + each % GROUP
+                its_own = (each < BLOCK_Q * GROUP) & (its_token < end)
+                add_up(
+                    partial, log_weights, out, its_place, its_own, num_heads, splits,
+                    HEAD_DIM, BLOCK_R, BLOCK_S, BLOCK_D,
+                )  # fmt: skip
+                tl.store(counter, 0)
 
 
 def rope_attend(
@@ -384,8 +233,12 @@ def rope_attend(
     counters: Tensor,  # int32, all 0, and so again when it is done
     tiles: Tiles,
     splits: int,  # programs among which a tile's keys may be shared out
+    ahead: bool = False,
 ) -> Tensor:
-    """`rope_attention` cut up as told."""
+    """`rope_attention` cut up as told.
+
+    `ahead`: what does not come from the kernel in front may be read before that has ended: it came late (`few_rows`).
+    """
     tokens, (_, _, block_size, head_dim) = qkv.shape[0], key_cache.shape
     num_rows, max_blocks = block_table.shape
     group = num_heads // num_kv_heads
@@ -403,6 +256,7 @@ def rope_attend(
         partial = torch.empty(splits, tokens, num_heads, head_dim, dtype=torch.float32, device=qkv.device)
         log_weights = torch.empty(splits, tokens, num_heads, dtype=torch.float32, device=qkv.device)
     block_d, block_r = max(16, next_power_of_2(head_dim)), next_power_of_2(tiles.tokens * group)
+    tickets = splits * block_r <= _TICKETED
     overlap = overlaps(qkv)
     _rope_attention_kernel[(num_tiles, num_kv_heads, splits)](
         qkv,
@@ -431,7 +285,8 @@ def rope_attend(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SPLIT=splits > 1,
-        BALANCE=_BALANCE,
+        TICKETS=tickets,
+        AHEAD=ahead and overlap,
         OWN=_OWN,
         BLOCK_M=tiles.rows,
         BLOCK_Q=tiles.tokens,
@@ -446,6 +301,8 @@ def rope_attend(
         num_stages=tiles.stages,
         **launch(overlap),
     )
+    if partial is not None and log_weights is not None and not tickets:
+        combine(partial, log_weights, out)
     return out
 
 
@@ -466,8 +323,9 @@ def rope_attention_gpu(
     num_kv_heads: int,
     scale: float,
     counters: Tensor | None = None,  # of `new_counters`: a caller of many steps keeps its own
+    ahead: bool = False,
 ) -> Tensor:
-    """`rope_attention` in one kernel, made for steps that are short."""
+    """`rope_attention` in one kernel or two, made for steps that are short; `ahead` as in `rope_attend`."""
     tokens, (num_rows, max_blocks) = qkv.shape[0], block_table.shape
     group = num_heads // num_kv_heads
     tiles = choose_short_tiles(tokens, num_rows, num_kv_heads, group, qkv.itemsize)
@@ -478,4 +336,4 @@ def rope_attention_gpu(
         counters = new_counters(qkv.device, num_kv_heads)
     given = (qkv, q_norm, k_norm, eps, rope, positions, key_cache, value_cache, cache_slot)
     where = (block_table, query_start, seq_lens)
-    return rope_attend(*given, *where, num_heads, num_kv_heads, scale, counters, tiles, splits)
+    return rope_attend(*given, *where, num_heads, num_kv_heads, scale, counters, tiles, splits, ahead)

@@ -3,7 +3,8 @@
 A kernel of one step is launched while the one before it still runs (programmatic dependent launch): its programs take
 their places, ask for weights, and wait. So each begins with `begin(PDL)`, may then touch nothing but constants
 (weights), and calls `wait(PDL)` in every program before it reads or writes anything else, or returns. A launcher passes
-`PDL=flag` to the kernel and `**launch(flag)` to the launch, with `flag = overlaps(tensor)`.
+`PDL=flag` to the kernel and `**launch(flag)` to the launch, with `flag = overlaps(tensor)`. A kernel that waits before
+it begins lets the one behind it read, before that waits, whatever was written before this one: all is over by then.
 
 With TRITON_INTERPRET=1 in the environment Triton runs kernels as Python, on tensors of a CPU: so the tests do.
 """
