@@ -39,7 +39,8 @@ logger = logging.getLogger("outrider")
 PARTS = ("inputs", "target", "verify", "draft")
 _START, _END = "start", "end"
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
-_PROMPTS = (1, 16, 48, 256)  # tokens of a prompt step; beyond, kernels differ no more
+_PROMPTS = (1, 2, 4, 8, 16, 32, 48, 256)  # tokens of a prompt step; beyond, kernels differ no more
+_TOGETHER = 4  # prompts whose short rests run in one step: kernels for few rows differ from those for more
 PROGRAM_BYTES = 4 * MIB
 """Of a recorded step: 2 to 3 MiB were measured for the shapes of Qwen3-0.6B and 8B (H100, torch 2.11)."""
 _ONE_PROCESS = "the graph runner holds the whole model in one process; leave it at 1"
@@ -200,23 +201,27 @@ class GraphRunner:
             ) from error
 
     def _warm_up(self) -> None:
-        """Steps of prompts, of each size for which kernels differ, so that none is compiled while requests wait.
+        """Steps of prompts, of each size for which kernels differ, so that few are compiled while requests wait.
 
         They are the spare slot's, whose keys and values go where no request's are yet.
         """
-        most, slots = self._config.max_num_batched_tokens, self._table.slots
-        for num_tokens in sorted({min(size, most) for size in (*_PROMPTS, most)}):
-            longest = min(num_tokens, self._config.max_model_len - 1)
-            lengths = [min(longest, num_tokens - start) for start in range(0, num_tokens, longest)]
-            del lengths[self._config.max_num_seqs :]
+        most, longest = self._config.max_num_batched_tokens, self._config.max_model_len - 1
+        alone = [min(size, most) for size in (*_PROMPTS, most)]
+        steps = [[min(longest, size - start) for start in range(0, size, longest)] for size in alone]
+        steps += [[size] * _TOGETHER for size in _PROMPTS if size * _TOGETHER <= min(most, 64) and size <= longest]
+        for lengths in sorted({tuple(lengths[: self._config.max_num_seqs]) for lengths in steps}):
             for ends_prompt in (0, 1):
-                rows = torch.tensor([[self._spare, length, 0, ends_prompt] for length in lengths], device=self._device)
-                out = torch.empty(len(lengths), self._num_drafts + 3, dtype=torch.int64, device=self._device)
-                with self._explained(f"a prompt step of {num_tokens} tokens was tried"):
-                    num_logits = len(lengths) * ends_prompt
-                    self._run(rows, sum(lengths), num_logits, self._config.processors, self._num_drafts > 0, out)
-                slots.length[self._spare].zero_()
-                slots.computed[self._spare].zero_()
+                self._try_prompts(lengths, ends_prompt)
+
+    def _try_prompts(self, lengths: tuple[int, ...], ends_prompt: int) -> None:
+        slots = self._table.slots
+        rows = torch.tensor([[self._spare, length, 0, ends_prompt] for length in lengths], device=self._device)
+        out = torch.empty(len(lengths), self._num_drafts + 3, dtype=torch.int64, device=self._device)
+        with self._explained(f"a prompt step of {sum(lengths)} tokens was tried"):
+            num_logits = len(lengths) * ends_prompt
+            self._run(rows, sum(lengths), num_logits, self._config.processors, self._num_drafts > 0, out)
+        slots.length[self._spare].zero_()
+        slots.computed[self._spare].zero_()
 
     def _record_one(self, kind: Kind, size: int) -> Recorded:
         width = self._num_drafts + 3

@@ -179,7 +179,6 @@ def _few_rows_kernel(
     NEXT: tl.constexpr,  # leave out times next_norm, and its sums of squares
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,  # all steps are whole
-    FULL: tl.constexpr,  # as many rows as BLOCK_M
     SHRINK: tl.constexpr,
     WIDTH: tl.constexpr,  # columns
     SLICES: tl.constexpr,
@@ -211,7 +210,7 @@ def _few_rows_kernel(
         begin(PDL)
     row = _along(BLOCK_M, SLICES, 0)
     x_at = x + row * inputs + place
-    value = _load(x_at, place < inputs, row < rows, EVEN, FULL)
+    value = _load(x_at, place < inputs, row < rows, EVEN, BLOCK_M == 1)
     flat_row = tl.arange(0, BLOCK_M)
     valid = own[:, None] & (flat_row < rows)[None, :]
     at = column[:, None] + flat_row[None, :].to(tl.int64) * outputs
@@ -223,7 +222,7 @@ def _few_rows_kernel(
         old = tl.load(out + at, mask=valid, other=0)
     total = _multiply(w, value, _nothing(w, SLICES, BLOCK_M, BLOCK_N), SLICES, BLOCK_M)
     for k in tl.range(BLOCK_K, part_size, BLOCK_K, num_stages=STAGES):
-        value = _load(x_at + k, place + k < inputs, row < rows, EVEN, FULL)
+        value = _load(x_at + k, place + k < inputs, row < rows, EVEN, BLOCK_M == 1)
         w = _load(w_at + k, place + k < inputs, True, EVEN, True)
         total = _multiply(w, value, total, SLICES, BLOCK_M)
     result = _sum(total, SLICES, BLOCK_M)
@@ -323,7 +322,6 @@ def few_rows(
         NEXT=after is not None,
         BIAS=bias is not None,
         EVEN=inputs % cut.inputs == 0,
-        FULL=rows == block_m,
         SHRINK=shrink(x.dtype),
         WIDTH=cut.outputs,
         SLICES=max(cut.slices, 1),

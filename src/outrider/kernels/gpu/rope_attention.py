@@ -291,7 +291,7 @@ def rope_attend(
         BLOCK_M=tiles.rows,
         BLOCK_Q=tiles.tokens,
         BLOCK_R=block_r,
-        BLOCK_S=max(1, min(next_power_of_2(splits), _ADDED * tiles.warps // (block_r * block_d))),
+        BLOCK_S=max(1, min(64, _ADDED * tiles.warps // (block_r * block_d))),
         BLOCK_N=tiles.keys,
         BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_D=block_d,
