@@ -33,10 +33,13 @@ check: $(READY) ## all that a change must pass: format, lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 -m 'not gpu'
 
-gpu: ## tests and a short benchmark that need a CUDA device, with the Python that has CUDA torch (PYTHON=...)
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
-	PYTHONPATH=src $(PYTHON) -m outrider.cli.main bench latency $(SHAPE) --load-format dummy --device cuda \
+gpu: export PYTHONPATH := src
+gpu: ## tests and short benchmarks that need a CUDA device, with the Python that has CUDA torch (PYTHON=...)
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m outrider.cli.main bench latency $(SHAPE) --load-format dummy --device cuda \
 		--draft $(SHAPE)-peagle -k 7 --verifier synthetic --synthetic-rates .75,.60,.48,.38,.30,.24,.19 --repeats 3
+	$(PYTHON) -m outrider.cli.main bench kernels $(SHAPE) --device cuda --rows 8
+	$(PYTHON) benchmarks/mixed_steps.py --model $(notdir $(SHAPE)) --device cuda --steps 20 --repeats 1
 
 format: $(READY) ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from heads import TAPS, head_tensors, tiny_head
+from outrider.cli import common
 from outrider.cli import main as cli
+from outrider.cli import serve as serve_command
 from outrider.cli.common import Drafting
 from outrider.draft.registry import FOR_BUNDLED, names_head
 from outrider.engine.engine import Engine
 from outrider.load.hub import BUNDLED
+from outrider.runner.memory import MIB
+from outrider.server import serve as server
 
 SHORT = ["--max-tokens", "12"]
 
@@ -320,3 +327,42 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(outrider: Any, arguments:
     assert code == 2
     assert said in err.replace("\n", " ")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "arguments", "shows"),
+    [(True, [], True), (False, [], False), (True, ["--log-format", "json"], False), (True, ["--json"], False)],
+    ids=["terminal", "file", "log in json", "json"],
+)
+def test_serve_shows_bars_to_people_alone(
+    is_terminal: bool,
+    arguments: list[str],
+    shows: bool,
+    outrider: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, soft_wrap=True, width=100, force_terminal=is_terminal, force_interactive=is_terminal)
+    monkeypatch.setattr(common, "err", console)
+    monkeypatch.setattr(serve_command, "err", console)
+
+    def serve(*given: Any) -> int:
+        before = screen.getvalue()
+        with given[-1]() as (loaded, recorded):
+            assert (loaded is not None) == (recorded is not None) == shows
+            if shows:
+                loaded(3 * MIB, 7 * MIB)
+                end = time.monotonic() + 10
+                while "3/7 MiB" not in screen.getvalue():  # it is drawn ten times a second
+                    assert time.monotonic() < end
+                    time.sleep(0.02)
+                recorded(2, 5)
+        seen = screen.getvalue().removeprefix(before)
+        for bar in (["loading weights", "3/7 MiB"], ["recording programs", "2/5"]):
+            assert all(text in seen for text in bar) == shows
+        assert shows or not seen
+        assert seen.count("\x1b[1A") <= 1, "one line, and up only to erase it in the end"
+        return 0
+
+    monkeypatch.setattr(server, "serve", serve)
+    assert outrider("serve", *arguments)[0] == 0

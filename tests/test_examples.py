@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -141,6 +142,38 @@ def test_make_targets_named_in_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for document in DOCUMENTS:
         assert set(re.findall(r"`make ([a-z]+)", document.read_text())) <= targets
+
+
+def made_for_a_gpu() -> list[list[str]]:
+    """The commands of `make gpu`, as words behind the Python that runs them."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make on this machine")
+    command = ["make", "--dry-run", "--no-print-directory", "gpu", "PYTHON=python"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [shlex.split(line)[1:] for line in done.stdout.replace("\\\n", "").splitlines()]
+
+
+def test_make_gpu_runs_the_tests_and_benches_that_parse() -> None:
+    tests, *benches, mixed = made_for_a_gpu()
+    assert tests == ["-m", "pytest", "-m", "gpu"] and mixed[0] == "benchmarks/mixed_steps.py"
+    group = typer.main.get_command(app).commands["bench"]  # type: ignore[attr-defined]
+    for words in benches:
+        assert words[:3] == ["-m", "outrider.cli.main", "bench"]
+        context = group.commands[words[3]].make_context(words[3], words[4:])
+        assert context.params["device"] == "cuda" and (ROOT / context.params["model"] / "config.json").exists()
+    assert [words[3] for words in benches] == ["latency", "kernels"]
+
+
+def test_make_gpu_measures_prompts_beside_decodes() -> None:
+    """As it does, but on a tiny model and a CPU."""
+    words = made_for_a_gpu()[-1]
+    small = ["--model", "tiny", "--device", "cpu", "--prompt-len", "64", "--json"]
+    done = subprocess.run(
+        [sys.executable, *words, *small], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["before_ms"]["count"] == 8 * 20, "requests and steps of one round"
 
 
 def test_bundled_prompt_sets_are_large_enough() -> None:

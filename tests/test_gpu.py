@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from checkpoints import SIZES, cache_bytes
 from heads import NUM_LAYERS as HEAD_LAYERS
 from heads import drafting, tiny_head
 from outrider import LLM, DraftContext, SamplingParams
+from outrider.core.plan import StepPlan
 from outrider.draft.head import HeadDrafter
 from outrider.draft.registry import METHODS
+from outrider.errors import EngineDeadError
+from outrider.runner.graph import GraphPending, GraphRunner
 from outrider.runner.registry import RUNNERS
 from outrider.tensors import Draft
 from workloads import drive, random_cases
@@ -96,20 +100,25 @@ def test_runners_accept_alike_at_every_position(method: str) -> None:
     assert reports[0] == reports[1] and reports[0].length > 2
 
 
-def decode_without_waiting(llm: LLM, num_steps: int) -> None:
-    """Steps past every prompt, in which torch raises for what waits for the device, but for an older step."""
+def step_without_waiting(llm: LLM, num_steps: int, arriving: list[int] | None = None) -> None:
+    """Steps in which torch raises for what waits for the device, but for an older step.
+
+    All are past every prompt, but for one that is given: it arrives when the others decode.
+    """
     for number in range(3):
         llm.engine.add(str(number), PROMPTS[number], SAMPLINGS["sampled" if number == 1 else "greedy"])
     for _ in range(4):
         llm.engine.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        if arriving is not None:
+            llm.engine.add("arriving", arriving, SAMPLINGS["sampled"])
         for _ in range(num_steps):
             llm.engine.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        for number in range(3):
-            llm.engine.abort(str(number))
+        for name in ("0", "1", "2", "arriving"):
+            llm.engine.abort(name)
     while llm.engine.has_work:
         llm.engine.step()
 
@@ -119,7 +128,7 @@ def test_the_decode_loop_never_waits_for_the_device(tiny: Callable[..., Path], m
     with LLM(
         str(tiny("qwen3")), device="cuda", runner="graph", speculative_config=drafting(method, 2), max_num_seqs=4
     ) as llm:
-        decode_without_waiting(llm, 6)
+        step_without_waiting(llm, 6)
 
 
 def test_a_decode_loop_that_waits_is_noticed(tiny: Callable[..., Path]) -> None:
@@ -127,11 +136,53 @@ def test_a_decode_loop_that_waits_is_noticed(tiny: Callable[..., Path]) -> None:
         LLM(str(tiny("qwen3")), device="cuda", runner="eager", max_num_seqs=4) as llm,
         pytest.raises(Exception, match="synchroniz"),
     ):
-        decode_without_waiting(llm, 6)
+        step_without_waiting(llm, 6)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prompt_beside_decodes_does_not_wait_for_the_device(
+    tiny: Callable[..., Path], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the step that admits it, nor those of its chunks, nor the one that draws its first token."""
+    plans: list[StepPlan] = []
+    submit = GraphRunner.submit
+
+    def look(runner: GraphRunner, plan: StepPlan) -> GraphPending:
+        plans.append(plan)
+        return submit(runner, plan)
+
+    monkeypatch.setattr(GraphRunner, "submit", look)
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_prefill_tokens_beside_decodes": 40}
+    with LLM(
+        str(tiny("qwen3")), device="cuda", runner="graph", speculative_config=drafting(method, 2), **options
+    ) as llm:
+        step_without_waiting(llm, 8, PROMPTS[3])
+    first = next(number for number, plan in enumerate(plans) if any(len(one.tokens) == 120 for one in plan.admit))
+    prompt_rows = [row for plan in plans[first : first + 3] for row in plan.rows if row.num_tokens == 40]
+    assert [row.ends_prompt for row in prompt_rows] == [False, False, True]
+    assert all(len(plan.rows) > 1 for plan in plans[first : first + 3]), "others decode beside it"
+
+
+def test_a_prompt_step_that_waits_is_noticed(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    call = GraphRunner._call
+
+    def waits(runner: GraphRunner, *given: Any) -> torch.Tensor:
+        out = call(runner, *given)
+        out.cpu()
+        return out
+
+    monkeypatch.setattr(GraphRunner, "_call", waits)
+    with LLM(str(tiny("qwen3")), device="cuda", runner="graph", max_num_seqs=4) as llm:
+        step_without_waiting(llm, 6)
+        with pytest.raises(EngineDeadError, match="synchroniz"):
+            step_without_waiting(llm, 6, PROMPTS[3])
+
+
+@pytest.mark.skipif(
+    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1,
+    reason="what is taken is told by the device, of all processes together: run it without others, as make gpu does",
+)
 def test_programs_take_the_memory_that_was_planned(tiny: Callable[..., Path]) -> None:
-    """Not beside other processes on the same GPU: what they take in the meantime would be counted too."""
     with LLM(str(tiny("qwen3")), device="cuda", runner="graph", max_num_seqs=8) as llm:
         runner = llm.engine._worker._runner
         plan = llm.engine.resolved.runner.memory

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
+import select
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +21,7 @@ import psutil
 import pytest
 import trustme
 
-from servers import Server, events, serving
+from servers import SRC, START_SECONDS, Server, events, serving
 from test_cli import run
 
 TEXT = "/v1/completions"
@@ -190,6 +195,27 @@ def test_a_crash_loop_ends(model: str, tmp_path: Path) -> None:
             time.sleep(0.02)
         assert server.exit_code() == 1
         assert len(killed) == 4 and "after 3 starts in a row: the server ends" in server.log.read_text()
+
+
+def test_a_terminal_is_shown_that_weights_are_loaded(model: str) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(SRC), "TERM": "xterm", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "outrider", "serve", model, "--port", "0"]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    seen = b""
+    try:
+        while b"Ctrl-C ends it" not in seen:
+            assert select.select([ours], [], [], START_SECONDS)[0], seen
+            seen += os.read(ours, 4096)
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+    before, _, after = seen.decode().partition("serving ")
+    assert "loading weights" in before and "loading weights" not in after
+    assert before.rindex("\x1b[1A\x1b[2K") > before.rindex("loading weights"), "erased before the server listens"
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,10 @@ def without_drafts(options: EngineOptions) -> EngineOptions:
 
 @contextmanager
 def loading(quiet: bool) -> Iterator[tuple[Callable[[int, int], None] | None, Callable[[int, int], None] | None]]:
-    """Progress bars on stderr, for weights and then for programs recorded, as `LLM` takes both."""
+    """Progress bars on stderr, for weights and then for programs recorded, as `LLM` takes both.
+
+    There is one line at a time: of several, those further up could not be erased once another process wrote below them.
+    """
     if quiet:
         yield None, None
         return
@@ -115,6 +118,7 @@ def loading(quiet: bool) -> Iterator[tuple[Callable[[int, int], None] | None, Ca
             bar.update(weights, completed=done, total=total, amount=f"{done / MIB:.0f}/{total / MIB:.0f} MiB")
 
         def recorded(done: int, total: int) -> None:
+            bar.update(weights, visible=False)
             bar.update(programs, completed=done, total=total, amount=f"{done}/{total}", visible=True)
 
         yield loaded, recorded

@@ -17,6 +17,7 @@ from outrider.cli.common import (
     engine_flags,
     engine_options,
     err,
+    loading,
     out,
     say_if_unfaithful,
 )
@@ -65,6 +66,8 @@ def serve(
         out.print(f"serving [bold]{escape(listening.model)}[/] on [bold green]{listening.url}[/]")
         out.print(f"[dim]{drafts}runner {facts.runner}; Ctrl-C ends it after what is under way[/]")
 
-    if not as_json and server.log_format == "text":
+    for_people = not as_json and server.log_format == "text"
+    if for_people:
         err.print("[dim]loading the model, and preparing kernels (compiled on the first run only)[/]")
-    raise typer.Exit(run(options, resolved.directory, server, told))
+    quiet = not for_people or not err.is_interactive
+    raise typer.Exit(run(options, resolved.directory, server, told, lambda: loading(quiet)))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import traceback
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.console import Console
+
 LOG_FORMATS = ("text", "json")
 
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+ERASE = "\r\x1b[2K"
+"""Begins a line on a terminal: a progress bar there, be it another process's, gives way instead of preceding it."""
 
 FIELDS = "fields"
 """Key of a record's `extra` under which a mapping stands that JSON shows entry by entry."""
@@ -39,6 +45,7 @@ def write_logs(log_format: str, level: int = logging.WARNING) -> None:
     `level`: of other libraries' messages; our own are told from INFO on, such as what recording took.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(TEXT))
+    text = ERASE + TEXT if sys.stderr.isatty() and Console(stderr=True).is_interactive else TEXT
+    handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(text))
     logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("outrider").setLevel(logging.INFO)

@@ -1,12 +1,13 @@
 """What the engine's process and its client tell each other: plain records, encoded by msgspec, never pickled.
 
-A client sends `Add`, `End` and `Quit`; the engine answers with `Taken` or `Refused`, then `Progress` after each step
-that gained anything, and now and then when it has nothing to tell, as a sign of life.
+The engine tells of its `Building` until it is `Ready`. A client sends `Add`, `End` and `Quit`; the engine answers with
+`Taken` or `Refused`, then `Progress` after each step that gained anything, and now and then when it has nothing to
+tell, as a sign of life.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -131,6 +132,14 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     watched: tuple[WatchedRates, ...]  # empty: nothing is on record for what is served
 
 
+class Building(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """How far the engine is, as `Engine` is told it."""
+
+    what: Literal["weights", "programs"]  # bytes of weights loaded, or programs recorded
+    done: int
+    total: int
+
+
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """The model is loaded and its kernels are compiled."""
 
@@ -146,4 +155,4 @@ class Progress(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 ToEngine = Add | End | Quit
-FromEngine = Ready | Failed | Taken | Refused | Progress
+FromEngine = Building | Ready | Failed | Taken | Refused | Progress

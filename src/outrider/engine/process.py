@@ -6,9 +6,10 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process
+from typing import Literal
 
 import msgspec
 import zmq
@@ -20,6 +21,7 @@ from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.logs import write_logs
 from outrider.engine.messages import (
     Add,
+    Building,
     Delta,
     End,
     Facts,
@@ -59,7 +61,7 @@ def run(options: EngineOptions, address: str, log_format: str = "text") -> None:
     context = zmq.Context()
     socket = connected(context, address)
     try:
-        engine = Engine(options)
+        engine = build(options, socket)
         with contextlib.closing(engine):
             _warm_up(engine)
             EngineProcess(engine, socket).serve()
@@ -79,6 +81,15 @@ def connected(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Sock
     socket.set_hwm(0)
     socket.connect(address)
     return socket
+
+
+def build(options: EngineOptions, socket: zmq.Socket[bytes]) -> Engine:
+    """The engine; whoever waits for it at the other end is told how far it is."""
+
+    def tell(what: Literal["weights", "programs"]) -> Callable[[int, int], None]:
+        return lambda done, total: socket.send(msgspec.msgpack.encode(Building(what, done, total)))
+
+    return Engine(options, tell("weights"), tell("programs"))
 
 
 def _warm_up(engine: Engine) -> None:

@@ -25,6 +25,7 @@ from outrider.config import EngineOptions
 from outrider.core.output import FinishReason
 from outrider.engine.messages import (
     Add,
+    Building,
     Delta,
     End,
     Facts,
@@ -45,6 +46,9 @@ from outrider.oracle import RefusedError
 from outrider.server.generation import Generation
 
 logger = logging.getLogger("outrider")
+
+Counted = Callable[[int, int], None]
+"""Told how much is done, and how much there is in all."""
 
 CHECK_SECONDS = 0.25
 """Between two looks at whether the engine has shown a sign of life."""
@@ -80,6 +84,7 @@ class EngineClient:
         self._numbers = itertools.count()
         self._heard = 0.0
         self._ready: asyncio.Future[Ready] | None = None
+        self._counted: dict[str, Counted | None] = {}  # by what `Building` tells of
         self.restarting = False
         """Whether the engine is dead and another is to take its place; set by whoever decides that."""
         self.snapshot: Snapshot | None = None
@@ -106,8 +111,8 @@ class EngineClient:
         """Completions that the engine was given and has not ended."""
         return len(self._generations)
 
-    async def start(self) -> Facts:
-        """Waits until the model is loaded, and tells what is served.
+    async def start(self, progress: Counted | None = None, recording: Counted | None = None) -> Facts:
+        """Waits until the model is loaded, and tells what is served; on the way, what `Engine` is asked to tell.
 
         Raises what building an Engine raises, and EngineDeadError if the process ends without a word.
         """
@@ -115,6 +120,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         self.cause_of_death = None
         self._ready = loop.create_future()
+        self._counted = {"weights": progress, "programs": recording}
         self._num_started += 1
         address = f"ipc://{self._directory}/engine-{self._num_started}"
         self._socket = self._context.socket(zmq.DEALER)
@@ -235,6 +241,10 @@ class EngineClient:
                 answer.set_result(None)
             else:
                 answer.set_exception(_rebuilt(message.error, message.message, message.field))
+        elif isinstance(message, Building):
+            counted = self._counted[message.what]
+            if counted is not None:
+                counted(message.done, message.total)
         elif isinstance(message, Ready):
             assert self._ready is not None
             self._ready.set_result(message)

@@ -21,7 +21,7 @@ from outrider.engine.logs import write_logs
 from outrider.engine.messages import Facts
 from outrider.errors import EngineDeadError, OptionError
 from outrider.server.app import build
-from outrider.server.client import EngineClient
+from outrider.server.client import Counted, EngineClient
 from outrider.server.metrics import Metrics
 from outrider.server.options import ServerOptions
 from outrider.server.service import Service
@@ -36,6 +36,9 @@ LINGER_SECONDS = 2.0
 """How long the server of a dead engine says so, to probes and clients, before it ends."""
 
 BACKLOG = 2048
+
+Bars = Callable[[], contextlib.AbstractContextManager[tuple[Counted | None, Counted | None]]]
+"""What is shown while the engine starts: told of weights loaded, and of programs recorded."""
 
 MOST_RESTARTS = 3
 """Engines started in a row, each in the place of one that did not last; then the server ends."""
@@ -56,7 +59,9 @@ class Listening:
     facts: Facts
 
 
-def serve(engine: EngineOptions, directory: Path, options: ServerOptions, told: Callable[[Listening], None]) -> int:
+def serve(
+    engine: EngineOptions, directory: Path, options: ServerOptions, told: Callable[[Listening], None], bars: Bars
+) -> int:
     """Serves until told to end by SIGTERM or SIGINT: exit code 0, or 1 if the engine died.
 
     `directory`: of the checkpoint and its tokenizer. Raises what building an Engine raises, and OptionError for an
@@ -68,7 +73,7 @@ def serve(engine: EngineOptions, directory: Path, options: ServerOptions, told: 
     for name in ("httpx", "asyncio", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with contextlib.closing(_bound(options)) as listener:
-        return asyncio.run(_serve(engine, directory, options, keys, listener, told))
+        return asyncio.run(_serve(engine, directory, options, keys, listener, told, bars))
 
 
 async def _serve(
@@ -78,6 +83,7 @@ async def _serve(
     keys: tuple[str, ...],
     listener: socket.socket,
     told: Callable[[Listening], None],
+    bars: Bars,
 ) -> int:
     name = options.served_model_name or _name(engine.model)
     tracing = Tracing.to(options.otlp_traces_endpoint, name) if options.otlp_traces_endpoint is not None else None
@@ -89,9 +95,10 @@ async def _serve(
         loop.add_signal_handler(end, stopped.set)
     try:
         loading = asyncio.to_thread(Texts, directory, options.tool_call_parser, options.reasoning_parser)
-        started: asyncio.Future[Any] = asyncio.gather(client.start(), loading)
-        waiting: asyncio.Future[Any] = loop.create_task(stopped.wait())
-        await asyncio.wait({started, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        with bars() as counted:
+            started: asyncio.Future[Any] = asyncio.gather(client.start(*counted), loading)
+            waiting: asyncio.Future[Any] = loop.create_task(stopped.wait())
+            await asyncio.wait({started, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if not started.done():
             started.cancel()

@@ -16,8 +16,21 @@ import zmq
 from outrider import LLM, SamplingParams
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport, FinishReason
+from outrider.engine import process
 from outrider.engine.engine import Engine
-from outrider.engine.messages import Add, End, FromEngine, Progress, Prompt, Quit, Ready, Refused, Taken, ToEngine
+from outrider.engine.messages import (
+    Add,
+    Building,
+    End,
+    FromEngine,
+    Progress,
+    Prompt,
+    Quit,
+    Ready,
+    Refused,
+    Taken,
+    ToEngine,
+)
 from outrider.engine.process import EngineProcess, connected
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
@@ -84,6 +97,34 @@ def wire(path: Path, tmp_path: Path) -> Iterator[Wire]:
     assert not thread.is_alive()
     assert not engine.has_work
     engine._scheduler.check_idle()
+
+
+def test_the_client_is_told_of_weights_and_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    class Recording(Engine):
+        """Records, where there is nothing to record programs of."""
+
+        def __init__(self, options: EngineOptions, progress: Any, recording: Any) -> None:
+            super().__init__(options, progress, recording)
+            recording(1, 2)
+            recording(2, 2)
+
+    monkeypatch.setattr(process, "Engine", Recording)
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    address = f"ipc://{tmp_path}/w"
+    socket.bind(address)
+    engine = process.build(EngineOptions(model=str(path)), connected(context, address))
+    told: list[Any] = []
+    while not told or told[-1] != Building("programs", 2, 2):
+        told.append(Wire(socket).receive())
+    context.destroy(linger=0)
+    weights = told[:-2]
+    assert told[-2] == Building("programs", 1, 2) and {message.what for message in weights} == {"weights"}
+    assert [message.done for message in weights] == sorted({message.done for message in weights}) and len(weights) > 2
+    assert weights[-1].done == weights[-1].total == engine.resolved.runner.memory.weights
+    engine.close()
 
 
 def prompt(name: str, tokens: list[int], max_drafts: int | None = None, **sampling: Any) -> Prompt:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pty
 import subprocess
 import sys
 
-from outrider.engine.logs import FIELDS, JsonFormatter
+from outrider.engine.logs import ERASE, FIELDS, JsonFormatter
 
 
 def record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
@@ -46,3 +48,15 @@ def test_our_own_log_is_told_from_info_on_and_others_from_warnings_on() -> None:
     done = subprocess.run([sys.executable, "-c", TOLD], capture_output=True, text=True, check=True, timeout=60)
     assert "INFO outrider recorded 4 programs" in done.stderr and "WARNING other a warning" in done.stderr
     assert "nobody asked" not in done.stderr
+    assert ERASE not in done.stderr
+
+
+def test_on_a_terminal_a_line_takes_the_place_of_a_progress_bar() -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", TOLD], stderr=theirs, env=environment, check=True, timeout=60)
+    told = os.read(ours, 4096).decode()
+    os.close(ours)
+    os.close(theirs)
+    lines = told.removesuffix("\r\n").split("\r\n")
+    assert len(lines) == 2 and all(line.startswith(ERASE) for line in lines) and "recorded 4 programs" in lines[0]

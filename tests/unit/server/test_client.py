@@ -10,7 +10,7 @@ import pytest
 
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceTally
-from outrider.engine.messages import Progress, Snapshot
+from outrider.engine.messages import Building, Progress, Snapshot
 from outrider.errors import EngineDeadError, EngineRestartingError, OptionError
 from outrider.server.client import EngineClient
 
@@ -75,6 +75,29 @@ def test_a_message_that_is_none_kills_the_engine_rather_than_who_listens() -> No
             client._take(Progress([], SNAPSHOT))  # sent before it died
             assert client.snapshot.num_running == 0
             listening.cancel()
+        finally:
+            await client.close()
+
+    asyncio.run(main())
+
+
+def test_who_started_the_engine_is_told_how_far_it_is_and_who_did_not_ask_is_not() -> None:
+    async def main() -> None:
+        client: Any = EngineClient(EngineOptions(), timeout=0.05)
+        loaded: list[tuple[int, int]] = []
+        recorded: list[tuple[int, int]] = []
+        try:
+            for counted in ((lambda *n: loaded.append(n), lambda *n: recorded.append(n)), (None, None)):
+                starting = asyncio.create_task(client.start(*counted))
+                while client._process is None:
+                    await asyncio.sleep(0)
+                client._take(Building("weights", 5, 9))
+                client._take(Building("programs", 1, 4))
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                await client._clear(0.0)
+                client._process = None
+            assert (loaded, recorded) == ([(5, 9)], [(1, 4)])
         finally:
             await client.close()
 

@@ -28,7 +28,7 @@ class ShortLived:
     def __init__(self, *_: Any) -> None:
         pass
 
-    async def start(self) -> Any:
+    async def start(self, *_: Any) -> Any:
         self.cause_of_death = EngineDeadError("it died young")
         return FACTS
 
@@ -46,7 +46,8 @@ def test_an_engine_that_dies_before_anybody_listens_is_told_of(monkeypatch: pyte
     monkeypatch.setattr(serve._Server, "serve", nothing)
     options = ServerOptions(port=0)
     with serve._bound(options) as listener, pytest.raises(EngineDeadError, match="died young"):
-        asyncio.run(serve._serve(EngineOptions(), Path(), options, (), listener, lambda _: None))
+        bars = contextlib.nullcontext((None, None))
+        asyncio.run(serve._serve(EngineOptions(), Path(), options, (), listener, lambda _: None, lambda: bars))
     assert ShortLived.closed
 
 
