@@ -39,8 +39,7 @@ logger = logging.getLogger("outrider")
 PARTS = ("inputs", "target", "verify", "draft")
 _START, _END = "start", "end"
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
-_PROMPTS = (1, 2, 4, 8, 16, 32, 48, 256)  # tokens of a prompt step; beyond, kernels differ no more
-_TOGETHER = 4  # prompts whose short rests run in one step: kernels for few rows differ from those for more
+_PROMPTS = (1, 4, 8, 16, 32, 48, 256)  # tokens of a prompt step; beyond, kernels differ no more
 PROGRAM_BYTES = 4 * MIB
 """Of a recorded step: 2 to 3 MiB were measured for the shapes of Qwen3-0.6B and 8B (H100, torch 2.11)."""
 _ONE_PROCESS = "the graph runner holds the whole model in one process; leave it at 1"
@@ -208,7 +207,6 @@ class GraphRunner:
         most, longest = self._config.max_num_batched_tokens, self._config.max_model_len - 1
         alone = [min(size, most) for size in (*_PROMPTS, most)]
         steps = [[min(longest, size - start) for start in range(0, size, longest)] for size in alone]
-        steps += [[size] * _TOGETHER for size in _PROMPTS if size * _TOGETHER <= min(most, 64) and size <= longest]
         for lengths in sorted({tuple(lengths[: self._config.max_num_seqs]) for lengths in steps}):
             for ends_prompt in (0, 1):
                 self._try_prompts(lengths, ends_prompt)

@@ -8,9 +8,9 @@ tile and key head does, and stores those of the tile's own tokens.
 Keys are shared out a step of BLOCK_N at a time, the query tokens' being one more step: of N programs that have work,
 program n takes the steps n, n + N, ... So what it loads first does not depend on the row's length. N follows from that:
 a program takes more steps than one only where there are not enough programs. Each of N > 1 leaves a normalised result
-and the logarithm of its weight (Dao et al., 2023, "Flash-Decoding"). Where they are few, each takes a ticket, and who
-takes the last adds all up, in their order; where they are many, a second kernel does, since one program would read for
-longer than that takes to start.
+and the logarithm of its weight (Dao et al., 2023, "Flash-Decoding"). Where tiles have few rows, each takes a ticket,
+and who takes the last adds all up, in their order; where they have more, a second kernel does, since one program would
+read for longer than that takes to start.
 
 A step's time is that of a chain of loads, each of which needs what the one before it brought. So all that is known to
 be needed is asked for at once; with AHEAD all that does not come from the kernel in front even before that has ended.
@@ -40,10 +40,11 @@ from outrider.kernels.gpu.triton import begin, jit_counts, launch, narrow, next_
 TALLEST = 64
 """Rows of a tile, query tokens times query heads of a key head, up to which a step's rows are short."""
 
+_LEAST = 4  # query tokens of a tile, if not one: fewer would save little, and be one more kernel to compile
 _FEW_PROGRAMS = 16  # rows times key heads: so few that what counts is how long one program takes
+_TICKETED = 8  # rows of a tile up to which one program adds up partial results: for more a second kernel is faster
 _OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
-_TICKETED = 320  # partial results, rows of a tile times programs, that one program adds up: a second kernel is dearer
 
 
 def is_short(num_tokens: int, num_rows: int, group: int) -> bool:
@@ -61,17 +62,19 @@ def new_counters(device: torch.device, num_kv_heads: int) -> Tensor:
 
 
 def choose_short_tiles(num_tokens: int, num_rows: int, num_kv_heads: int, group: int, itemsize: int) -> Tiles:
-    """Tiles for short rows, as measured on an H200: with few programs, of more warps, and of few keys for one token.
+    """Tiles for short rows, as measured on an H200: with few programs and one token of few keys, and of more warps.
 
     One stage: the kernel itself loads a step ahead. A tall tile wants the registers of eight warps.
     """
     cut = choose_tiles(num_tokens, num_rows, group, 0, itemsize)
     if itemsize > 2:
         return cut._replace(stages=1)
-    rows = min(cut.rows, TALLEST)
-    few, tall = num_rows * num_kv_heads <= _FEW_PROGRAMS, rows == TALLEST
-    keys = 32 if few and cut.tokens == 1 else 64
-    return Tiles(rows, min(cut.tokens, rows // group), keys, 8 if few or tall else 4, 1, tall)
+    if cut.tokens == 1:
+        few = num_rows * num_kv_heads <= _FEW_PROGRAMS
+        return Tiles(min(cut.rows, TALLEST), 1, 32 if few else 64, 8 if few else 4, 1)
+    tokens = min(max(cut.tokens, _LEAST), TALLEST // group)
+    rows = max(16, next_power_of_2(tokens * group))
+    return Tiles(rows, tokens, 64, 8 if rows == TALLEST else 4, 1, rows == TALLEST)
 
 
 @jit_counts("num_tokens", "num_rows")
@@ -256,7 +259,7 @@ def rope_attend(
         partial = torch.empty(splits, tokens, num_heads, head_dim, dtype=torch.float32, device=qkv.device)
         log_weights = torch.empty(splits, tokens, num_heads, dtype=torch.float32, device=qkv.device)
     block_d, block_r = max(16, next_power_of_2(head_dim)), next_power_of_2(tiles.tokens * group)
-    tickets = splits * block_r <= _TICKETED
+    tickets = block_r <= _TICKETED
     overlap = overlaps(qkv)
     _rope_attention_kernel[(num_tiles, num_kv_heads, splits)](
         qkv,
