@@ -298,7 +298,7 @@ def rope_attend(
         BLOCK_N=tiles.keys,
         BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_D=block_d,
-        BLOCK_B=max(32, next_power_of_2(num_rows + 1)),
+        BLOCK_B=32 if num_rows < 32 else max(256, next_power_of_2(num_rows + 1)),
         PDL=overlap,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
