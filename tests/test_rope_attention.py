@@ -156,9 +156,12 @@ def test_counters_are_enough_for_every_step() -> None:
                         assert count_tiles(num_tokens, num_rows, tiles.tokens) * num_kv_heads <= counters
 
 
-def test_short_steps_are_those_whose_rows_fit_a_tile() -> None:
-    assert is_short(1, 1, 64) and is_short(128, 128, 8) and is_short(32, 1, 2) and is_short(12, 3, 16)
-    assert not is_short(1, 1, 65) and not is_short(33, 1, 2) and not is_short(13, 3, 16) and not is_short(0, 1, 1)
+def test_short_steps_are_those_whose_rows_fit_a_tile_and_run_at_once() -> None:
+    for num_tokens, num_rows, group in ((1, 1, 64), (128, 128, 8), (32, 1, 2), (12, 3, 16)):
+        assert is_short(num_tokens, num_rows, group, 1, 64)
+    for num_tokens, num_rows, group in ((1, 1, 65), (33, 1, 2), (13, 3, 16), (0, 1, 1), (129, 129, 8)):
+        assert not is_short(num_tokens, num_rows, group, 1, 64)
+    assert is_short(33, 33, 4, 8, 132) and not is_short(34, 34, 4, 8, 132)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -193,10 +193,11 @@ class GraphRunner:
                     "key/value cache leaves more, or max_num_seqs or max_num_batched_tokens, or give fewer "
                     "capture_sizes"
                 ) from error
+            remedy = ""
             if "captur" in said:
-                said += "; a part that reads tensors on the host must need HOST_CODE, which the eager runner offers"
+                remedy = "a part that reads tensors on the host must need HOST_CODE, which the eager runner offers; "
             raise UnsupportedError(
-                f"the graph runner failed while {what}, with drafter {self._config.drafter.name}: {said}"
+                f"the graph runner failed while {what}, with drafter {self._config.drafter.name}: {remedy}{said}"
             ) from error
 
     def _warm_up(self) -> None:

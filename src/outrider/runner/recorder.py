@@ -39,7 +39,7 @@ class Recorder(Protocol):
         """Points inside a program whose times can be told."""
 
     def used(self) -> int:
-        """Bytes of the device that are taken, by whomever."""
+        """Bytes of the device that are taken, by whomever, but for what is held in reserve."""
 
 
 class Marks(Protocol):
@@ -106,5 +106,6 @@ class CudaRecorder:
         return _CudaMarks(names)
 
     def used(self) -> int:
+        torch.cuda.empty_cache()  # recording gives back what torch holds in reserve: it must not be counted before
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free

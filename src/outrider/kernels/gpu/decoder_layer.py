@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outrider.kernels.gpu.attention import multiprocessors
 from outrider.kernels.gpu.linear import FEW, TICKETS, few_rows
 from outrider.kernels.gpu.partial_norm import Rows, scale_rows
 from outrider.kernels.gpu.rope_attention import is_short, new_counters, rope_attention_gpu
@@ -41,6 +42,7 @@ class GpuLayerStack:
         self._rope_store, self._attend, self._take_taps = rope_store, attend, take_taps
         self._num_kv_heads = caches[0][0].shape[1]
         device = caches[0][0].device
+        self._processors = multiprocessors(device)
         self._counters = new_counters(device, self._num_kv_heads)
         self._tickets = torch.zeros(TICKETS, dtype=torch.int32, device=device)
 
@@ -70,7 +72,8 @@ class GpuLayerStack:
         weights, cache = self._layers[index]
         norms = weights.q_norm, weights.k_norm, self._eps
         counts, rows = (self._num_heads, self._num_kv_heads), (block_table, query_start, seq_lens)
-        if is_short(len(heads), len(block_table), self._num_heads // self._num_kv_heads):
+        group = self._num_heads // self._num_kv_heads
+        if is_short(len(heads), len(block_table), group, self._num_kv_heads, self._processors):
             given = (heads, *norms, rope, positions, *cache, cache_slot, *rows, *counts, self._scale)
             return rope_attention_gpu(*given, self._counters, ahead).flatten(1)
         query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *counts)

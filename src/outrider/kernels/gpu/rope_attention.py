@@ -47,9 +47,14 @@ _OWN = 16  # query tokens whose keys are made at once: the least that tensor cor
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
 
 
-def is_short(num_tokens: int, num_rows: int, group: int) -> bool:
-    """Whether this kernel is for such a step: a tile holds a row of the mean length."""
-    return num_tokens > 0 and next_power_of_2(-(-num_tokens // num_rows)) * group <= TALLEST
+def is_short(num_tokens: int, num_rows: int, group: int, num_kv_heads: int, processors: int) -> bool:
+    """Whether this kernel is for such a step: a tile holds a row of the mean length, and all rows run at once.
+
+    Rows that wait for others to end had better be the two kernels', which need fewer registers.
+    """
+    if not num_tokens or num_rows * num_kv_heads > 2 * processors:
+        return False
+    return next_power_of_2(-(-num_tokens // num_rows)) * group <= TALLEST
 
 
 def new_counters(device: torch.device, num_kv_heads: int) -> Tensor:
