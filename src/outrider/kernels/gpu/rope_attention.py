@@ -8,8 +8,8 @@ tile and key head does, and stores those of the tile's own tokens.
 Keys are shared out a step of BLOCK_N at a time, the query tokens' being one more step: of N programs that have work,
 program n takes the steps n, n + N, ... So what it loads first does not depend on the row's length. N follows from that:
 a program takes more steps than one only where there are not enough programs. Each of N > 1 leaves a normalised result
-and the logarithm of its weight (Dao et al., 2023, "Flash-Decoding"). Where tiles have few rows, each takes a ticket,
-and who takes the last adds all up, in their order; where they have more, a second kernel does, since one program would
+and the logarithm of its weight (Dao et al., 2023, "Flash-Decoding"). Where these may be few, each takes a ticket, and
+who takes the last adds all up, in their order; where they may be many, a second kernel does, since one program would
 read for longer than that takes to start.
 
 A step's time is that of a chain of loads, each of which needs what the one before it brought. So all that is known to
@@ -42,7 +42,10 @@ TALLEST = 64
 
 _LEAST = 4  # query tokens of a tile, if not one: fewer would save little, and be one more kernel to compile
 _FEW_PROGRAMS = 16  # rows times key heads: so few that what counts is how long one program takes
-_TICKETED = 8  # rows of a tile up to which one program adds up partial results: for more a second kernel is faster
+_TICKETED = (
+    8,
+    128,
+)  # rows of a tile, or of all its partial results, up to which one program adds up and no second kernel
 _OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
 
@@ -264,7 +267,7 @@ def rope_attend(
         partial = torch.empty(splits, tokens, num_heads, head_dim, dtype=torch.float32, device=qkv.device)
         log_weights = torch.empty(splits, tokens, num_heads, dtype=torch.float32, device=qkv.device)
     block_d, block_r = max(16, next_power_of_2(head_dim)), next_power_of_2(tiles.tokens * group)
-    tickets = block_r <= _TICKETED
+    tickets = block_r <= _TICKETED[0] or splits * block_r <= _TICKETED[1]
     overlap = overlaps(qkv)
     _rope_attention_kernel[(num_tiles, num_kv_heads, splits)](
         qkv,
