@@ -2,7 +2,8 @@
 
 A script, since Triton decides at import whether it interprets. Prints a line a kernel: its name, and the bytes of
 shared memory of its largest variant. Usage: compile_kernels.py [CAPABILITY], 90 if left out: for that all ops with
-their first two examples; for any other the products of few rows alone, at the sizes of Qwen3-8B.
+their first two examples; for any other the products of few rows alone, at the sizes of Qwen3-8B and
+14B.
 """
 
 from __future__ import annotations
@@ -55,11 +56,14 @@ def ops() -> None:
                     op.kernels["cuda"](**example)
 
 
+SHAPES = ((6144, 4096, False), (4096, 12288, False), (12288, 4096, True), (17408, 5120, True))
+
+
 def products() -> None:
     """What a layer and a vocabulary ask of products of few rows."""
     tickets = torch.zeros(TICKETS, dtype=torch.int32)
     for rows in (1, 8, 16, FEW):
-        for outputs, inputs, gate in ((6144, 4096, False), (4096, 12288, False), (12288, 4096, True)):
+        for outputs, inputs, gate in SHAPES:
             x, weight = torch.empty(rows, inputs), torch.empty((1 + gate) * outputs, inputs, dtype=torch.bfloat16)
             out = torch.empty(rows, outputs, dtype=torch.bfloat16)
             few_rows(x.bfloat16(), weight, out, gate=gate, tickets=tickets)

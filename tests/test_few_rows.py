@@ -127,7 +127,7 @@ def test_tickets_are_enough_and_parts_are_whole() -> None:
                 assert cut.parts == 1 or (
                     inputs % (cut.parts * cut.inputs) == 0 and -(-outputs // cut.outputs) < TICKETS
                 )
-    assert tiles(32, 4096, 12288, 2).parts == 2, "nothing is tested"
+    assert tiles(32, 4096, 12288, 2).parts == tiles(16, 2560, 9728, 2).parts == 2
 
 
 @pytest.mark.parametrize("device", DEVICES)

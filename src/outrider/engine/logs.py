@@ -40,7 +40,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def write_logs(log_format: str, level: int = logging.WARNING) -> None:
-    """Sends the log of this process to stderr in one of LOG_FORMATS, unless something else was set up before.
+    """Sends the log of this process to stderr in one of LOG_FORMATS, or wherever was set up before.
 
     `level`: of other libraries' messages; our own are told from INFO on, such as what recording took.
     """

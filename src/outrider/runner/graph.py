@@ -40,6 +40,8 @@ PARTS = ("inputs", "target", "verify", "draft")
 _START, _END = "start", "end"
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 _PROMPTS = (1, 4, 8, 16, 32, 48, 256)  # tokens of a prompt step; beyond, kernels differ no more
+_TOGETHER = (8, 17, 32)  # short prompts in a step, from which on other kernels run; fewer share those of one
+_SHORT = 32  # tokens of a short prompt, at most
 PROGRAM_BYTES = 4 * MIB
 """Of a recorded step: 2 to 3 MiB were measured for the shapes of Qwen3-0.6B and 8B (H100, torch 2.11)."""
 _ONE_PROCESS = "the graph runner holds the whole model in one process; leave it at 1"
@@ -201,13 +203,15 @@ class GraphRunner:
             ) from error
 
     def _warm_up(self) -> None:
-        """Steps of prompts, of each size for which kernels differ, so that few are compiled while requests wait.
+        """Steps of prompts, of each size for which kernels differ, so that none is compiled while requests wait.
 
         They are the spare slot's, whose keys and values go where no request's are yet.
         """
         most, longest = self._config.max_num_batched_tokens, self._config.max_model_len - 1
-        alone = [min(size, most) for size in (*_PROMPTS, most)]
-        steps = [[min(longest, size - start) for start in range(0, size, longest)] for size in alone]
+        sizes = [min(size, most) for size in (*_PROMPTS, most)]
+        steps = [[min(longest, size - start) for start in range(0, size, longest)] for size in sizes]
+        short = [size for size in _PROMPTS if size <= min(_SHORT, longest)]
+        steps += [[size] * count for count in _TOGETHER for size in short if size * count <= most]
         for lengths in sorted({tuple(lengths[: self._config.max_num_seqs]) for lengths in steps}):
             for ends_prompt in (0, 1):
                 self._try_prompts(lengths, ends_prompt)

@@ -29,8 +29,8 @@ class LocalWorker:
             except torch.OutOfMemoryError as error:
                 raise CapacityError(
                     f"memory ran out on {config.device} while the model was loaded and its cache made, though the plan "
-                    "fits what was free before: something else takes memory there; free it, or lower "
-                    "gpu_memory_utilization or kv_cache_memory"
+                    "fits what was free before: free what else takes memory there, or lower gpu_memory_utilization or "
+                    "kv_cache_memory"
                 ) from error
         self.depth = runner.depth
 

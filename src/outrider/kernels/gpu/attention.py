@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
     keys: int  # of a step
     warps: int
     stages: int
-    tall: bool = False  # worth a loop of its own over the keys that all queries see, which needs no mask
+    tall: bool = False  # one program fills a multiprocessor; worth a loop of its own over keys that all queries see
 
 
 def choose_tiles(num_tokens: int, num_rows: int, group: int, head_dim: int, itemsize: int) -> Tiles:
@@ -80,7 +80,8 @@ def multiprocessors(device: torch.device) -> int:
 def find_row(tile, query_start, seq_lens, num_tokens, num_rows, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr):
     """A tile's row, that row's first token, the one behind its last, and its length; and the tile's first token.
 
-    Here and below past this multiprocessor's own cache, where a step's numbers may be those of the step before.
+    Here and below past this multiprocessor's own cache: who reads before it waits (`rope_attend`, ahead) may find there
+    what the step before left.
 
     All from what is loaded at once: the rows up to the tile's are the first ones, so the sum over them of what lengths
     differ by is its own. The tokens past the last row's are one more row, of length 0.

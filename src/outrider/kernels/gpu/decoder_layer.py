@@ -1,4 +1,4 @@
-"""Decoder layers on a GPU: five or six kernels each for few rows, cuBLAS and the smaller ops for many.
+"""Decoder layers on a GPU: five to seven kernels each for few rows, cuBLAS and the smaller ops for many.
 
 See `kernels.decoder_layer`. The residual stream holds everything when a layer ends: None is left to be added.
 """
@@ -99,7 +99,7 @@ class GpuLayerStack:
             assert source is not None, "a layer without input_norm is given what it reads"
             heads = self._empty(residual, weights.qkv.shape[0])
             few_rows(source, weights.qkv, heads, bias=weights.qkv_bias, tickets=self._tickets, late=True)
-            mixed = self._mix(index, heads, where, ahead=True)
+            mixed = self._mix(index, heads, where, ahead=True)  # nothing may be launched between the two
             normed = self._add(mixed, weights.out, residual, weights.post_norm)
             assert normed is not None
             gated = self._empty(residual, weights.down.shape[1])

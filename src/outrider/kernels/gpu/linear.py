@@ -26,13 +26,14 @@ from outrider.kernels.gpu.partial_norm import Rows, shrink
 from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
 
 FEW = 32
-"""Rows up to which these kernels are used: cuBLAS is faster above."""
+"""Rows up to which these kernels are used, in products but a vocabulary's: cuBLAS is faster above."""
 
 TICKETS = 128
 """Counters that a product may need whose programs share inputs: one a tile."""
 
 _LARGE = 16 << 20  # bytes of weights from which on a gate's tiles are wide: enough of them for every multiprocessor
-_VOCABULARY = 16_384  # outputs from which on tiles are wide
+_VOCABULARY = 16_384  # outputs from which on a product is taken for a vocabulary's
+_FEW_OF_VOCABULARY = 8  # rows, as FEW
 
 
 class Tiles(NamedTuple):
@@ -65,7 +66,7 @@ def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = F
         step = min(depth, 2048)
         return Tiles(4 // halves, step, 0, 4 if step > 1024 else 2, 2)
     if rows <= 8:
-        if outputs >= _VOCABULARY:
+        if outputs >= _VOCABULARY and not gate:
             return Tiles(64, min(depth, 128), 1, 4, 5)
         if gate:
             return Tiles(32, min(depth, 256), 1, 4, 3) if large else Tiles(8, min(depth, 512), 4, 4, 4)
@@ -81,7 +82,9 @@ def _parts(tiles: int, inputs: int, step: int) -> int:
     parts = 1
     while parts < 4 and (tiles * parts < 64 or (tiles * parts < 96 and inputs >= 4096 * parts)):
         parts *= 2
-    return parts if inputs % (parts * step) == 0 else 1
+    while inputs % (parts * step) and parts > 1:
+        parts //= 2
+    return parts
 
 
 @jit
@@ -342,7 +345,7 @@ def few_rows(
 def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """`linear`, in a kernel of this file for few rows and by cuBLAS for many."""
     rows, outputs = x.shape[0], weight.shape[0]
-    if 0 < rows <= (8 if outputs >= _VOCABULARY else FEW):
+    if 0 < rows <= (_FEW_OF_VOCABULARY if outputs >= _VOCABULARY else FEW):
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
         cut = tiles(rows, outputs, x.shape[1], x.itemsize)
         tickets = torch.zeros(TICKETS, dtype=torch.int32, device=x.device) if cut.parts > 1 else None

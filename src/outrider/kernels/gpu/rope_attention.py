@@ -42,10 +42,10 @@ TALLEST = 64
 
 _LEAST = 4  # query tokens of a tile, if not one: fewer would save little, and be one more kernel to compile
 _FEW_PROGRAMS = 16  # rows times key heads: so few that what counts is how long one program takes
-_TICKETED = (
-    8,
-    128,
-)  # rows of a tile, or of all its partial results, up to which one program adds up and no second kernel
+# A tile's partial results are added up by one program, without a second kernel, where the tile has few rows or all of
+# them together have.
+_FEW_ROWS = 8
+_FEW_RESULTS = 128
 _OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
 
@@ -53,7 +53,8 @@ _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a th
 def is_short(num_tokens: int, num_rows: int, group: int, num_kv_heads: int, processors: int) -> bool:
     """Whether this kernel is for such a step: a tile holds a row of the mean length, and all rows run at once.
 
-    Rows that wait for others to end had better be the two kernels', which need fewer registers.
+    Rows that wait for others to end had better be the two kernels', which need fewer registers. A long row among many
+    short ones is not told from them, and is slower than it might be; the graph runner runs those in steps of their own.
     """
     if not num_tokens or num_rows * num_kv_heads > 2 * processors:
         return False
@@ -74,7 +75,7 @@ def choose_short_tiles(num_tokens: int, num_rows: int, num_kv_heads: int, group:
 
     One stage: the kernel itself loads a step ahead. A tall tile wants the registers of eight warps.
     """
-    cut = choose_tiles(num_tokens, num_rows, group, 0, itemsize)
+    cut = choose_tiles(num_tokens, num_rows, group, 0, itemsize)  # head_dim, 0, only rules what is not taken of it
     if itemsize > 2:
         return cut._replace(stages=1)
     if cut.tokens == 1:
@@ -82,7 +83,7 @@ def choose_short_tiles(num_tokens: int, num_rows: int, num_kv_heads: int, group:
         return Tiles(min(cut.rows, TALLEST), 1, 32 if few else 64, 8 if few else 4, 1)
     tokens = min(max(cut.tokens, _LEAST), TALLEST // group)
     rows = max(16, next_power_of_2(tokens * group))
-    return Tiles(rows, tokens, 64, 8 if rows == TALLEST else 4, 1, rows == TALLEST)
+    return Tiles(rows, tokens, 64, 8 if rows == TALLEST else 4, 1, tall=rows == TALLEST)
 
 
 @jit_counts("num_tokens", "num_rows")
@@ -267,7 +268,7 @@ def rope_attend(
         partial = torch.empty(splits, tokens, num_heads, head_dim, dtype=torch.float32, device=qkv.device)
         log_weights = torch.empty(splits, tokens, num_heads, dtype=torch.float32, device=qkv.device)
     block_d, block_r = max(16, next_power_of_2(head_dim)), next_power_of_2(tiles.tokens * group)
-    tickets = block_r <= _TICKETED[0] or splits * block_r <= _TICKETED[1]
+    tickets = block_r <= _FEW_ROWS or splits * block_r <= _FEW_RESULTS
     overlap = overlaps(qkv)
     _rope_attention_kernel[(num_tiles, num_kv_heads, splits)](
         qkv,
