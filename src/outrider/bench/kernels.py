@@ -165,8 +165,8 @@ def _time(function: Callable[..., Any], copies: Sequence[dict[str, Any]], device
                 call(place)
 
         if _reads_on_host(call):
-            return _time_on_device(once) / calls, False
-        return _time_on_device(_recorded(once).replay) / calls, True
+            return time_on_device(once) / calls, False
+        return time_on_device(recorded(once).replay) / calls, True
 
 
 def _reads_on_host(call: Callable[[int], None]) -> bool:
@@ -181,7 +181,8 @@ def _reads_on_host(call: Callable[[int], None]) -> bool:
     return False
 
 
-def _recorded(once: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def recorded(once: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what a call gives the device; it is called twice."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -193,7 +194,8 @@ def _recorded(once: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _time_on_device(call: Callable[[], None]) -> float:
+def time_on_device(call: Callable[[], None]) -> float:
+    """Seconds of the device's time that a call takes, the median of several."""
     call()
     times: list[float] = []
     begun = time.perf_counter()
