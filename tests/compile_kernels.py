@@ -2,8 +2,7 @@
 
 A script, since Triton decides at import whether it interprets. Prints a line a kernel: its name, and the bytes of
 shared memory of its largest variant. Usage: compile_kernels.py [CAPABILITY], 90 if left out: for that all ops with
-their first two examples; for any other the products of few rows alone, at the sizes of Qwen3-8B and
-14B.
+their first two examples; for any other the products of few rows alone, at the sizes of Qwen3-8B and 14B.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from outrider.kernels.op import Op
 class NoDriver:
     """As much of a driver as compiling asks for."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_device(self) -> int:
         return 0
 
     def get_current_stream(self, device: int) -> int:
         return 0
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
 
     def get_current_target(self) -> Any:
         return GPUTarget("cuda", self.capability, 32)

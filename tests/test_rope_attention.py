@@ -183,3 +183,36 @@ def test_layers_use_it_for_short_rows_and_two_kernels_for_prompts(device: str, m
         found.append((given["residual"], *cache))
         assert len(calls) == 2 and not stack._counters.any()
     assert all(distance(one, two) < 3e-6 for one, two in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("few", "expected"), [(32, ["late", "ahead"] * 2), (0, ["behind"] * 2)], ids=["few", "many"])
+def test_attention_reads_ahead_only_behind_a_product_that_lets_it_come_late(
+    few: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stands between the two: no other test would notice, but a GPU would read what is not there yet."""
+    if not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("not interpreted")
+    assert DECODER_LAYER.examples is not None
+    examples = DECODER_LAYER.examples(torch.Generator().manual_seed(3), torch.device("cpu"), False)
+    given = next(dict(each) for each in examples if each["qkv"].dtype == torch.float32 and len(each["residual"]) == 8)
+    multiply, attend = gpu_decoder_layer.few_rows, gpu_decoder_layer.rope_attention_gpu
+    order: list[str] = []
+
+    def product(*args: Any, late: bool = False, **named: Any) -> Any:
+        order.append("late" if late else "product")
+        return multiply(*args, late=late, **named)
+
+    def attention(*args: Any) -> Tensor:
+        order.append("ahead" if args[-1] else "behind")
+        return attend(*args)
+
+    monkeypatch.setattr(gpu_decoder_layer, "FEW", few)
+    monkeypatch.setattr(gpu_decoder_layer, "few_rows", product)
+    monkeypatch.setattr(gpu_decoder_layer, "rope_attention_gpu", attention)
+    weights = LayerWeights(*(given[name] for name in LayerWeights._fields))
+    cache = given["key_cache"], given["value_cache"]
+    stack = _gpu_stack([weights] * 2, [cache] * 2, 1e-6, given["num_heads"], given["scale"])
+    names = ("rope", "positions", "cache_slot", "block_table", "query_start", "seq_lens")
+    stack(0, 2, None, given["residual"], *(given[name] for name in names))
+    assert [each for each in order if each != "product"] == expected
+    assert all(order[at + 1] == "ahead" for at, each in enumerate(order) if each == "late")

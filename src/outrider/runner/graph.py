@@ -40,7 +40,7 @@ PARTS = ("inputs", "target", "verify", "draft")
 _START, _END = "start", "end"
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 _PROMPTS = (1, 4, 8, 16, 32, 48, 256)  # tokens of a prompt step; beyond, kernels differ no more
-_TOGETHER = (8, 17, 32)  # short prompts in a step, from which on other kernels run; fewer share those of one
+_TOGETHER = (8, 17, 32)  # short prompts of a step, from which on other kernels run: 8 key heads, 132 multiprocessors
 _SHORT = 32  # tokens of a short prompt, at most
 PROGRAM_BYTES = 4 * MIB
 """Of a recorded step: 2 to 3 MiB were measured for the shapes of Qwen3-0.6B and 8B (H100, torch 2.11)."""
@@ -203,7 +203,7 @@ class GraphRunner:
             ) from error
 
     def _warm_up(self) -> None:
-        """Steps of prompts, of each size for which kernels differ, so that none is compiled while requests wait.
+        """Steps of prompts, of sizes for which kernels differ, so that few are compiled while requests wait.
 
         They are the spare slot's, whose keys and values go where no request's are yet.
         """
