@@ -19,6 +19,7 @@ import checkpoints
 SERVING = ("fastapi", "httpx", "msgspec", "openai", "prometheus_client", "uvicorn", "zmq")
 NEEDS: dict[str, tuple[str, ...]] = {
     "test_*_api.py": SERVING,
+    "test_cli.py": SERVING,
     "test_lossless.py": ("hypothesis",),
     "test_manners.py": (*SERVING, "trustme"),
     "test_playground.py": (*SERVING, "playwright"),

@@ -151,7 +151,7 @@ def test_counters_are_enough_for_every_step() -> None:
         for num_rows in range(1, 40):
             for num_tokens in range(1, 64 * num_rows, 7):
                 for group, size in ((1, 2), (3, 2), (8, 4)):
-                    tiles = choose_short_tiles(num_tokens, num_rows, num_kv_heads, group, size)
+                    tiles = choose_short_tiles(num_tokens, num_rows, group, size)
                     if choose_splits(num_tokens, num_rows, num_kv_heads, 10**6, tiles, processors) > 1:
                         assert count_tiles(num_tokens, num_rows, tiles.tokens) * num_kv_heads <= counters
 
