@@ -70,10 +70,10 @@ def new_counters(device: torch.device, num_kv_heads: int) -> Tensor:
 
 
 def choose_short_tiles(num_tokens: int, num_rows: int, group: int, itemsize: int) -> Tiles:
-    """Tiles for short rows, as measured on an H200 from 384 to 32,768 keys. A tall tile wants the registers of eight warps.
+    """Tiles for short rows, as measured on an H200 with 384 to 32,768 keys. A tall tile wants the registers of 8 warps.
 
-    One stage: the kernel itself loads a step ahead. Smaller steps and more warps are no faster with few keys, and half as
-    fast with many: then a multiprocessor has room for one program, where two at a time hide each other's waits.
+    One stage: the kernel itself loads a step ahead. Smaller steps and more warps are no faster with few keys, and half
+    as fast with many: then a multiprocessor has room for one program, where two hide each other's waits.
     """
     cut = choose_tiles(num_tokens, num_rows, group, 0, itemsize)  # head_dim, 0, only rules what is not taken of it
     if itemsize > 2:
