@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from products_gpu import NAMES, SHAPES, products
 from torch import Tensor
 
 from outrider.bench.bandwidth import read_bandwidth
@@ -27,19 +28,19 @@ from outrider.bench.kernels import recorded, time_on_device
 from outrider.bench.provenance import provenance
 from outrider.kernels.decoder_layer import LayerWeights, take_taps
 from outrider.kernels.gpu import decoder_layer
+from outrider.kernels.gpu.attention import multiprocessors
 from outrider.kernels.gpu.linear import FEW
 from outrider.kernels.gpu.partial_norm import Rows
+from outrider.kernels.gpu.rope_attention import is_short
 from outrider.load.checkpoint import read_json
 from outrider.models.config import ModelConfig
 
-SHAPES = Path(__file__).parent / "shapes"
 BLOCK_SIZE = 16
 ATTENTION = "attention"
-PRODUCTS = ("qkv", "out", "gate_up", "down")
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "all": (),
-    **{f"without {part}": (part,) for part in (ATTENTION, *PRODUCTS)},
-    "attention alone": PRODUCTS,
+    **{f"without {part}": (part,) for part in (ATTENTION, *NAMES)},
+    "attention alone": NAMES,
 }
 
 
@@ -66,23 +67,17 @@ class Layers:
         return torch.empty(*shape, dtype=torch.bfloat16, device=self._device).normal_(0, scale)
 
     def _layer(self) -> LayerWeights:
-        config, hidden = self._config, self._config.hidden_size
-        query, both = config.num_heads * config.head_dim, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        norm, head_norm = (
-            torch.ones(size, dtype=torch.bfloat16, device=self._device) for size in (hidden, config.head_dim)
+        sizes = self._config.hidden_size, self._config.head_dim
+        norm, head_norm = (torch.ones(size, dtype=torch.bfloat16, device=self._device) for size in sizes)
+        qkv, out, gate_up, down = (
+            self._random((1 + each.gate) * each.outputs, each.inputs, scale=each.inputs**-0.5)
+            for each in products(self._config)
         )
-        sizes = (
-            (both, hidden),
-            (hidden, query),
-            (2 * config.intermediate_size, hidden),
-            (hidden, config.intermediate_size),
-        )
-        qkv, out, gate_up, down = (self._random(*size, scale=size[1] ** -0.5) for size in sizes)
         return LayerWeights(norm, qkv, None, head_norm, head_norm, out, norm, gate_up, down)
 
     @staticmethod
     def _products(layer: LayerWeights) -> list[tuple[str, Tensor]]:
-        return [(name, getattr(layer, name)) for name in PRODUCTS]
+        return [(name, getattr(layer, name)) for name in NAMES]
 
     @property
     def bytes_per_layer(self) -> int:
@@ -128,7 +123,13 @@ class Layers:
 
 
 def _not_called(*given: Any) -> Any:
-    raise AssertionError("a step of few rows, all short, needs no op of long ones")
+    raise AssertionError("see `runs_in_few`")
+
+
+def runs_in_few(config: ModelConfig, sequences: int, num_query: int, processors: int) -> bool:
+    """Whether such a step is all in the kernels for few rows: those for long ones are not timed here."""
+    group = config.num_heads // config.num_kv_heads
+    return is_short(sequences * num_query, sequences, group, config.num_kv_heads, processors)
 
 
 def measure(
@@ -158,15 +159,11 @@ def _steps(text: str) -> list[tuple[int, int]]:
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen3-8b")
+    parser.add_argument("--model", default="qwen3-8b", choices=sorted(path.name for path in SHAPES.iterdir()))
     parser.add_argument("--steps", type=_steps, default=[(1, 1), (1, 8), (8, 1)], help="as 1x1,1x8")
     parser.add_argument("--context", type=int, default=384, help="tokens each sequence holds, the step's own included")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args(given)
-    if not (SHAPES / arguments.model).is_dir():
-        parser.error(
-            f"no such shape: {arguments.model} (known: {', '.join(sorted(path.name for path in SHAPES.iterdir()))})"
-        )
     for sequences, num_query in arguments.steps:
         if sequences * num_query > FEW:
             parser.error(f"--steps {sequences}x{num_query}: products of more than {FEW} rows are not this project's")
@@ -175,9 +172,14 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     if not torch.cuda.is_available():
         parser.error("these kernels are timed on a CUDA device, and there is none")
     device = torch.device("cuda", 0)
-    bandwidth = read_bandwidth(device)
     config = ModelConfig.from_dict(read_json(SHAPES / arguments.model / "config.json"))
+    for sequences, num_query in arguments.steps:
+        if not runs_in_few(config, sequences, num_query, multiprocessors(device)):
+            parser.error(
+                f"--steps {sequences}x{num_query}: attention of so many tokens is not one kernel on this device"
+            )
     result: dict[str, Any] = {**provenance(device), "model": arguments.model, "context": arguments.context}
+    bandwidth = read_bandwidth(device)
     with torch.inference_mode():
         layers = Layers(config, device, max(sequences for sequences, _ in arguments.steps), arguments.context)
         result |= {
