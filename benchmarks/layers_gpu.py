@@ -115,8 +115,10 @@ class Layers:
             return Rows(normed[: len(out)], square[None, : len(out)], how["eps"])
 
         def mix(heads: Tensor, *given: Any) -> Tensor:
-            ahead = given[-1] and "qkv" not in parts
-            return mixed[: len(heads)] if ATTENTION in parts else attention(heads, *given[:-1], ahead)
+            *others, ahead, next_weight = given
+            ahead = ahead and "qkv" not in parts
+            next_weight = None if "out" in parts else next_weight
+            return mixed[: len(heads)] if ATTENTION in parts else attention(heads, *others, ahead, next_weight)
 
         with patch.multiple(decoder_layer, few_rows=multiply, rope_attention_gpu=mix):
             yield

@@ -29,7 +29,7 @@ from outrider.bench.bandwidth import read_bandwidth
 from outrider.bench.kernels import recorded, time_on_device
 from outrider.bench.provenance import provenance
 from outrider.kernels.gpu.activation import silu_mul_gpu
-from outrider.kernels.gpu.linear import FEW, TICKETS, Tiles, few_rows, tiles
+from outrider.kernels.gpu.linear import FEW, TICKETS, Tiles, few_rows, is_roomy, tiles
 from outrider.kernels.gpu.norm import rms_norm_gpu
 from outrider.kernels.gpu.partial_norm import Rows, scale_rows
 from outrider.load.checkpoint import read_json
@@ -195,7 +195,7 @@ def sweep(models: list[str], rows: list[int], processes: int, bandwidth: float) 
         tickets = torch.zeros(TICKETS, dtype=torch.int32, device="cuda")
         for each, count in product(found, rows):
             weights = [each.weight(seed) for seed in range(max(2, (400 << 20) // each.weight(0).nbytes))]
-            own = tiles(count, each.outputs, each.inputs, 2, gate=each.gate)
+            own = tiles(count, each.outputs, each.inputs, 2, gate=each.gate, roomy=is_roomy(tickets.device))
             timed: list[tuple[float, Tiles]] = []
             for cut in {*grid(count, each), own}:
                 run = run_one(each, count, cut, weights, tickets)

@@ -2,7 +2,7 @@
 
 A script, since Triton decides at import whether it interprets. Prints a line a kernel: its name, and the bytes of
 shared memory of its largest variant. Usage: compile_kernels.py [CAPABILITY], 90 if left out: for that all ops with
-their first two examples; for any other the products of few rows alone, at the sizes of Qwen3-8B and 14B.
+their first two examples and products that need much shared memory; for any other products alone, also of larger sizes.
 """
 
 from __future__ import annotations
@@ -55,14 +55,15 @@ def ops() -> None:
                     op.kernels["cuda"](**example)
 
 
-SHAPES = ((6144, 4096, False), (4096, 12288, False), (12288, 4096, True), (17408, 5120, True))
+SMALL = ((1024, 3072, False), (6144, 2048, True))
+LARGE = ((6144, 4096, False), (4096, 12288, False), (12288, 4096, True), (17408, 5120, True))
 
 
-def products() -> None:
+def products(shapes: tuple[tuple[int, int, bool], ...]) -> None:
     """What a layer and a vocabulary ask of products of few rows."""
     tickets = torch.zeros(TICKETS, dtype=torch.int32)
     for rows in (1, 8, 16, FEW):
-        for outputs, inputs, gate in SHAPES:
+        for outputs, inputs, gate in shapes:
             x, weight = torch.empty(rows, inputs), torch.empty((1 + gate) * outputs, inputs, dtype=torch.bfloat16)
             out = torch.empty(rows, outputs, dtype=torch.bfloat16)
             few_rows(x.bfloat16(), weight, out, gate=gate, tickets=tickets)
@@ -85,10 +86,11 @@ def main(capability: int = 90) -> None:
         room = importlib.import_module(f"outrider.kernels.gpu.{module.name}")
         if hasattr(room, "overlaps"):
             room.overlaps = lambda x: capability >= 90  # type: ignore[attr-defined]
+        if hasattr(room, "is_roomy"):
+            room.is_roomy = lambda device: capability >= 90  # type: ignore[attr-defined]
     if capability == 90:
         ops()
-    else:
-        products()
+    products(SMALL if capability == 90 else SMALL + LARGE)
     for name, size in sorted(shared.items()):
         print(name, size)
 

@@ -52,7 +52,8 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def cuts(rows: int, outputs: int, inputs: int, dtype: torch.dtype, gate: bool) -> list[Tiles]:
     """The rule's own, and one with columns and steps left over."""
     slices = 0 if rows == 1 else 1 if dtype == torch.float32 else 4
-    return [tiles(rows, outputs, inputs, dtype.itemsize, gate=gate), Tiles(4, 128, slices)]
+    own = {tiles(rows, outputs, inputs, dtype.itemsize, gate=gate, roomy=roomy) for roomy in (False, True)}
+    return [*own, Tiles(4, 128, slices)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -128,6 +129,26 @@ def test_tickets_are_enough_and_parts_are_whole() -> None:
                     inputs % (cut.parts * cut.inputs) == 0 and -(-outputs // cut.outputs) < TICKETS
                 )
     assert tiles(32, 4096, 12288, 2).parts == tiles(16, 2560, 9728, 2).parts == 2
+
+
+def test_few_programs_get_a_multiprocessor_each_where_there_is_room() -> None:
+    """Else they crowd onto half of them: a third buffer of 48 KiB keeps a second program off."""
+    for outputs, inputs, stages in (
+        (1024, 2048, 4),
+        (1024, 3072, 4),
+        (2048, 6144, 4),
+        (2048, 2048, 3),
+        (4096, 12288, 3),
+    ):
+        assert tiles(8, outputs, inputs, 2, roomy=True) == Tiles(16, 1024, 4, 4, stages)
+        assert tiles(8, outputs, inputs, 2) == Tiles(16, 1024, 4, 4, 3)
+
+
+def test_steps_of_one_row_are_whole_where_inputs_allow() -> None:
+    """Half a step of 2,048 numbers is half the memory's time for nothing."""
+    for outputs, inputs in ((6144, 2560), (2560, 9728), (1024, 3072), (4096, 1024), (6144, 4096), (4096, 12288)):
+        step = tiles(1, outputs, inputs, 2).inputs
+        assert inputs % step in (0, 512)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -203,7 +203,9 @@ def test_attention_reads_ahead_only_behind_a_product_that_lets_it_come_late(
         return multiply(*args, late=late, **named)
 
     def attention(*args: Any) -> Tensor:
-        order.append("ahead" if args[-1] else "behind")
+        ahead, next_weight = args[-2:]
+        assert next_weight is (weights.out if ahead else None)
+        order.append("ahead" if ahead else "behind")
         return attend(*args)
 
     monkeypatch.setattr(gpu_decoder_layer, "FEW", few)

@@ -67,7 +67,7 @@ class GpuLayerStack:
         run(first, last, x, residual, where, taps, features)
 
     def _mix(self, index: int, heads: Tensor, where: tuple[Tensor, ...], ahead: bool) -> Tensor:
-        """What attention makes of heads [T, (Hq + 2*Hkv) * D]: [T, Hq * D]. `ahead` as in `rope_attend`."""
+        """What attention makes of heads [T, (Hq + 2*Hkv) * D]: [T, Hq * D]. `ahead` as in `rope_attend`: in `_few`."""
         rope, positions, cache_slot, block_table, query_start, seq_lens = where
         weights, cache = self._layers[index]
         norms = weights.q_norm, weights.k_norm, self._eps
@@ -75,7 +75,7 @@ class GpuLayerStack:
         group = self._num_heads // self._num_kv_heads
         if is_short(len(heads), len(block_table), group, self._num_kv_heads, self._processors):
             given = (heads, *norms, rope, positions, *cache, cache_slot, *rows, *counts, self._scale)
-            return rope_attention_gpu(*given, self._counters, ahead).flatten(1)
+            return rope_attention_gpu(*given, self._counters, ahead, weights.out if ahead else None).flatten(1)
         query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *counts)
         return self._attend(query, *cache, *rows, self._scale).flatten(1)
 

@@ -16,6 +16,7 @@ they are there, meet weights that are there already.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ TICKETS = 128
 _LARGE = 16 << 20  # bytes of weights from which on a gate's tiles are wide: enough of them for every multiprocessor
 _VOCABULARY = 16_384  # outputs from which on a product is taken for a vocabulary's
 _FEW_OF_VOCABULARY = 8  # rows, as FEW
+_ONE_EACH, _TWO_EACH = 128, 256  # programs of which a multiprocessor gets one, or two
+_ROOMY = (8, 0), (9, 0), (10, 0), (10, 3)  # capabilities
 
 
 class Tiles(NamedTuple):
@@ -52,25 +55,45 @@ class Tiles(NamedTuple):
     parts: int = 1
 
 
-def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False) -> Tiles:
-    """What was fastest on an H200 at the shapes of Qwen3-0.6B and 8B (docs/journal.md); `gate`: it has one.
+@cache
+def is_roomy(device: torch.device) -> bool:
+    """Whether a program may have 160 KiB of shared memory, more than half of what a multiprocessor has."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _ROOMY
 
-    At most 99 KiB of shared memory, all that a GPU of capability 8.6 has, where it has no asynchronous tensor cores.
+
+def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False, roomy: bool = False) -> Tiles:
+    """What was fastest on an H200 at the shapes of Qwen3-0.6B to 8B (docs/journal.md); `gate`: it has one.
+
+    Programs come as places become free. Where a multiprocessor has more places than it should get programs, they crowd
+    onto the first ones, and memory waits for those: so shared memory is made to leave as many places as there are
+    programs. Not `roomy`, it is at most 99 KiB, all that a GPU of capability 8.6 has.
     """
     halves = 2 if gate else 1
     depth = max(64, next_power_of_2(inputs))
     large = halves * outputs * inputs * itemsize >= _LARGE
+    vocabulary = outputs >= _VOCABULARY and not gate
     if itemsize > 2:
         return Tiles(16 // halves, 64, stages=2)
-    if rows == 1:
+    if rows == 1 and vocabulary:
         step = min(depth, 2048)
-        return Tiles(4 // halves, step, 0, 4 if step > 1024 else 2, 2)
+        return Tiles(4, step, 0, 4 if step > 1024 else 2, 2)
+    if rows == 1:
+        step = min(max(64, depth // 2) if outputs > inputs else depth, 2048 if inputs % 2048 == 0 else 1024)
+        if step > 1024:
+            return Tiles(4 // halves, step, 0, 4, 2)
+        return Tiles(4 // halves, step, 0, 4 if depth > 2048 else 2, 3)
     if rows <= 8:
-        if outputs >= _VOCABULARY and not gate:
+        if vocabulary:
             return Tiles(64, min(depth, 128), 1, 4, 5)
+        if gate and large:
+            return Tiles(32, min(depth, 256), 1, 4, 3)
         if gate:
-            return Tiles(32, min(depth, 256), 1, 4, 3) if large else Tiles(8, min(depth, 512), 4, 4, 4)
-        return Tiles(16, min(depth, 512), 4, 4, 4) if outputs > inputs else Tiles(16, min(depth, 1024), 4, 4, 3)
+            return Tiles(16, min(depth, 1024), 4, 4, 2)
+        programs = -(-outputs // 16)
+        if outputs > inputs and (programs > _TWO_EACH or inputs <= 1024):
+            return Tiles(16, min(depth, 512), 4, 4, 4)
+        alone = programs <= _ONE_EACH // 2 or (programs <= _ONE_EACH and inputs > 2048)
+        return Tiles(16, min(depth, 1024), 4, 4, 4 if roomy and alone else 3)
     if gate:
         return Tiles(32, min(depth, 128), 1, 4, 4) if rows <= 16 else Tiles(64, 64, 1, 4, 4)
     step, stages = (min(depth, 256), 3) if rows <= 16 else (min(depth, 128), 4)
@@ -285,7 +308,7 @@ def few_rows(
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
     assert 0 < rows <= FEW and x.is_contiguous() and weight.is_contiguous() and out.is_contiguous()
     assert out.shape == (rows, outputs) and weight.shape[1] == inputs and weight.dtype == x.dtype
-    cut = cut or tiles(rows, outputs, inputs, x.itemsize, gate=gate)
+    cut = cut or tiles(rows, outputs, inputs, x.itemsize, gate=gate, roomy=is_roomy(x.device))
     assert cut.slices or rows == 1
     overlap = overlaps(x) if overlap is None else overlap
     if tickets is None:
@@ -347,7 +370,7 @@ def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool
     rows, outputs = x.shape[0], weight.shape[0]
     if 0 < rows <= (_FEW_OF_VOCABULARY if outputs >= _VOCABULARY else FEW):
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
-        cut = tiles(rows, outputs, x.shape[1], x.itemsize)
+        cut = tiles(rows, outputs, x.shape[1], x.itemsize, roomy=is_roomy(x.device))
         tickets = torch.zeros(TICKETS, dtype=torch.int32, device=x.device) if cut.parts > 1 else None
         few_rows(x.contiguous(), weight, out, bias=bias, cut=cut, tickets=tickets)
         return out

@@ -12,6 +12,11 @@ and the logarithm of its weight (Dao et al., 2023, "Flash-Decoding"). Where thes
 who takes the last adds all up, in their order; where they may be many, a second kernel does, since one program would
 read for longer than that takes to start.
 
+A recorded graph starts as many programs as the longest row may need. Those without work leave at once: what they would
+hold is needed by the kernel behind this one, which loads weights while keys are read, and memory has little else to do.
+For the same reason they first ask for some of those weights, if told which they are; where keys are many all programs
+have work, and none of that happens.
+
 A step's time is that of a chain of loads, each of which needs what the one before it brought. So all that is known to
 be needed is asked for at once; with AHEAD all that does not come from the kernel in front even before that has ended.
 """
@@ -27,7 +32,6 @@ from outrider.kernels.gpu.attention import (
     Tiles,
     choose_splits,
     choose_tiles,
-    combine,
     count_tiles,
     find_blocks,
     find_row,
@@ -35,7 +39,18 @@ from outrider.kernels.gpu.attention import (
 )
 from outrider.kernels.gpu.attention_steps import add_up, attend_step, load_angles, load_step, own_step
 from outrider.kernels.gpu.rope import load_norm, turn
-from outrider.kernels.gpu.triton import begin, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import (
+    ask_for,
+    begin,
+    jit,
+    jit_counts,
+    launch,
+    narrow,
+    next_power_of_2,
+    overlaps,
+    tl,
+    wait,
+)
 
 TALLEST = 64
 """Rows of a tile, query tokens times query heads of a key head, up to which a step's rows are short."""
@@ -47,6 +62,15 @@ _FEW_ROWS = 8
 _FEW_RESULTS = 128
 _OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
+_ADDED_BEHIND = (
+    16,
+    64,
+    2,
+)  # partial results that a program of the second kernel adds up at once, if few or many; its warps
+_ASKED = (
+    4  # programs without work ask for at most one in so many of the next kernel's weights: more only wait for memory
+)
+_PIECE = 128  # bytes of them at a time, a line of the cache
 
 
 def is_short(num_tokens: int, num_rows: int, group: int, num_kv_heads: int, processors: int) -> bool:
@@ -85,6 +109,14 @@ def choose_short_tiles(num_tokens: int, num_rows: int, group: int, itemsize: int
     return Tiles(rows, tokens, 64, 8 if rows == TALLEST else 4, 1, tall=rows == TALLEST)
 
 
+@jit
+def _share_out(num_keys, programs, BLOCK_N: tl.constexpr):
+    """Steps of cached keys, and among how many of the programs they and the step of the query tokens are shared out."""
+    steps = (num_keys + BLOCK_N - 1) // BLOCK_N
+    share = (steps + programs) // programs
+    return steps, (steps + share) // share
+
+
 @jit_counts("num_tokens", "num_rows")
 def _rope_attention_kernel(
     qkv,  # [T, (Hq + 2 * Hkv) * D]
@@ -103,6 +135,8 @@ def _rope_attention_kernel(
     partial,  # with SPLIT [SPLITS, T, Hq, D] float32
     log_weights,  # with SPLIT [SPLITS, T, Hq] float32
     counters,  # with SPLIT: tickets taken, of each tile and key head
+    next_weight,  # with ASK, of the kernel behind this one
+    asked,  # bytes of it
     scale,  # to powers of two
     num_tokens,
     num_rows,
@@ -115,6 +149,7 @@ def _rope_attention_kernel(
     SPLIT: tl.constexpr,
     TICKETS: tl.constexpr,  # with SPLIT: the last program adds up, or else a kernel behind this one
     AHEAD: tl.constexpr,  # see `rope_attend`
+    ASK: tl.constexpr,  # 0, or bytes of next_weight that each thread without work asks for
     OWN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -124,6 +159,7 @@ def _rope_attention_kernel(
     BLOCK_H: tl.constexpr,  # of half a head
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     begin(PDL)
@@ -150,16 +186,16 @@ def _rope_attention_kernel(
     place = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
     num_heads = num_tokens * num_kv_heads * GROUP
 
-    num_cached_steps = (num_cached + BLOCK_N - 1) // BLOCK_N
-    splits = 1
+    num_cached_steps, splits = 0, 1
     if SPLIT:
-        share = (num_cached_steps + tl.num_programs(2)) // tl.num_programs(2)
-        splits = (num_cached_steps + share) // share
+        num_cached_steps, splits = _share_out(num_cached, tl.num_programs(2), BLOCK_N)
     if (first_token >= end) | (split >= splits):
-        if AHEAD:
-            wait(PDL)
-        if SPLIT and not TICKETS:
-            tl.store(log_weights + place + split * num_heads, float("-inf"), mask=owned)
+        if ASK > 0:  # noqa: SIM102 (what is not compiled, and what is not run)
+            if first_token < end:
+                program = (split * tl.num_programs(1) + head) * tl.num_programs(0) + tile
+                programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+                thread = (programs - 1 - program) * THREADS + tl.arange(0, THREADS)
+                ask_for(next_weight, thread * ASK, ASK, asked)
         return
 
     stride = splits * BLOCK_N
@@ -225,6 +261,42 @@ def _rope_attention_kernel(
                 tl.store(counter, 0)
 
 
+@jit_counts("num_tokens", "num_rows", "splits")
+def _add_up_kernel(
+    partial,  # [SPLITS, T * Hq, D] float32
+    log_weights,  # [SPLITS, T * Hq] float32
+    out,  # [T * Hq, D]
+    query_start,
+    seq_lens,
+    num_tokens,
+    num_rows,
+    num_heads,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEW: tl.constexpr,
+    MANY: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    begin(PDL)
+    place = tl.program_id(0) + tl.arange(0, 1)
+    if not AHEAD:
+        wait(PDL)
+    token = tl.program_id(0) // num_heads
+    row, start, end, length, _ = find_row(token, query_start, seq_lens, num_tokens, num_rows, 1, BLOCK_B)
+    _, known = _share_out(tl.where(row < num_rows, length - (end - start), 0), splits, BLOCK_N)
+    if AHEAD:
+        wait(PDL)
+    count = num_tokens * num_heads
+    if known <= FEW:
+        add_up(partial, log_weights, out, place, place < count, count, known, HEAD_DIM, 1, FEW, BLOCK_D)
+    else:
+        add_up(partial, log_weights, out, place, place < count, count, known, HEAD_DIM, 1, MANY, BLOCK_D)
+
+
 def rope_attend(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -245,10 +317,12 @@ def rope_attend(
     tiles: Tiles,
     splits: int,  # programs among which a tile's keys may be shared out
     ahead: bool = False,
+    next_weight: Tensor | None = None,
 ) -> Tensor:
     """`rope_attention` cut up as told.
 
     `ahead`: what does not come from the kernel in front may be read before that has ended: it came late (`few_rows`).
+    `next_weight`: what the kernel behind this one will read first, if that is known.
     """
     tokens, (_, _, block_size, head_dim) = qkv.shape[0], key_cache.shape
     num_rows, max_blocks = block_table.shape
@@ -269,6 +343,13 @@ def rope_attend(
     block_d, block_r = max(16, next_power_of_2(head_dim)), next_power_of_2(tiles.tokens * group)
     tickets = block_r <= _FEW_ROWS or splits * block_r <= _FEW_RESULTS
     overlap = overlaps(qkv)
+    ahead = ahead and overlap
+    block_b = 32 if num_rows < 32 else max(256, next_power_of_2(num_rows + 1))
+    threads, asked = 32 * tiles.warps, 0
+    if overlap and next_weight is not None:
+        assert next_weight.is_contiguous()
+        asked = next_weight.nbytes // _ASKED
+    pieces = asked // (_PIECE * threads * num_tiles * num_kv_heads * splits)
     _rope_attention_kernel[(num_tiles, num_kv_heads, splits)](
         qkv,
         q_norm,
@@ -286,6 +367,8 @@ def rope_attend(
         partial,
         log_weights,
         counters,
+        next_weight if asked else None,
+        asked,
         scale * math.log2(math.e),
         tokens,
         num_rows,
@@ -297,7 +380,8 @@ def rope_attend(
         BLOCK_SIZE=block_size,
         SPLIT=splits > 1,
         TICKETS=tickets,
-        AHEAD=ahead and overlap,
+        AHEAD=ahead,
+        ASK=_PIECE * max(1, pieces) if asked else 0,
         OWN=_OWN,
         BLOCK_M=tiles.rows,
         BLOCK_Q=tiles.tokens,
@@ -306,14 +390,36 @@ def rope_attend(
         BLOCK_N=tiles.keys,
         BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_D=block_d,
-        BLOCK_B=32 if num_rows < 32 else max(256, next_power_of_2(num_rows + 1)),
+        BLOCK_B=block_b,
+        THREADS=threads,
         PDL=overlap,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **launch(overlap),
     )
-    if partial is not None and log_weights is not None and not tickets:
-        combine(partial, log_weights, out)
+    if partial is not None and not tickets:
+        few, many, warps = _ADDED_BEHIND
+        _add_up_kernel[(tokens * num_heads,)](
+            partial,
+            log_weights,
+            out,
+            query_start,
+            seq_lens,
+            tokens,
+            num_rows,
+            num_heads,
+            splits,
+            HEAD_DIM=head_dim,
+            AHEAD=ahead,
+            BLOCK_N=tiles.keys,
+            FEW=few,
+            MANY=many,
+            BLOCK_D=block_d,
+            BLOCK_B=block_b,
+            PDL=overlap,
+            num_warps=warps,
+            **launch(overlap),
+        )
     return out
 
 
@@ -335,8 +441,9 @@ def rope_attention_gpu(
     scale: float,
     counters: Tensor | None = None,  # of `new_counters`: a caller of many steps keeps its own
     ahead: bool = False,
+    next_weight: Tensor | None = None,
 ) -> Tensor:
-    """`rope_attention` in one kernel or two, made for steps that are short; `ahead` as in `rope_attend`."""
+    """`rope_attention` in one kernel or two, for short steps; `ahead` and `next_weight` as in `rope_attend`."""
     tokens, (num_rows, max_blocks) = qkv.shape[0], block_table.shape
     group = num_heads // num_kv_heads
     tiles = choose_short_tiles(tokens, num_rows, group, qkv.itemsize)
@@ -347,4 +454,4 @@ def rope_attention_gpu(
         counters = new_counters(qkv.device, num_kv_heads)
     given = (qkv, q_norm, k_norm, eps, rope, positions, key_cache, value_cache, cache_slot)
     where = (block_table, query_start, seq_lens)
-    return rope_attend(*given, *where, num_heads, num_kv_heads, scale, counters, tiles, splits, ahead)
+    return rope_attend(*given, *where, num_heads, num_kv_heads, scale, counters, tiles, splits, ahead, next_weight)

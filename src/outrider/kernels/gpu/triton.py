@@ -2,7 +2,8 @@
 
 A kernel of one step is launched while the one before it still runs (programmatic dependent launch): its programs take
 their places, ask for weights, and wait. So each begins with `begin(PDL)`, may then touch nothing but constants
-(weights), and calls `wait(PDL)` in every program before it reads or writes anything else, or returns. A launcher passes
+(weights), and calls `wait(PDL)` before it reads or writes anything else. One with nothing to do may return at once, as
+long as another of its kernel waits: a kernel has ended once all its programs have, so order is kept. A launcher passes
 `PDL=flag` to the kernel and `**launch(flag)` to the launch, with `flag = overlaps(tensor)`. A kernel that waits before
 it begins lets the one behind it read, before that waits, whatever was written before this one: all is over by then.
 
@@ -28,6 +29,7 @@ __all__ = [
     "AVAILABLE",
     "INTERPRETED",
     "LEAST_CAPABILITY",
+    "ask_for",
     "begin",
     "dot",
     "jit",
@@ -124,3 +126,20 @@ def wait(PDL: tl.constexpr):
     """Until the kernel in front has ended and what it wrote can be read."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def ask_for(start, at, size, limit):
+    """Asks for `size` bytes, a multiple of 16, from each start + at [N] below start + limit on, into the L2 cache.
+
+    Nothing waits for them. Hopper's, as overlap is; not interpreted.
+    """
+    place = start.to(tl.int64) + at
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r,r",
+        [place, tl.zeros_like(at) + size, (at + size <= limit).to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
