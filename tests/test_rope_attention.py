@@ -69,6 +69,25 @@ def test_result_does_not_depend_on_how_it_is_cut_up(device: str, tokens: int, sp
     assert not counters.any() and not found[-2:].any()
 
 
+@pytest.mark.parametrize("context", [50, 400])
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_programs_without_work_would_have_left_is_not_looked_at(
+    device: str, tokens: int, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They leave at once: of 40 programs few have work, or so many that they are added up together in the other way."""
+    given, empty = case([(6, context), (6, 20)], device), torch.empty
+
+    def filled(*shape: int, **how: Any) -> Tensor:
+        return empty(*shape, **how).fill_(torch.nan)
+
+    ours, counters = copy.deepcopy(given), torch.zeros(200, dtype=torch.int32, device=device)
+    monkeypatch.setattr(torch, "empty", filled)
+    found = rope_attend(**ours, counters=counters, tiles=Tiles(16, tokens, 16, 4, 1), splits=40)
+    monkeypatch.undo()
+    check(found, ours, given, ROUNDING[torch.float32])
+
+
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize("lengths", [[(1, 130)], [(2, 40), (9, 35), (1, 1)], [(21, 21), (1, 48)]], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
