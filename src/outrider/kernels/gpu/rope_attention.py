@@ -62,14 +62,10 @@ _FEW_ROWS = 8
 _FEW_RESULTS = 128
 _OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
-_ADDED_BEHIND = (
-    16,
-    64,
-    2,
-)  # partial results that a program of the second kernel adds up at once, if few or many; its warps
-_ASKED = (
-    4  # programs without work ask for at most one in so many of the next kernel's weights: more only wait for memory
-)
+# Partial results that a program of the second kernel adds up at once, if there are few or many of them; its warps.
+_ADDED_BEHIND = 16, 64, 2
+# Programs without work ask for at most one in so many of the next kernel's weights: more would only wait for memory.
+_ASKED = 4
 _PIECE = 128  # bytes of them at a time, a line of the cache
 
 
