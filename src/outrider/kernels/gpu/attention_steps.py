@@ -1,4 +1,4 @@
-"""What `gpu.rope_attention` is made of: keys from the cache, keys made anew, and partial results added up."""
+"""What `gpu.rope_attention` is made of: steps of keys from the cache, and of keys made anew."""
 
 from __future__ import annotations
 
@@ -117,37 +117,3 @@ def own_step(
     value = tl.where(of_row, value, 0.0).to(value.dtype)
     top, weight, total = attend_step(query_low, query_high, low, high, value, seen, scale, top, weight, total, True)
     return top, weight, total
-
-
-@jit
-def add_up(
-    partial,  # [SPLITS, T * Hq, D] float32
-    log_weights,  # [SPLITS, T * Hq] float32
-    out,
-    place,  # [BLOCK_R] of a query head among all
-    owned,  # [BLOCK_R]
-    num_heads,  # T * Hq
-    splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The result from `splits` partial ones, which other multiprocessors wrote: so not through this one's cache."""
-    column = tl.arange(0, BLOCK_D)
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_R], tl.float32)
-    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        at = split[None, :] * num_heads + place[:, None]
-        known = owned[:, None] & (split < splits)[None, :]
-        logs = tl.load(log_weights + at, mask=known, other=float("-inf"), cache_modifier=".cg")
-        inside = known[:, :, None] & (column < HEAD_DIM)[None, None, :]
-        value_at = partial + (at * HEAD_DIM)[:, :, None] + column[None, None, :]
-        value = tl.load(value_at, mask=inside, other=0, cache_modifier=".cg")
-        powers, decay, top, weight = weigh(logs, 1.0, top, weight, True)
-        total = total * decay[:, None] + tl.sum(powers[:, :, None] * value, 1)
-    result = total / tl.where(weight > 0, weight, 1.0)[:, None]
-    inside = owned[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(out + place[:, None] * HEAD_DIM + column[None, :], narrow(result, out.dtype.element_ty), mask=inside)

@@ -8,9 +8,9 @@ tile and key head does, and stores those of the tile's own tokens.
 Keys are shared out a step of BLOCK_N at a time, the query tokens' being one more step: of N programs that have work,
 program n takes the steps n, n + N, ... So what it loads first does not depend on the row's length. N follows from that:
 a program takes more steps than one only where there are not enough programs. Each of N > 1 leaves a normalised result
-and the logarithm of its weight (Dao et al., 2023, "Flash-Decoding"). Where these may be few, each takes a ticket, and
-who takes the last adds all up, in their order; where they may be many, a second kernel does, since one program would
-read for longer than that takes to start.
+and the logarithm of its weight (Dao et al., 2023, "Flash-Decoding"), to be added up (`gpu.attention_shares`). Where
+these may be few, each takes a ticket, and who takes the last adds all up, in their order; where they may be many, a
+second kernel does, since one program would read for longer than that takes to start.
 
 A recorded graph starts as many programs as the longest row may need. Those without work leave at once: what they would
 hold is needed by the kernel behind this one, which loads weights while keys are read, and memory has little else to do.
@@ -37,12 +37,12 @@ from outrider.kernels.gpu.attention import (
     find_row,
     multiprocessors,
 )
-from outrider.kernels.gpu.attention_steps import add_up, attend_step, load_angles, load_step, own_step
+from outrider.kernels.gpu.attention_shares import add_up, add_up_behind, block_of_rows, share_out
+from outrider.kernels.gpu.attention_steps import attend_step, load_angles, load_step, own_step
 from outrider.kernels.gpu.rope import load_norm, turn
 from outrider.kernels.gpu.triton import (
     ask_for,
     begin,
-    jit,
     jit_counts,
     launch,
     narrow,
@@ -62,8 +62,6 @@ _FEW_ROWS = 8
 _FEW_RESULTS = 128
 _OWN = 16  # query tokens whose keys are made at once: the least that tensor cores multiply
 _ADDED = 2048  # numbers of partial results that a warp adds up at once: 64 a thread
-# Partial results that a program of the second kernel adds up at once, if there are few or many of them; its warps.
-_ADDED_BEHIND = 16, 64, 2
 # Programs without work ask for at most one in so many of the next kernel's weights: more would only wait for memory.
 _ASKED = 4
 _PIECE = 128  # bytes of them at a time, a line of the cache
@@ -103,14 +101,6 @@ def choose_short_tiles(num_tokens: int, num_rows: int, group: int, itemsize: int
     tokens = min(max(cut.tokens, _LEAST), TALLEST // group)
     rows = max(16, next_power_of_2(tokens * group))
     return Tiles(rows, tokens, 64, 8 if rows == TALLEST else 4, 1, tall=rows == TALLEST)
-
-
-@jit
-def _share_out(num_keys, programs, BLOCK_N: tl.constexpr):
-    """Steps of cached keys, and among how many of the programs they and the step of the query tokens are shared out."""
-    steps = (num_keys + BLOCK_N - 1) // BLOCK_N
-    share = (steps + programs) // programs
-    return steps, (steps + share) // share
 
 
 @jit_counts("num_tokens", "num_rows")
@@ -184,7 +174,7 @@ def _rope_attention_kernel(
 
     num_cached_steps, splits = 0, 1
     if SPLIT:
-        num_cached_steps, splits = _share_out(num_cached, tl.num_programs(2), BLOCK_N)
+        num_cached_steps, splits = share_out(num_cached, tl.num_programs(2), BLOCK_N)
     if (first_token >= end) | (split >= splits):
         if ASK > 0:  # noqa: SIM102 (what is not compiled, and what is not run)
             if first_token < end:
@@ -257,42 +247,6 @@ def _rope_attention_kernel(
                 tl.store(counter, 0)
 
 
-@jit_counts("num_tokens", "num_rows", "splits")
-def _add_up_kernel(
-    partial,  # [SPLITS, T * Hq, D] float32
-    log_weights,  # [SPLITS, T * Hq] float32
-    out,  # [T * Hq, D]
-    query_start,
-    seq_lens,
-    num_tokens,
-    num_rows,
-    num_heads,
-    splits,
-    HEAD_DIM: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FEW: tl.constexpr,
-    MANY: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    begin(PDL)
-    place = tl.program_id(0) + tl.arange(0, 1)
-    if not AHEAD:
-        wait(PDL)
-    token = tl.program_id(0) // num_heads
-    row, start, end, length, _ = find_row(token, query_start, seq_lens, num_tokens, num_rows, 1, BLOCK_B)
-    _, known = _share_out(tl.where(row < num_rows, length - (end - start), 0), splits, BLOCK_N)
-    if AHEAD:
-        wait(PDL)
-    count = num_tokens * num_heads
-    if known <= FEW:
-        add_up(partial, log_weights, out, place, place < count, count, known, HEAD_DIM, 1, FEW, BLOCK_D)
-    else:
-        add_up(partial, log_weights, out, place, place < count, count, known, HEAD_DIM, 1, MANY, BLOCK_D)
-
-
 def rope_attend(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -339,8 +293,6 @@ def rope_attend(
     block_d, block_r = max(16, next_power_of_2(head_dim)), next_power_of_2(tiles.tokens * group)
     tickets = block_r <= _FEW_ROWS or splits * block_r <= _FEW_RESULTS
     overlap = overlaps(qkv)
-    ahead = ahead and overlap
-    block_b = 32 if num_rows < 32 else max(256, next_power_of_2(num_rows + 1))
     threads, asked = 32 * tiles.warps, 0
     if overlap and next_weight is not None:
         assert next_weight.is_contiguous()
@@ -376,7 +328,7 @@ def rope_attend(
         BLOCK_SIZE=block_size,
         SPLIT=splits > 1,
         TICKETS=tickets,
-        AHEAD=ahead,
+        AHEAD=ahead and overlap,
         ASK=_PIECE * max(1, pieces) if asked else 0,
         OWN=_OWN,
         BLOCK_M=tiles.rows,
@@ -386,36 +338,15 @@ def rope_attend(
         BLOCK_N=tiles.keys,
         BLOCK_H=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_D=block_d,
-        BLOCK_B=block_b,
+        BLOCK_B=block_of_rows(num_rows),
         THREADS=threads,
         PDL=overlap,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **launch(overlap),
     )
-    if partial is not None and not tickets:
-        few, many, warps = _ADDED_BEHIND
-        _add_up_kernel[(tokens * num_heads,)](
-            partial,
-            log_weights,
-            out,
-            query_start,
-            seq_lens,
-            tokens,
-            num_rows,
-            num_heads,
-            splits,
-            HEAD_DIM=head_dim,
-            AHEAD=ahead,
-            BLOCK_N=tiles.keys,
-            FEW=few,
-            MANY=many,
-            BLOCK_D=block_d,
-            BLOCK_B=block_b,
-            PDL=overlap,
-            num_warps=warps,
-            **launch(overlap),
-        )
+    if partial is not None and log_weights is not None and not tickets:
+        add_up_behind(partial, log_weights, out, query_start, seq_lens, tiles.keys, ahead)
     return out
 
 
