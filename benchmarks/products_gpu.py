@@ -29,9 +29,10 @@ from outrider.bench.bandwidth import read_bandwidth
 from outrider.bench.kernels import recorded, time_on_device
 from outrider.bench.provenance import provenance
 from outrider.kernels.gpu.activation import silu_mul_gpu
-from outrider.kernels.gpu.linear import FEW, TICKETS, Tiles, few_rows, is_roomy, tiles
+from outrider.kernels.gpu.linear import FEW, TICKETS, Tiles, few_rows, tiles
 from outrider.kernels.gpu.norm import rms_norm_gpu
 from outrider.kernels.gpu.partial_norm import Rows, scale_rows
+from outrider.kernels.gpu.triton import is_roomy
 from outrider.load.checkpoint import read_json
 from outrider.models.config import ModelConfig
 

@@ -16,7 +16,6 @@ they are there, meet weights that are there already.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels.gpu.partial_norm import Rows, shrink
-from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import (
+    begin,
+    dot,
+    is_roomy,
+    jit,
+    jit_counts,
+    launch,
+    narrow,
+    next_power_of_2,
+    overlaps,
+    tl,
+    wait,
+)
 
 FEW = 32
 """Rows up to which these kernels are used, in products but a vocabulary's: cuBLAS is faster above."""
@@ -36,7 +47,6 @@ _LARGE = 16 << 20  # bytes of weights from which on a gate's tiles are wide: eno
 _VOCABULARY = 16_384  # outputs from which on a product is taken for a vocabulary's
 _FEW_OF_VOCABULARY = 8  # rows, as FEW
 _ONE_EACH, _TWO_EACH = 128, 256  # programs of which a multiprocessor gets one, or two
-_ROOMY = (8, 0), (9, 0), (10, 0), (10, 3)  # capabilities
 
 
 class Tiles(NamedTuple):
@@ -53,12 +63,6 @@ class Tiles(NamedTuple):
     warps: int = 4
     stages: int = 3
     parts: int = 1
-
-
-@cache
-def is_roomy(device: torch.device) -> bool:
-    """Whether a program may have 160 KiB of shared memory, more than half of what a multiprocessor has."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _ROOMY
 
 
 def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False, roomy: bool = False) -> Tiles:

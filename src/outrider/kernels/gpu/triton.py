@@ -32,6 +32,7 @@ __all__ = [
     "ask_for",
     "begin",
     "dot",
+    "is_roomy",
     "jit",
     "jit_counts",
     "launch",
@@ -48,6 +49,9 @@ AVAILABLE = triton is not None
 
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that the kernels of this room are for: what came before has no bfloat16."""
+
+
+_ROOMY = (8, 0), (9, 0), (10, 0), (10, 3)
 
 
 def serves(device: torch.device) -> bool:
@@ -85,6 +89,12 @@ def _overlaps(device: int) -> bool:
 def overlaps(x: torch.Tensor) -> bool:
     """Whether kernels on this tensor's device may start before the one in front has ended (Hopper and later)."""
     return x.is_cuda and _overlaps(x.device.index)
+
+
+@cache
+def is_roomy(device: torch.device) -> bool:
+    """Whether a program may have 160 KiB of shared memory, more than half of what a multiprocessor has."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _ROOMY
 
 
 def launch(overlap: bool) -> dict[str, Any]:
