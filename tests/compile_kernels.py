@@ -22,7 +22,9 @@ from triton.runtime.jit import JITFunction
 import outrider.kernels
 from outrider.kernels import gpu
 from outrider.kernels.gpu.linear import FEW, TICKETS, few_rows, linear_gpu
+from outrider.kernels.gpu.rope_attention import rope_attention_gpu
 from outrider.kernels.op import Op
+from outrider.kernels.rope_attention import ROPE_ATTENTION
 
 
 class NoDriver:
@@ -53,6 +55,13 @@ def ops() -> None:
                 examples = op.examples(torch.Generator().manual_seed(1), torch.device("cpu"), False)
                 for example in islice(examples, 2):
                     op.kernels["cuda"](**example)
+
+
+def attention() -> None:
+    """As a layer asks for it: what the interpreter knows nothing of is compiled here and nowhere else without a GPU."""
+    assert ROPE_ATTENTION.examples is not None
+    example = next(iter(ROPE_ATTENTION.examples(torch.Generator().manual_seed(1), torch.device("cpu"), False)))
+    rope_attention_gpu(**example, ahead=True, next_weight=torch.empty(4096, 1024, dtype=torch.bfloat16))
 
 
 SMALL = ((1024, 3072, False), (6144, 2048, True))
@@ -90,6 +99,7 @@ def main(capability: int = 90) -> None:
             room.is_roomy = lambda device: capability >= 90  # type: ignore[attr-defined]
     if capability == 90:
         ops()
+        attention()
     products(SMALL if capability == 90 else SMALL + LARGE)
     for name, size in sorted(shared.items()):
         print(name, size)
