@@ -18,11 +18,11 @@ from checkpoints import Case, Knowing, Right, Sometimes, Wrong, plugin, run, wri
 from checkpoints import write as write_model
 from heads import tiny_head
 from outrider import LLM, AcceptanceReport, SamplingParams
+from outrider.acceptance.records import read_records, write_record
+from outrider.acceptance.watchdog import WINDOW
 from outrider.bench.acceptance import measure
 from outrider.bench.prompts import HELD_OUT, PromptSet, read_prompts
 from outrider.cli.main import main
-from outrider.core.acceptance import read_records, write_record
-from outrider.engine.watchdog import WINDOW
 from outrider.load.hub import BUNDLED, BUNDLED_HEADS
 from outrider.load.tokenizer import Tokenizer
 

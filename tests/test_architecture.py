@@ -23,7 +23,7 @@ draft
 runner
 oracle
 config
-workers
+workers acceptance
 engine
 server train bench
 cli

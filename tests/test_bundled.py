@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from outrider import LLM, SamplingParams
+from outrider.acceptance.bands import departures
+from outrider.acceptance.diagnosis import suspect
+from outrider.acceptance.records import RECORDS, read_records
 from outrider.bench.acceptance import measure
 from outrider.bench.prompts import HELD_OUT, PromptSet, read_prompts
-from outrider.core.acceptance import RECORDS, departures, read_records, suspect
 from outrider.draft.base import DraftContext
 from outrider.draft.ngram import Ngram
 from outrider.load.checkpoint import fingerprint

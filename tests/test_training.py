@@ -28,8 +28,8 @@ from typer.testing import CliRunner
 from checkpoints import Case, program, prompt, reference, write, write_tokenizer
 from checkpoints import run as run_cases
 from outrider import LLM, SamplingParams
+from outrider.acceptance.records import read_records
 from outrider.cli import main as cli
-from outrider.core.acceptance import read_records
 from outrider.draft.base import DraftContext
 from outrider.errors import CheckpointError, OptionError
 from outrider.tensors import Draft

@@ -6,21 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from outrider.acceptance.bands import Departure, departures, interval
+from outrider.acceptance.diagnosis import suspect
+from outrider.acceptance.records import Expectation, Setting, find, why_not_found
+from outrider.acceptance.setting import setting_of
 from outrider.bench.prompts import PromptSet
-from outrider.core.acceptance import (
-    Departure,
-    Expectation,
-    Setting,
-    departures,
-    find,
-    interval,
-    suspect,
-    why_not_found,
-)
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
 from outrider.engine.llm import LLM
-from outrider.engine.recorded import setting_of
 
 
 def setting_of_run(llm: LLM, prompts: PromptSet, sampling: SamplingParams) -> Setting:
@@ -57,7 +50,7 @@ class Comparison:
     report: AcceptanceReport
     expected: Expectation | None
     why_not: tuple[str, ...]  # how the setting differs from the nearest on record
-    parallel: bool | None  # as `core.acceptance.suspect` takes it
+    parallel: bool | None  # as `acceptance.diagnosis.suspect` takes it
 
     @classmethod
     def of(

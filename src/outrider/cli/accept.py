@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from outrider.acceptance.bands import interval
+from outrider.acceptance.records import Expectation, Setting, find, read_records, why_not_found, write_record
+from outrider.acceptance.setting import record_file
 from outrider.bench.acceptance import Comparison, measure, setting_of_run, summary
 from outrider.bench.prompts import HELD_OUT, read_prompts
 from outrider.cli.common import (
@@ -28,11 +31,9 @@ from outrider.cli.common import (
     table,
 )
 from outrider.config import EngineOptions
-from outrider.core.acceptance import Expectation, Setting, find, interval, read_records, why_not_found, write_record
 from outrider.core.sampling import SamplingParams
 from outrider.draft.registry import NO_DRAFTS
 from outrider.engine.llm import LLM
-from outrider.engine.recorded import record_file
 from outrider.errors import OptionError
 
 

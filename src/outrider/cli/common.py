@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from outrider.acceptance.setting import head_directory
 from outrider.cli.flags import with_flags
 from outrider.config import EngineOptions, Resolved
 from outrider.core.option import option
 from outrider.core.output import AcceptanceReport
 from outrider.draft.registry import FOR_BUNDLED, NO_DRAFTS, WITHOUT_WEIGHTS, names_head
-from outrider.engine.recorded import head_directory
 from outrider.errors import OptionError
 from outrider.load.heads import read_head
 from outrider.runner.memory import MIB

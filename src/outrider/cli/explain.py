@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from outrider.acceptance.setting import head_directory
 from outrider.cli.common import (
     Drafting,
     Json,
@@ -21,7 +22,6 @@ from outrider.cli.common import (
 )
 from outrider.cli.support import support, to_markdown, to_rows
 from outrider.config import EngineOptions, Resolved, resolve
-from outrider.engine.recorded import head_directory
 from outrider.load.heads import read_head
 from outrider.oracle import Choice, RefusedError
 from outrider.runner.memory import MIB

@@ -12,11 +12,11 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from outrider import env
+from outrider.acceptance.records import RECORDS, Expectation, write_record
 from outrider.bench.acceptance import measure, setting_of_run
 from outrider.bench.prompts import HELD_OUT, read_prompts
 from outrider.cli.common import Json, Model, counting, err, out, print_json, table
 from outrider.cli.flags import with_flags
-from outrider.core.acceptance import RECORDS, Expectation, write_record
 from outrider.core.sampling import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.train import run

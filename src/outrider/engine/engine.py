@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
+from outrider.acceptance.watchdog import Watchdog
 from outrider.config import EngineOptions, resolve
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import StepPlan
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
 from outrider.engine.prompts import check_stop_ids, check_token_ids
-from outrider.engine.watchdog import Watchdog
 from outrider.errors import EngineDeadError
 from outrider.runner.base import Pending
 from outrider.schedule.scheduler import Scheduler

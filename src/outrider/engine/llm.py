@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
+from outrider.acceptance.watchdog import WatchState
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.request import Request
@@ -25,7 +26,6 @@ from outrider.engine.prompts import (
     one_each,
 )
 from outrider.engine.stream import Stream
-from outrider.engine.watchdog import WatchState
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
 from outrider.oracle import Choice

@@ -17,11 +17,11 @@ import pytest
 from checkpoints import Case, Knowing, plugin, run
 from heads import tiny_head
 from outrider import LLM, AcceptanceReport, SamplingParams
+from outrider.acceptance import watchdog as module
+from outrider.acceptance.records import Expectation, Setting, write_record
+from outrider.acceptance.setting import setting_of
+from outrider.acceptance.watchdog import CHECK_EVERY, WINDOW, Watch, Watchdog
 from outrider.config import EngineOptions, resolve
-from outrider.core.acceptance import Expectation, Setting, write_record
-from outrider.engine import watchdog as module
-from outrider.engine.recorded import setting_of
-from outrider.engine.watchdog import CHECK_EVERY, WINDOW, Watch, Watchdog
 
 RATES = (0.675, 0.376, 0.196, 0.084)
 SEQUENTIAL = (0.675, 0.05, 0.002, 0.0)

@@ -1,12 +1,12 @@
-"""What acceptance a configuration has on record, and what a run of it would be recorded as."""
+"""The setting of a configuration, and the file that holds its record."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 
+from outrider.acceptance.records import RECORDS, Setting
 from outrider.config import Resolved
-from outrider.core.acceptance import RECORDS, Setting
 from outrider.draft.registry import SAID_BY_HEAD
 from outrider.load.checkpoint import fingerprint
 from outrider.load.hub import BUNDLED

@@ -18,16 +18,14 @@ from typing import Any
 import pytest
 
 from outrider import AcceptanceReport, CheckpointError
-from outrider.core.acceptance import (
-    Departure,
+from outrider.acceptance.bands import Departure, departures, interval
+from outrider.acceptance.diagnosis import suspect
+from outrider.acceptance.records import (
     Expectation,
     Setting,
-    departures,
     find,
-    interval,
     mismatches,
     read_records,
-    suspect,
     why_not_found,
     write_record,
 )

@@ -1,7 +1,7 @@
-"""Holds the acceptance of what is served against what is on record for the draft head, and says so when it falls.
+"""Compares the acceptance of served traffic with the record of the draft head, and warns when it falls.
 
 The output stays right whatever a drafter does, so a head that is run wrongly shows nowhere but here: in speed, and in
-which of its guesses stand.
+which of its drafts are accepted.
 """
 
 from __future__ import annotations
@@ -12,22 +12,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
+from outrider.acceptance.bands import DEVIATIONS, Departure, deviation, ratio_trials
+from outrider.acceptance.diagnosis import suspect
+from outrider.acceptance.records import Expectation, Setting, mismatches, read_records
+from outrider.acceptance.setting import head_directory, record_file, setting_of
 from outrider.config import Resolved
-from outrider.core.acceptance import (
-    DEVIATIONS,
-    Departure,
-    Expectation,
-    Setting,
-    deviation,
-    mismatches,
-    ratio_trials,
-    read_records,
-    suspect,
-)
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
 from outrider.draft.registry import NO_DRAFTS
-from outrider.engine.recorded import head_directory, record_file, setting_of
 from outrider.errors import CheckpointError
 from outrider.load.heads import read_head
 
@@ -48,7 +40,7 @@ record lose up to 0.14 of a figure, prose given to that model of code 0.27, the 
 What costs less than half, as taps a layer off do, only `outrider accept` tells, with prompts that are the record's.
 """
 
-_NOT_OF_THE_LAW = frozenset(
+_SAME_DISTRIBUTION = frozenset(
     (
         "n",
         "temperature",
@@ -62,9 +54,9 @@ _NOT_OF_THE_LAW = frozenset(
         "detokenize",
     )
 )
-"""Sampling parameters that leave the distribution of the tokens as the record had it; `temperature` is told apart."""
+"""Sampling parameters that do not change the distribution of the tokens; `temperature` has records of its own."""
 
-_KEEP_THE_LIKELIEST = frozenset(("top_p", "top_k", "min_p"))
+_KEEP_THE_ARGMAX = frozenset(("top_p", "top_k", "min_p"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +66,7 @@ class WatchedState:
     temperature: float
     expected: Expectation
     measured: AcceptanceReport  # over the last rounds, at most a window
-    departures: tuple[Departure, ...]  # as they were last warned of; empty: as recorded, or too early to say
+    departures: tuple[Departure, ...]  # as last reported; empty: as recorded, or too early to say
     suspect: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,27 +111,27 @@ class Watch:
     """The last rounds at one temperature, beside what is on record for it."""
 
     def __init__(self, expected: Expectation, parallel: bool | None = None, window: int = WINDOW) -> None:
-        """`parallel`: as `core.acceptance.suspect` takes it."""
+        """`parallel`: as `acceptance.diagnosis.suspect` takes it."""
         self.expected = expected
-        self.departures: tuple[Departure, ...] = ()  # as last told
+        self.departures: tuple[Departure, ...] = ()  # as last reported
         self._suspect: str | None = None
         self._parallel = parallel
         self._window = window
         self._num_drafts = expected.setting.num_drafts
-        self._stood = bytearray(window)  # drafts that stood in each of the last rounds: a ring
-        self._counts = [0] * (self._num_drafts + 1)  # of those rounds, by how many stood
+        self._accepted = bytearray(window)  # drafts accepted in each of the last rounds: a ring buffer
+        self._counts = [0] * (self._num_drafts + 1)  # of those rounds, by drafts accepted
         self._num_rounds = 0
         self._next_check = window
-        self._since: int | None = None  # round of the first sign of a change not yet told
+        self._since: int | None = None  # round of the first sign of a change not yet reported
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
         """One round. Those that verified fewer than K drafts, for want of room in a step, are left out."""
         if num_drafted != self._num_drafts:
             return
-        place = self._num_rounds % self._window
+        index = self._num_rounds % self._window
         if self._num_rounds >= self._window:
-            self._counts[self._stood[place]] -= 1
-        self._stood[place] = num_accepted
+            self._counts[self._accepted[index]] -= 1
+        self._accepted[index] = num_accepted
         self._counts[num_accepted] += 1
         self._num_rounds += 1
 
@@ -152,7 +144,7 @@ class Watch:
         """The figures that are under their bands now: each rate, and each ratio to the one before.
 
         A rate is the product of the first and the ratios up to it, so it may lose as much as all of them. Only falls
-        are told: other text than was recorded may well be easier.
+        are reported: other text than was recorded may well be easier.
         """
         expected, report = self.expected, self.measured()
         found: list[Departure] = []
@@ -167,22 +159,22 @@ class Watch:
     def check(self) -> None:
         """Looks at the figures if it is time. Logs a fall that has lasted a window, once, and its end.
 
-        By then the window holds no round from before the change, so what is told is what the change came to. A fall at
-        a position draws those behind it along: only one at an earlier position is told anew.
+        By then the window holds no round from before the change, so the report shows its full size. A drop at
+        position i implies drops after it: only one at an earlier position is reported again.
         """
         if self._num_rounds < self._next_check:
             return
         self._next_check = self._num_rounds + min(CHECK_EVERY, self._window)
-        found, told = self.falls(), self.departures
-        if bool(found) == bool(told) and _first(found) >= _first(told):
+        found, reported = self.falls(), self.departures
+        if bool(found) == bool(reported) and _first(found) >= _first(reported):
             self._since = None
         elif self._since is None:
             self._since = self._num_rounds
         elif self._num_rounds - self._since >= self._window:
             self._since = None
-            self._tell(found)
+            self._report(found)
 
-    def _tell(self, found: list[Departure]) -> None:
+    def _report(self, found: list[Departure]) -> None:
         setting = self.expected.setting
         what = f"{setting.method} (K={setting.num_drafts}, temperature {setting.temperature:g})"
         self.departures = tuple(found)
@@ -242,7 +234,7 @@ class Watchdog:
         return cls((Watch(record, parallel, window) for record in lowest.values()), window=window)
 
     def watch(self, sampling: SamplingParams) -> Watch | None:
-        """What the rounds of a request are to be told to; None if nothing is on record for such a one."""
+        """The watch that takes the rounds of a request; None if nothing is on record for its parameters."""
         if self._idle is not None:
             return None
         found = self._watches.get(sampling.temperature) if _plain(sampling) else None
@@ -271,14 +263,14 @@ def _plain(sampling: SamplingParams) -> bool:
 
     Text past its own end (`ignore_eos`) is like no text on record either.
     """
-    free = _NOT_OF_THE_LAW | _KEEP_THE_LIKELIEST if sampling.greedy else _NOT_OF_THE_LAW
+    free = _SAME_DISTRIBUTION | _KEEP_THE_ARGMAX if sampling.greedy else _SAME_DISTRIBUTION
     return all(getattr(sampling, entry.name) == entry.default for entry in fields(sampling) if entry.name not in free)
 
 
 def _under(
-    figure: str, position: int, then: float, now: float, trials: tuple[int, int], least: float
+    figure: str, position: int, then: float, now: float, trials: tuple[int, int], share: float
 ) -> list[Departure]:
-    low = then * least - DEVIATIONS * deviation(then, now, trials)
+    low = then * share - DEVIATIONS * deviation(then, now, trials)
     return [Departure(figure, position, then, now, low, 1.0)] if now < low else []
 
 
