@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from outrider.draft.base import DraftContext
-from outrider.draft.eagle3 import Eagle3
-from outrider.draft.head import HeadDrafter, Rows
-from outrider.draft.peagle import PEagle
+from outrider.draft.eagle.base import HeadDrafter, Rows
+from outrider.draft.eagle.eagle3 import Eagle3
+from outrider.draft.eagle.peagle import PEagle
 from outrider.tensors import Draft
 
 
@@ -44,14 +44,14 @@ class Sequential(PEagle):
 class TapsOffByOne(PEagle):
     """Reads what enters the layer before each tapped one."""
 
-    def feature_layers(self) -> tuple[int, ...]:
-        return tuple(tap - 1 for tap in HeadDrafter.feature_layers(self))
+    def aux_layer_ids(self) -> tuple[int, ...]:
+        return tuple(tap - 1 for tap in HeadDrafter.aux_layer_ids(self))
 
 
 class SequentialTapsOffByOne(Eagle3):
     """The same for EAGLE-3."""
 
-    feature_layers = TapsOffByOne.feature_layers
+    aux_layer_ids = TapsOffByOne.aux_layer_ids
 
 
 class Stale(PEagle):

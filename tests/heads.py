@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpoints import SIZES
 from outrider.draft.base import TargetFacts, TargetParts
-from outrider.draft.head import HeadDrafter, HeadOptions
+from outrider.draft.eagle.base import HeadDrafter, HeadOptions
 from outrider.draft.none import NoDrafter
 from outrider.draft.registry import METHODS
 from outrider.layers.embedding import Embedding, Head

@@ -28,7 +28,7 @@ from heads import write_head
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature
 from outrider.draft.base import DraftContext, Drafter, TargetFacts, TargetParts
-from outrider.draft.head import HeadDrafter, HeadOptions
+from outrider.draft.eagle.base import HeadDrafter, HeadOptions
 from outrider.draft.host import HostDrafter
 from outrider.draft.registry import METHODS
 from outrider.kernels.commit import commit_reference

@@ -92,7 +92,7 @@ def test_explain_shows_the_head(outrider: Any, tiny: Callable[..., Path]) -> Non
     told = json.loads(out)
     assert code == 0 and told["method"] == "peagle" and told["num_speculative_tokens"] == 3
     assert told["head"].items() >= {"directory": head, "layout": "speculators peagle", "parallel": True}.items()
-    assert told["head"]["taps"] == TAPS and told["head"]["num_layers"] == 2
+    assert told["head"]["aux_layer_ids"] == TAPS and told["head"]["num_layers"] == 2
     share, plan = told["memory"]["drafter"], told["memory"]
     assert share["weights"] == sum(tensor.nbytes for tensor in head_tensors(True).values())
     assert 0 < share["cache"] < plan["cache"] and 0 < share["workspace"] < plan["workspace"]

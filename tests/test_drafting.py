@@ -24,7 +24,7 @@ from checkpoints import SIZES, Case, cache_bytes, program, prompt, reference, ru
 from heads import TAPS, head_tensors, write_head
 from outrider import LLM, SamplingParams
 from outrider.draft.base import DraftContext
-from outrider.draft.head import HeadDrafter
+from outrider.draft.eagle.base import HeadDrafter
 from outrider.draft.registry import METHODS
 from outrider.kernels.sample import gumbel_argmax_reference
 from outrider.tensors import Draft, Purpose

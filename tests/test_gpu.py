@@ -16,7 +16,7 @@ from heads import NUM_LAYERS as HEAD_LAYERS
 from heads import drafting, tiny_head
 from outrider import LLM, DraftContext, SamplingParams
 from outrider.core.plan import StepPlan
-from outrider.draft.head import HeadDrafter
+from outrider.draft.eagle.base import HeadDrafter
 from outrider.draft.registry import METHODS
 from outrider.errors import EngineDeadError
 from outrider.runner.graph import GraphPending, GraphRunner

@@ -19,7 +19,7 @@ from heads import drafting
 from outrider import LLM, SamplingParams
 from outrider import config as config_module
 from outrider.cache.layout import CacheLayout
-from outrider.draft.head import HeadDrafter
+from outrider.draft.eagle.base import HeadDrafter
 from outrider.draft.registry import METHODS
 from outrider.errors import CapacityError, UnsupportedError
 from outrider.runner import graph, slots

@@ -24,8 +24,8 @@ from heads import LAYOUTS, MASK_TOKEN, TAPS, head_tensors, write_head
 from outrider import LLM, CheckpointError, OptionError
 from outrider.cli import main as cli
 from outrider.config import EngineOptions, resolve
-from outrider.draft.head import HeadDrafter, HeadOptions
-from outrider.load.heads import read_head, vocabulary_map
+from outrider.draft.eagle.base import HeadDrafter, HeadOptions
+from outrider.draft.eagle.checkpoint import read_head, vocabulary_map
 
 HIDDEN, VOCAB = SIZES["hidden_size"], SIZES["vocab_size"]
 METHODS = {"eagle3": False, "peagle": True}
@@ -119,12 +119,17 @@ def test_taps(tiny: Callable[..., Path], tmp_path: Path) -> None:
     silent = {"eagle_aux_hidden_state_layer_ids": None, "eagle_config": None}
     for layout in LAYOUTS:
         head = read_head(write_head(tmp_path / f"silent-{layout}", True, layout=layout, config=silent))
-        assert [head.tapped(layers) for layers in (6, 28, 36, 61)] == [(2, 3, 3), (2, 14, 25), (2, 18, 33), (2, 30, 58)]
-        assert read_head(write_head(tmp_path / f"said-{layout}", True, layout=layout)).tapped(36) == tuple(TAPS)
+        assert [head.aux_layers(layers) for layers in (6, 28, 36, 61)] == [
+            (2, 3, 3),
+            (2, 14, 25),
+            (2, 18, 33),
+            (2, 30, 58),
+        ]
+        assert read_head(write_head(tmp_path / f"said-{layout}", True, layout=layout)).aux_layers(36) == tuple(TAPS)
     listed = {"eagle_aux_hidden_state_layer_ids": [3, 1, 4], "eagle_config": None}
     path = tiny("qwen3", num_hidden_layers=4)
     with serve(path, write_head(tmp_path / "listed", False, layout="flat", config=listed)) as llm:
-        assert program(llm)._taps == (3, 1, 4), "in the order given, the last being what the final norm reads"
+        assert program(llm)._aux_layer_ids == (3, 1, 4), "in the order given, the last being what the final norm reads"
 
 
 def test_norm_before_residual(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,11 +27,11 @@ from heads import head_tensors, standalone, write_head
 from outrider.capability import Feature
 from outrider.core.sampling import SamplingParams
 from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
-from outrider.draft.eagle3 import Eagle3
-from outrider.draft.head import HeadDrafter
+from outrider.draft.eagle.base import HeadDrafter
+from outrider.draft.eagle.eagle3 import Eagle3
+from outrider.draft.eagle.peagle import PEagle
 from outrider.draft.ngram import Ngram, NgramOptions
 from outrider.draft.none import NoDrafter
-from outrider.draft.peagle import PEagle
 from outrider.kernels.commit import COMMIT, STORE_DRAFT
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.step_inputs import ASSEMBLE, example_slots, load_draft

@@ -19,9 +19,9 @@ from outrider.acceptance.setting import head_directory, record_file, setting_of
 from outrider.config import Resolved
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
+from outrider.draft.eagle.checkpoint import read_head
 from outrider.draft.registry import NO_DRAFTS
 from outrider.errors import CheckpointError
-from outrider.load.heads import read_head
 
 logger = logging.getLogger("outrider")
 

@@ -18,9 +18,9 @@ from outrider.cli.flags import with_flags
 from outrider.config import EngineOptions, Resolved
 from outrider.core.option import option
 from outrider.core.output import AcceptanceReport
+from outrider.draft.eagle.checkpoint import read_head
 from outrider.draft.registry import FOR_BUNDLED, NO_DRAFTS, WITHOUT_WEIGHTS, names_head
 from outrider.errors import OptionError
-from outrider.load.heads import read_head
 from outrider.runner.memory import MIB
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]

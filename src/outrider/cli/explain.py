@@ -22,7 +22,7 @@ from outrider.cli.common import (
 )
 from outrider.cli.support import support, to_markdown, to_rows
 from outrider.config import EngineOptions, Resolved, resolve
-from outrider.load.heads import read_head
+from outrider.draft.eagle.checkpoint import read_head
 from outrider.oracle import Choice, RefusedError
 from outrider.runner.memory import MIB
 from outrider.runner.registry import RUNNERS
@@ -92,7 +92,7 @@ def _head(resolved: Resolved) -> dict[str, Any] | None:
         "directory": str(directory),
         "layout": head.layout,
         "parallel": head.parallel,
-        "taps": list(head.tapped(resolved.runner.target.num_layers)),
+        "aux_layer_ids": list(head.aux_layers(resolved.runner.target.num_layers)),
         "num_layers": head.layer.num_layers,
         "draft_vocab_size": head.draft_vocab_size,
         "max_position_embeddings": head.layer.max_position_embeddings,
@@ -130,9 +130,9 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     )
     head = _head(resolved)
     if head is not None:
-        taps = ", ".join(map(str, head["taps"]))
+        layers = ", ".join(map(str, head["aux_layer_ids"]))
         what = f"{head['layout']}, {head['num_layers']} layers, vocabulary of {head['draft_vocab_size']}"
-        out.print(f"head {escape(head['directory'])}: {what}; reads what enters layers {taps}")
+        out.print(f"head {escape(head['directory'])}: {what}; reads what enters layers {layers}")
     needs = table("\nneeds", "part", "features", numbers=False)
     for part in resolved.parts:
         needs.add_row(part.name, ", ".join(sorted(feature.name.lower() for feature in part.needs)) or "nothing")

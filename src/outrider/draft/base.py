@@ -13,9 +13,9 @@ from torch import Tensor
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
 from outrider.core.option import option
+from outrider.draft.eagle.checkpoint import HeadConfig
 from outrider.errors import OptionError
 from outrider.layers.embedding import Embedding, Head
-from outrider.load.heads import HeadConfig
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, TargetOutput
 
 MAX_DRAFTS = 32
@@ -91,8 +91,8 @@ class Drafter(ABC):
     A drafter never sees the scheduler, the verifier or another request's state, and may be
     wrong at no cost but speed: the verifier keeps the output exact whatever it proposes.
 
-    One with weights of its own also says what it taps (`feature_layers`), which key and value layers it wants
-    (`layers`) and what that takes (`footprint`), and is given it all once, by `prepare`.
+    One with weights of its own also says which hidden states it reads (`aux_layer_ids`), which key and value
+    layers it wants (`layers`) and what that takes (`footprint`), and is given it all once, by `prepare`.
     """
 
     name: ClassVar[str]
@@ -125,7 +125,7 @@ class Drafter(ABC):
         """What an instance would hold; by default nothing worth counting."""
         return Footprint()
 
-    def feature_layers(self) -> tuple[int, ...]:
+    def aux_layer_ids(self) -> tuple[int, ...]:
         """The target's layers whose input `context.target.features` is to hold, side by side in this order."""
         return ()
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from outrider.core.option import wrong_types
 from outrider.draft.base import Drafter, DraftOptions
-from outrider.draft.eagle3 import Eagle3
+from outrider.draft.eagle.checkpoint import read_head
+from outrider.draft.eagle.eagle3 import Eagle3
+from outrider.draft.eagle.peagle import PEagle
 from outrider.draft.ngram import Ngram
 from outrider.draft.none import NoDrafter
-from outrider.draft.peagle import PEagle
 from outrider.errors import OptionError, nearest
-from outrider.load.heads import read_head
 from outrider.load.hub import HEAD_FILES, locate
 
 METHODS: dict[str, type[Drafter]] = {method.name: method for method in (NoDrafter, Ngram, Eagle3, PEagle)}

@@ -38,7 +38,7 @@ class StepProgram:
     ) -> None:
         self._model, self._cache = model, cache
         self._drafter, self._verifier = drafter, verifier
-        self._taps = drafter.feature_layers()
+        self._aux_layer_ids = drafter.aux_layer_ids()
         self._commit, self._store_draft = COMMIT.on(device), STORE_DRAFT.on(device)
 
     def __call__(
@@ -51,7 +51,7 @@ class StepProgram:
         mark: Mark = unmarked,  # of "target", "verify" and "draft"
     ) -> tuple[Verdict, Draft | None]:
         """The verdict on `draft`, and the drafts for the rows' next step."""
-        hidden, features = self._model.forward(batch, self._cache, self._taps if drafts else ())
+        hidden, features = self._model.forward(batch, self._cache, self._aux_layer_ids if drafts else ())
         num_logits = batch.logits_index.shape[0]
         spoken = hidden if num_logits == hidden.shape[0] else hidden.index_select(0, batch.logits_index)
         logits = self._model.logits(spoken)

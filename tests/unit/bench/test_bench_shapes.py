@@ -12,11 +12,11 @@ import torch
 from heads import tiny_head
 from outrider import LLM, SamplingParams
 from outrider.draft.base import TargetFacts
+from outrider.draft.eagle.checkpoint import dummy_vocabulary_map, read_head
 from outrider.draft.registry import METHODS, parse_speculative_config
 from outrider.errors import CheckpointError
 from outrider.layers.parameter import Allocator
 from outrider.load.checkpoint import INDEX, read_json
-from outrider.load.heads import dummy_vocabulary_map, read_head
 from outrider.models.config import ModelConfig
 from outrider.models.registry import find_model
 

@@ -21,7 +21,8 @@ from outrider.draft.base import (
     TargetFacts,
     TargetParts,
 )
-from outrider.draft.network import HeadNetwork
+from outrider.draft.eagle.checkpoint import HeadConfig, canonical, dummy_vocabulary_map, read_head, vocabulary_map
+from outrider.draft.eagle.network import HeadNetwork
 from outrider.errors import CheckpointError, OptionError, nearest
 from outrider.kernels.draft_rows import DRAFT_ROWS
 from outrider.kernels.gather_rows import GATHER_ROWS
@@ -29,7 +30,6 @@ from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.temper import TEMPER
 from outrider.layers.parameter import Allocator
 from outrider.load.checkpoint import load_weights
-from outrider.load.heads import HeadConfig, canonical, dummy_vocabulary_map, read_head, vocabulary_map
 from outrider.tensors import StepBatch
 
 COUPLED, ARGMAX = "coupled", "argmax"
@@ -64,7 +64,7 @@ class Rows:
 
 
 class HeadDrafter(Drafter):
-    """A draft head with the target's tapped hidden states for input and a cache of its own."""
+    """A draft head with the target's auxiliary hidden states for input and a cache of its own."""
 
     needs: ClassVar[frozenset[Feature]] = frozenset({Feature.TOKEN_HISTORY, Feature.FEATURES, Feature.DRAFT_CACHE})
     Options: ClassVar[type[DraftOptions]] = HeadOptions
@@ -113,7 +113,7 @@ class HeadDrafter(Drafter):
         ):
             if own != theirs:
                 raise CheckpointError(f"the {where} is for a target with a {what} of {own}, not {theirs}")
-        head.tapped(target.num_layers)
+        head.aux_layers(target.num_layers)
         if not head.own_embedding and head.layer.hidden_size != target.hidden_size:
             raise CheckpointError(
                 f"the {where} has no embedding, and the target's is {target.hidden_size} wide, not "
@@ -127,11 +127,11 @@ class HeadDrafter(Drafter):
 
     @classmethod
     def footprint(cls, options: DraftOptions, target: TargetFacts) -> Footprint:
-        told = cls(options, replace(target, device=torch.device("meta")))
-        layer, vocab = told.config.layer, told.config.draft_vocab_size
+        drafter = cls(options, replace(target, device=torch.device("meta")))
+        layer, vocab = drafter.config.layer, drafter.config.draft_vocab_size
         seqs, drafts = target.max_num_seqs, options.num_speculative_tokens
         allocator = Allocator.on(target.device, target.dtype)  # the meta device's would be of other types
-        # the taps, the first layer's input, then what any layer holds
+        # the features, the first layer's input, then what any layer holds
         width = (
             6 * target.hidden_size
             + 8 * layer.hidden_size
@@ -139,16 +139,16 @@ class HeadDrafter(Drafter):
             + 3 * layer.num_heads * layer.head_dim
         )
         rows = target.max_num_batched_tokens + seqs * drafts
-        layout = replace(told.layers(), dtype=allocator.cache_dtype)
+        layout = replace(drafter.layers(), dtype=allocator.cache_dtype)
         return Footprint(
-            weights=sum(weight.nbytes for weight in told.network.weights().values()),
+            weights=sum(weight.nbytes for weight in drafter.network.weights().values()),
             per_block=layout.bytes_per_block,
             workspace=rows * width * allocator.activation_dtype.itemsize + 3 * seqs * drafts * vocab * 4,
-            weights_read=told.network.weights_read(1 if cls.parallel else drafts),
+            weights_read=drafter.network.weights_read(1 if cls.parallel else drafts),
         )
 
-    def feature_layers(self) -> tuple[int, ...]:
-        return self.config.tapped(self.target.num_layers)
+    def aux_layer_ids(self) -> tuple[int, ...]:
+        return self.config.aux_layers(self.target.num_layers)
 
     def layers(self) -> CacheLayout:
         return self.network.cache_layout(self.target.block_size)
@@ -205,7 +205,7 @@ class HeadDrafter(Drafter):
     def hidden(self, context: DraftContext, rows: Rows, mask_row: Tensor | None = None) -> Tensor:
         """[rows, H], the target's features projected, each row's own; `mask_row` [1, H] where there is none."""
         features = context.target.features
-        assert features is not None, "the runner was told of the taps"
+        assert features is not None, "the runner gives the auxiliary hidden states that were asked for"
         gathered: Tensor = self._gather(self.network.project(features), mask_row, rows.source)
         return gathered
 
@@ -225,11 +225,14 @@ class HeadDrafter(Drafter):
         tempered, temperature, seed = self._temper(normed, slots.temperature, slots.seed, slot, self._argmax)
         logits = self.network.logits(tempered)
         tokens: Tensor = self._sample(logits, temperature, seed, position, context.noise, self._ids)
-        return tokens, self._law(logits, tokens) if slots.draft_logits is not None else None
+        return tokens, self._draft_logits(logits, tokens) if slots.draft_logits is not None else None
 
-    def _law(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """[N, V] over the target's vocabulary: -inf where this head has no token; of a sure guess, all but it."""
-        law = logits.new_full((logits.shape[0], self.target.vocab_size), -torch.inf)
+    def _draft_logits(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """[N, V], the draft distribution over the target's vocabulary.
+
+        A token that the head does not have gets -inf. With argmax sampling every token but the guess gets -inf.
+        """
+        widened = logits.new_full((logits.shape[0], self.target.vocab_size), -torch.inf)
         if self._argmax:
-            return law.scatter_(1, tokens[:, None], 0.0)
-        return logits if self._ids is None else law.index_copy_(1, self._ids, logits)
+            return widened.scatter_(1, tokens[:, None], 0.0)
+        return logits if self._ids is None else widened.index_copy_(1, self._ids, logits)

@@ -1,4 +1,4 @@
-"""The network of EAGLE-3 and P-EAGLE heads: a few decoder layers that read the target's tapped hidden states.
+"""The network of EAGLE-3 and P-EAGLE heads: a few decoder layers that read the target's auxiliary hidden states.
 
 A row stands at position i and holds the token after it and a hidden state: the target's features of position i,
 projected to the head's width, or, where a row follows a guess, what this network gave at the row before. The first
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.draft.base import TargetParts
+from outrider.draft.eagle.checkpoint import HeadConfig
 from outrider.kernels.decoder_layer import Stack, layer_stack
 from outrider.kernels.join_input import JOIN_INPUT
 from outrider.layers.attention import Attention
@@ -23,7 +24,6 @@ from outrider.layers.linear import Linear
 from outrider.layers.mlp import GatedMLP
 from outrider.layers.norm import RMSNorm
 from outrider.layers.parameter import Allocator, Weights
-from outrider.load.heads import NUM_TAPS, HeadConfig
 from outrider.models.decoder import DecoderLayer, LayerRun, can_fuse, fused_weights
 from outrider.tensors import StepBatch
 
@@ -90,13 +90,13 @@ class HeadNetwork:
     """Parameters are NaN until `weights()` is filled; what the checkpoint lacks is borrowed of the target."""
 
     def __init__(self, config: HeadConfig, max_len: int, allocator: Allocator) -> None:
-        layer, wide = config.layer, NUM_TAPS * config.target_hidden_size
+        layer, wide = config.layer, config.num_aux_layers * config.target_hidden_size
         self.config = config
         self.fc = Linear(wide, {"fc": layer.hidden_size}, config.fc_bias, allocator)
         self.input_norm = RMSNorm(wide, layer.rms_norm_eps, allocator) if config.norm_before_fc else None
-        self.tap_norms = [
+        self.aux_norms = [
             RMSNorm(config.target_hidden_size, layer.rms_norm_eps, allocator)
-            for _ in range(NUM_TAPS if config.fc_norm else 0)
+            for _ in range(config.num_aux_layers if config.fc_norm else 0)
         ]
         self.first = FirstLayer(config, allocator)
         self.rest = LayerRun([DecoderLayer(layer, config.qk_norm, allocator) for _ in range(layer.num_layers - 1)])
@@ -119,7 +119,7 @@ class HeadNetwork:
         found = self.fc.weights("") | self.first.weights("layers.0.") | self.norm.weights("norm.")
         for index, layer in enumerate(self.rest, start=1):
             found |= layer.weights(f"layers.{index}.")
-        for index, norm in enumerate(self.tap_norms):
+        for index, norm in enumerate(self.aux_norms):
             found |= norm.weights(f"fc_norm.{index}.")
         if self.input_norm is not None:
             found |= self.input_norm.weights("input_norm.")
@@ -130,7 +130,7 @@ class HeadNetwork:
         return found | (self.head.weights("lm_head.") if self.head is not None else {})
 
     def weights_read(self, num_passes: int) -> int:
-        """Bytes that a round reads: the taps' projection once, layers and head in every pass, of the embedding nothing.
+        """Bytes that a round reads: features projected once, layers and head in every pass, no embedding.
 
         A head that the target lends is read as one's own would be.
         """
@@ -147,10 +147,10 @@ class HeadNetwork:
         self.head = self.head or target.head
 
     def project(self, features: Tensor) -> Tensor:
-        """[T, taps * target H], side by side -> [T, H]."""
-        if self.tap_norms:
-            parts = features.chunk(NUM_TAPS, dim=-1)
-            normed = (norm(part) for norm, part in zip(self.tap_norms, parts, strict=True))
+        """[T, A * target H], A auxiliary hidden states side by side -> [T, H]."""
+        if self.aux_norms:
+            parts = features.chunk(self.config.num_aux_layers, dim=-1)
+            normed = (norm(part) for norm, part in zip(self.aux_norms, parts, strict=True))
             features = torch.cat(list(normed), dim=-1)
         if self.input_norm is not None:
             features = self.input_norm(features)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from outrider.draft.base import DraftContext
-from outrider.draft.head import HeadDrafter, Rows
+from outrider.draft.eagle.base import HeadDrafter, Rows
 from outrider.kernels.single_rows import SINGLE_ROWS
 from outrider.tensors import Draft, StepBatch
 
@@ -36,14 +36,14 @@ class Eagle3(HeadDrafter):
         normed, hidden = network(rows.batch.input_ids, hidden, rows.batch, self._cache)
         bonus, positions, singles = self._singles(context, rows)
         normed, hidden = self._gather(normed, None, bonus), self._gather(hidden, None, bonus)
-        token, law = self.guess(normed, context, batch.slot, positions[0])
-        tokens, laws = [token], [law]
+        token, logits = self.guess(normed, context, batch.slot, positions[0])
+        tokens, draft_logits = [token], [logits]
         for single, position in zip(singles, positions[1:], strict=True):
             normed, hidden = network(token, hidden, single, self._cache)
-            token, law = self.guess(normed, context, batch.slot, position)
+            token, logits = self.guess(normed, context, batch.slot, position)
             tokens.append(token)
-            laws.append(law)
-        kept = [law for law in laws if law is not None]
+            draft_logits.append(logits)
+        kept = [logits for logits in draft_logits if logits is not None]
         return Draft(torch.stack(tokens, dim=1), rows.length, torch.stack(kept, dim=1) if kept else None)
 
     def _singles(self, context: DraftContext, rows: Rows) -> tuple[Tensor, Sequence[Tensor], list[StepBatch]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outrider.cache.layout import LayerCache
 from outrider.draft.base import DraftContext, DraftOptions, TargetFacts, TargetParts
-from outrider.draft.head import HeadDrafter
+from outrider.draft.eagle.base import HeadDrafter
 from outrider.tensors import Draft
 
 
@@ -47,6 +47,6 @@ class PEagle(HeadDrafter):
         rows = self.rows(context, num_masks=self.num_drafts - 1)
         hidden = self.hidden(context, rows, self._mask_row)
         normed, _ = self.network(rows.batch.input_ids, hidden, rows.batch, self._cache)
-        tokens, law = self.guess(self._gather(normed, None, rows.guesses), context, rows.slot, rows.position)
+        tokens, logits = self.guess(self._gather(normed, None, rows.guesses), context, rows.slot, rows.position)
         shape = (len(rows.length), self.num_drafts)
-        return Draft(tokens.view(shape), rows.length, None if law is None else law.view(*shape, -1))
+        return Draft(tokens.view(shape), rows.length, None if logits is None else logits.view(*shape, -1))

@@ -8,7 +8,8 @@ Three layouts are read, and told apart by what they hold:
   `pytorch_model.bin`, mostly without an embedding;
 - P-EAGLE as AWS publishes it: the same with `mask_hidden`, `ptd_token_id` and further `layers.1` to `layers.3`.
 
-Whatever differs between them is settled here and nowhere else. Tap ids name the stream ENTERING a layer in all three.
+Whatever differs between them is settled here and nowhere else.
+In all three an auxiliary layer id names the residual stream ENTERING that layer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ SPECULATORS = {"eagle3": False, "peagle": True}
 MASK_TOKEN_KEYS = ("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
 """Where configs name the token that stands for one not yet known, in the order they are looked up."""
 
-NUM_TAPS = 3
+NUM_DEFAULT_AUX_LAYERS = 3
+"""Auxiliary layers of a head whose config names none: EAGLE-3's early, middle and late layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,10 @@ class HeadConfig:
     qk_norm: bool
     target_hidden_size: int
     draft_vocab_size: int
-    taps: tuple[int, ...] | None  # target layers whose input it reads; None: EAGLE-3's choice
+    aux_layer_ids: tuple[int, ...] | None  # target layers whose input it reads; None: EAGLE-3's default
     norm_before_residual: bool  # whether the first layer's residual is its normed input
-    norm_before_fc: bool  # one norm over all taps before the projection
-    fc_norm: bool  # one norm a tap (EAGLE-3.1)
+    norm_before_fc: bool  # one norm over all auxiliary hidden states before the projection
+    fc_norm: bool  # one norm an auxiliary layer (EAGLE-3.1)
     norm_output: bool  # whether the next step of a sequence is fed the normed output (EAGLE-3.1)
     fc_bias: bool
     mask_token_id: int | None  # what stands at the mask rows; None: not a parallel head
@@ -58,17 +60,23 @@ class HeadConfig:
     own_head: bool
     num_drafts: int | None  # how many the checkpoint proposes to draft
 
-    def tapped(self, num_target_layers: int) -> tuple[int, ...]:
-        """The taps on a target of so many layers. CheckpointError if it has not that many."""
-        default = (2, num_target_layers // 2, num_target_layers - 3)
-        taps = self.taps or default
-        wrong = [tap for tap in taps if not 0 <= tap <= num_target_layers]
+    @property
+    def num_aux_layers(self) -> int:
+        """How many auxiliary hidden states stand side by side in the input of `fc`."""
+        return NUM_DEFAULT_AUX_LAYERS if self.aux_layer_ids is None else len(self.aux_layer_ids)
+
+    def aux_layers(self, num_target_layers: int) -> tuple[int, ...]:
+        """The auxiliary layers on a target of `num_target_layers`. CheckpointError if it has fewer."""
+        layers = self.aux_layer_ids
+        if layers is None:
+            layers = (2, num_target_layers // 2, num_target_layers - 3)
+        wrong = [layer for layer in layers if not 0 <= layer <= num_target_layers]
         if wrong:
             raise CheckpointError(
                 f"the draft head reads layer {wrong[0]} of a target that has {num_target_layers}: "
                 "it was made for another target"
             )
-        return taps
+        return layers
 
 
 def is_head(config: Mapping[str, Any]) -> bool:
@@ -109,7 +117,7 @@ def read_head(directory: Path) -> HeadConfig:
         qk_norm="layers.0.self_attn.q_norm.weight" in names,
         target_hidden_size=_count(config, "target_hidden_size", layer.hidden_size),
         draft_vocab_size=_count(config, "draft_vocab_size", layer.vocab_size),
-        taps=_taps(config),
+        aux_layer_ids=_aux_layer_ids(config),
         norm_before_residual=_norm_before_residual(config, kind),
         norm_before_fc=_said_and_held(config, "norm_before_fc", "input_norm.weight", names),
         fc_norm=_said_and_held(config, "fc_norm", "fc_norm.0.weight", names),
@@ -214,15 +222,16 @@ def _count(config: Mapping[str, Any], key: str, default: int) -> int:
     return value
 
 
-def _taps(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+def _aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     nested = config.get("eagle_config")
     given = config.get("eagle_aux_hidden_state_layer_ids")
     if given is None and isinstance(nested, Mapping):
         given = nested.get("eagle_aux_hidden_state_layer_ids")
     if not given:
         return None
-    if not isinstance(given, list) or not all(isinstance(tap, int) for tap in given) or len(given) != NUM_TAPS:
-        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be {NUM_TAPS} layers: {given!r}")
+    whole = isinstance(given, list) and all(isinstance(layer, int) for layer in given)
+    if not whole or len(given) != NUM_DEFAULT_AUX_LAYERS:
+        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be {NUM_DEFAULT_AUX_LAYERS} layers: {given!r}")
     return tuple(given)
 
 
