@@ -119,7 +119,7 @@ class Watch:
 
     def _cell(self, slot: int, position: int) -> int | None:
         """Where a position of the slot's request belongs; None if it has no block of its own there."""
-        table = next(seat.table for seat in self._scheduler._roster.running if seat.slot == slot)
+        table = next(one.table for one in self._scheduler._queues.running if one.slot == slot)
         own = table.num_filed <= position // BLOCK_SIZE < len(table.blocks)
         return table.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE if own else None
 

@@ -21,10 +21,11 @@ from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import Admission, Row, StepPlan, StepResult
 from outrider.core.request import Request, RequestStatus
 from outrider.core.sampling import SamplingParams
+from outrider.schedule.builder import PlanBuilder
 from outrider.schedule.options import SchedulerOptions
-from outrider.schedule.roster import Roster
+from outrider.schedule.queues import RequestQueues
+from outrider.schedule.running import RunningRequest
 from outrider.schedule.scheduler import Scheduler
-from outrider.schedule.seat import Seat, Sketch
 
 VOCAB = 5
 NO_TOKEN = -1
@@ -428,12 +429,12 @@ def with_cache(cache: type[CacheManager], index: type[PrefixIndex] = PrefixIndex
     return make
 
 
-def with_roster(roster: type[Roster]) -> Callable[..., Scheduler]:
-    """Makes schedulers whose roster is another."""
+def with_queues(queues: type[RequestQueues]) -> Callable[..., Scheduler]:
+    """Makes schedulers with other queues."""
 
     def make(options: SchedulerOptions) -> Scheduler:
         scheduler = Scheduler(options)
-        scheduler._roster = roster(options, scheduler.cache)
+        scheduler._queues = queues(options, scheduler.cache)
         return scheduler
 
     return make
@@ -441,17 +442,17 @@ def with_roster(roster: type[Roster]) -> Callable[..., Scheduler]:
 
 def test_filing_what_is_not_computed_is_found() -> None:
     class Eager(Scheduler):
-        def _advance(self, seat: Seat, num_computed: int) -> None:
-            super()._advance(seat, num_computed)
-            self.cache.commit(seat.table, seat.request.tokens, len(seat.request.tokens))
+        def _advance(self, running: RunningRequest, num_computed: int) -> None:
+            super()._advance(running, num_computed)
+            self.cache.commit(running.table, running.request.tokens, len(running.request.tokens))
 
     all_fail(Eager, "attends to|a shared block is written to", rerun=0)
 
 
 def test_counting_rejected_drafts_as_computed_is_found() -> None:
     class Greedy(Scheduler):
-        def _advance(self, seat: Seat, num_computed: int) -> None:
-            super()._advance(seat, num_computed + seat.num_drafts)
+        def _advance(self, running: RunningRequest, num_computed: int) -> None:
+            super()._advance(running, num_computed + running.num_drafts)
 
     all_fail(Greedy, "drafts are not committed")
 
@@ -510,46 +511,46 @@ def test_ignoring_the_drafters_rerun_is_found() -> None:
 
 
 def test_sharing_prefixes_with_requests_that_take_no_drafts_is_found() -> None:
-    class Shared(Roster):
+    class Shared(RequestQueues):
         def cache_salt(self, request: Request) -> str:
             return request.cache_salt
 
-    all_fail(with_roster(Shared), "stale draft entry", draft_cache=True)
+    all_fail(with_queues(Shared), "stale draft entry", draft_cache=True)
 
 
-def test_reusing_a_slot_under_a_plan_under_way_is_found() -> None:
-    class Hasty(Roster):
-        def close(self, seat: Seat) -> None:
-            super().close(seat)
-            if seat.num_under_way:
-                self._vacate(seat)
+def test_reusing_a_slot_under_a_plan_in_flight_is_found() -> None:
+    class Hasty(RequestQueues):
+        def close(self, running: RunningRequest) -> None:
+            super().close(running)
+            if running.num_in_flight:
+                self._vacate(running)
 
-        def land_late(self, seat: Seat) -> None:
-            seat.num_under_way -= 1
-            self.num_lingering -= not seat.num_under_way
+        def land_late(self, running: RunningRequest) -> None:
+            running.num_in_flight -= 1
+            self.num_closing -= not running.num_in_flight
 
         def check(self, rows: object) -> None:
             pass
 
-    all_fail(with_roster(Hasty), "a plan under way writes to it", depth=2)
+    all_fail(with_queues(Hasty), "a plan under way writes to it", depth=2)
 
 
 def test_holding_up_decodes_is_found() -> None:
     class Hungry(Scheduler):
-        def _plan_prefills(self, sketch: Sketch) -> None:
-            sketch.budget = self.options.max_num_batched_tokens - sum(row.num_tokens for row in sketch.rows)
-            super()._plan_prefills(sketch)
+        def _plan_prefills(self, builder: PlanBuilder) -> None:
+            builder.budget = self.options.max_num_batched_tokens - sum(row.num_tokens for row in builder.rows)
+            super()._plan_prefills(builder)
 
     all_fail(Hungry, "prompts hold up the decodes")
 
 
-def test_seating_the_young_before_the_old_is_found() -> None:
-    class Queue(Roster):
-        def seat(self, table: BlockTable) -> Seat:
+def test_starting_the_young_before_the_old_is_found() -> None:
+    class Queue(RequestQueues):
+        def start(self, table: BlockTable) -> RunningRequest:
             self.waiting.move_to_end(self.oldest_waiting().id, last=False)
-            return super().seat(table)
+            return super().start(table)
 
         def oldest_waiting(self) -> Request:
             return next(reversed(self.waiting.values()))
 
-    all_fail(with_roster(Queue), "overtaken|out of order")
+    all_fail(with_queues(Queue), "overtaken|out of order")

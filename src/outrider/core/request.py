@@ -76,7 +76,7 @@ class Request:
         """Tokens generated so far, a stop token included (a copy)."""
         return self.tokens[len(self.prompt) :]
 
-    def most_tokens(self, max_model_len: int) -> int:
+    def max_length(self, max_model_len: int) -> int:
         """The length, prompt included, at which the request ends whatever its tokens say."""
         if self.sampling.max_tokens is None:
             return max_model_len
@@ -85,7 +85,7 @@ class Request:
     def extend(self, tokens: tuple[int, ...], end: int) -> tuple[int, ...]:
         """Commit new tokens up to the one that ends the request, if any does; what comes after it is dropped.
 
-        `end` is `most_tokens()`. Returns the tokens kept; sets `finish_reason` and `stop_token`.
+        `end` is `max_length()`. Returns the tokens kept; sets `finish_reason` and `stop_token`.
         """
         length = len(self.tokens)
         if length + len(tokens) < end and self.stop_set.isdisjoint(tokens):

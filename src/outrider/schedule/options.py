@@ -26,7 +26,7 @@ class SchedulerOptions:
     lookahead: int = 0  # positions past a row's last query token that the drafter may write: K if it keeps a cache
     rerun: int = 0  # tokens of a prefix hit to run again, to rebuild what a drafter keeps
     draft_cache: bool = False  # whether the drafter keeps keys and values of its own in the blocks
-    depth: int = 1  # plans that may be under way before the oldest is applied
+    depth: int = 1  # plans that may be in flight before the oldest is applied
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_prefill_tokens_beside_decodes", "block_size", "num_blocks", "depth"):

@@ -10,7 +10,7 @@ def make(max_tokens: int | None = 8, min_tokens: int = 0, stop_ids: tuple[int, .
 
 
 def extend(request: Request, *tokens: int, max_model_len: int = 100) -> tuple[int, ...]:
-    return request.extend(tokens, request.most_tokens(max_model_len))
+    return request.extend(tokens, request.max_length(max_model_len))
 
 
 def test_a_new_request_holds_its_prompt() -> None:
@@ -27,8 +27,8 @@ def test_tokens_are_kept_in_order() -> None:
 
 
 @pytest.mark.parametrize("max_tokens, max_model_len, most", [(8, 100, 11), (8, 5, 5), (None, 100, 100)])
-def test_most_tokens(max_tokens: int | None, max_model_len: int, most: int) -> None:
-    assert make(max_tokens).most_tokens(max_model_len) == most
+def test_max_length(max_tokens: int | None, max_model_len: int, most: int) -> None:
+    assert make(max_tokens).max_length(max_model_len) == most
 
 
 def test_a_stop_token_is_kept_and_what_follows_is_not() -> None:

@@ -110,9 +110,9 @@ def test_an_interrupt_leaves_the_engine_usable(
         "update": (runner._table, "update", 3),  # type: ignore[union-attr]
         "schedule": (scheduler, "_plan_decodes", 4),
         "_take": (Scheduler, "_take", 5),
-        "close": (scheduler._roster, "close", 1),
+        "close": (scheduler._queues, "close", 1),
         "apply": (scheduler, "apply", 4),
-        "preempt": (scheduler._roster, "seat", 2),
+        "preempt": (scheduler._queues, "start", 2),
     }
     stream = start(llm, 0)
     next(stream)
