@@ -38,8 +38,8 @@ from outrider.bench.speed import (
     with_parts,
 )
 from outrider.config import EngineOptions
+from outrider.device import free_memory
 from outrider.engine.llm import LLM
-from outrider.runner.memory import free_memory
 
 SHAPES = Path(__file__).parent / "shapes"
 

@@ -16,7 +16,7 @@ LAYERS = """
 errors
 env capability core tensors
 kernels parallel cache
-layers verify schedule
+device layers verify schedule
 models
 load
 draft

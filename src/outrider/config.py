@@ -19,10 +19,10 @@ from outrider import env
 from outrider.capability import Feature, Part
 from outrider.core.option import option, wrong_types
 from outrider.core.sampling import MAX_STOP_IDS
+from outrider.device import device_part, find_device
 from outrider.draft.base import Drafter, TargetFacts
 from outrider.draft.registry import parse_speculative_config
 from outrider.errors import CapacityError, CheckpointError, OptionError, nearest
-from outrider.kernels.gpu import triton
 from outrider.load.checkpoint import read_json
 from outrider.load.hub import BUNDLED_HEADS, locate
 from outrider.models.config import DTYPES, ModelConfig, token_ids
@@ -134,7 +134,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     directory = locate(options.model)
     model_config = ModelConfig.from_dict(read_json(directory / "config.json"))
     model = find_model(model_config.architecture)
-    device = _device(options.device)
+    device = find_device(options.device)
     drafter, draft_options = parse_speculative_config(
         options.speculative_config, BUNDLED_HEADS if options.model is None else None
     )
@@ -224,21 +224,6 @@ def _scheduler_options(runner: RunnerConfig, options: EngineOptions) -> Schedule
     )
 
 
-def device_part(device: torch.device) -> Part:
-    """The device as the oracle sees it: its kind, and what is special about this one."""
-    name = f"device {device}"
-    if device.type == "cpu":
-        return Part(name, frozenset({Feature.CPU}))
-    needs = {Feature.CUDA}
-    capability = torch.cuda.get_device_capability(device)
-    if capability < triton.LEAST_CAPABILITY:
-        name = "{} of compute capability {}.{}".format(name, *capability)
-        needs.add(Feature.OLD_CUDA)
-    if not triton.AVAILABLE:
-        needs.add(Feature.WITHOUT_TRITON)
-    return Part(name, frozenset(needs))
-
-
 def _ask(runner: str, parts: Sequence[Part]) -> Choice | RefusedError:
     """The oracle's verdict; the option wins over the environment."""
     asked = (runner, None) if runner != AUTO else (env.runner() or AUTO, env.RUNNER)
@@ -300,25 +285,6 @@ def _check_values(options: EngineOptions) -> None:
         raise OptionError(f"unknown dtype: {options.dtype} ({nearest(options.dtype, [AUTO, *DTYPES])})")
     if options.load_format not in (AUTO, "dummy"):
         raise OptionError(f"unknown load_format: {options.load_format} (known: auto, dummy)")
-
-
-def _device(name: str) -> torch.device:
-    if name == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"unknown device: {name} (known: auto, cpu, cuda, cuda:N)") from None
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device is not supported: {name} (known: auto, cpu, cuda, cuda:N)")
-    if device.type == "cuda" and torch.version.hip is not None:
-        raise OptionError(f"device is not supported: {name} of ROCm; take cpu, or a CUDA device and its torch")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            f"no such device: {name}; torch sees {torch.cuda.device_count()} CUDA devices: "
-            "name one of them, or take auto or cpu"
-        )
-    return device
 
 
 def _max_model_len(wanted: int | None, limit: int) -> int:

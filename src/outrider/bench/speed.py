@@ -17,9 +17,9 @@ from outrider.bench.prompts import PromptSet
 from outrider.bench.provenance import provenance
 from outrider.config import EngineOptions
 from outrider.core.sampling import SamplingParams
+from outrider.device import free_memory
 from outrider.engine.llm import LLM
 from outrider.errors import OptionError
-from outrider.runner.memory import free_memory
 
 WARM_UP_STEPS = 4
 TIMED_STEPS = 32

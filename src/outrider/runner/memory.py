@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
+from outrider.device import free_memory
 from outrider.draft.base import Footprint
 from outrider.errors import CapacityError
 from outrider.layers.parameter import Allocator, activation_dtype
@@ -21,8 +20,6 @@ HOST_SHARE = 0.5
 
 SHORTEST = 256
 """A `max_model_len` that nobody asked for is lowered to fit the memory, but not under this."""
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,21 +132,3 @@ def _workspace(demand: Demand, activation: torch.dtype) -> int:
 
 def _usable(demand: Demand, left: int) -> float:
     return left * (demand.utilization if demand.device.type == "cuda" else HOST_SHARE)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a program could take on the device now; on a host, within its container's limit."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    available: int = psutil.virtual_memory().available
-    return int(min(available, _container_room()))
-
-
-def _container_room() -> float:
-    """What a cgroup (version 2) leaves; infinite where there is none."""
-    try:
-        limit, used = (CGROUP / "memory.max").read_text().strip(), (CGROUP / "memory.current").read_text()
-    except OSError:
-        return float("inf")
-    return float("inf") if limit == "max" else int(limit) - int(used)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoints import cache_bytes, program
-from outrider import LLM, CapacityError, OptionError
+from outrider import LLM, CapacityError, OptionError, device
 from outrider.config import EngineOptions, resolve
 from outrider.runner import memory
 from outrider.runner.graph import GraphRunner
@@ -74,12 +74,12 @@ def test_more_cache_than_there_is_memory_is_refused(path: Path) -> None:
 
 
 def test_free_memory_is_what_programs_could_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    free = memory.free_memory(torch.device("cpu"))
+    free = device.free_memory(torch.device("cpu"))
     assert 1 << 28 < free <= psutil.virtual_memory().total
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.free_memory(torch.device("cpu")) == 4000
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    assert device.free_memory(torch.device("cpu")) == 4000
 
 
 def test_more_rows_need_more_room(path: Path) -> None:
