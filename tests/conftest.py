@@ -28,8 +28,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "test_tracing.py": (*SERVING, "opentelemetry.sdk"),
     "unit/draft/test_ngram.py": ("hypothesis",),
     "unit/engine/test_detokenize.py": ("hypothesis",),
-    "unit/engine/test_engine_process.py": SERVING,
+    "unit/engine/process/test_host.py": SERVING,
     "unit/server/test_*.py": (*SERVING, "hypothesis"),
+    "unit/server/*/test_*.py": (*SERVING, "hypothesis"),
 }
 """What files of tests need beyond outrider's own dependencies and pytest. A machine that runs the `gpu` tests need not
 have it."""

@@ -17,13 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from outrider.core.output import AcceptanceTally, FinishReason
 from outrider.core.request import Request
-from outrider.engine.messages import Delta, Facts, Snapshot, WatchedRates
+from outrider.engine.process.messages import Delta, Facts, Snapshot, WatchedRates
 from outrider.errors import EngineDeadError
 from outrider.server.app import build
 from outrider.server.generation import Generation
-from outrider.server.metrics import Metrics
+from outrider.server.http.metrics import Metrics
 from outrider.server.service import Service
-from outrider.server.text import Texts
+from outrider.server.tokenizer_service import Texts
 
 EOS = "<eos>"
 

@@ -13,7 +13,7 @@ import pytest
 
 from fake_engine import HERMES_TEMPLATE, LLAMA_TEMPLATE, FakeClient, fake_server, write_tokenizer
 from outrider.errors import OptionError
-from outrider.server.text import Texts
+from outrider.server.tokenizer_service import Texts
 
 USER: list[Any] = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -18,8 +18,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, 
 
 from outrider import LLM, SamplingParams
 from outrider.draft.registry import FOR_BUNDLED
-from outrider.server.options import PLAYGROUND
-from outrider.server.page import DIRECTORY
+from outrider.server.paths import PLAYGROUND
+from outrider.server.playground.routes import DIRECTORY
 from servers import Server, events, serving
 
 KEY = "a-key-of-this-test"
@@ -159,7 +159,9 @@ def test_a_file_needs_no_key_and_is_kept_until_it_changes(server: Server, path: 
     assert httpx.head(server.url + path).headers["content-length"] == str(len(got.content))
 
 
-@pytest.mark.parametrize("path", ["/playground", "/playground/", "/playground/..%2fpage.py", "/playground/nothing.js"])
+@pytest.mark.parametrize(
+    "path", ["/playground", "/playground/", "/playground/..%2froutes.py", "/playground/nothing.js"]
+)
 def test_nothing_else_is_under_its_path(server: Server, path: str) -> None:
     assert httpx.get(server.url + path).status_code == 401
     assert server.http.get(path).status_code == 404

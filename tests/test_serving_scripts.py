@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from outrider.errors import DeadlineError
-from outrider.server.deadline import Deadline
+from outrider.server.http.deadline import Deadline
 from servers import Server, serving
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -23,10 +23,10 @@ from outrider.config import EngineOptions
 from outrider.errors import OptionError
 from outrider.server.app import build
 from outrider.server.client import EngineClient
-from outrider.server.metrics import Metrics
+from outrider.server.http.metrics import Metrics
+from outrider.server.http.tracing import Tracing
 from outrider.server.service import Service
-from outrider.server.text import Texts
-from outrider.server.tracing import Tracing
+from outrider.server.tokenizer_service import Texts
 
 TEXT = "/v1/completions"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

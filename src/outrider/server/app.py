@@ -14,14 +14,15 @@ from starlette.responses import Response
 
 from outrider import __version__
 from outrider.errors import FieldError
-from outrider.server import chat, completions, page, responses_api
-from outrider.server.access import REQUEST_ID, Access
-from outrider.server.answers import error_record, error_response, in_time, json_response
-from outrider.server.deadline import HEADER, Deadline, seconds_asked
-from outrider.server.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
-from outrider.server.guard import Guard
-from outrider.server.metrics import CONTENT_TYPE
-from outrider.server.responses_fields import ResponsesRequest
+from outrider.server.http.access_log import REQUEST_ID, Access
+from outrider.server.http.auth import Guard
+from outrider.server.http.deadline import HEADER, Deadline, seconds_asked
+from outrider.server.http.metrics import CONTENT_TYPE
+from outrider.server.http.responses import error_record, error_response, in_time, json_response
+from outrider.server.openai import chat, completions, responses
+from outrider.server.openai.responses_schemas import ResponsesRequest
+from outrider.server.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from outrider.server.playground import routes as playground
 from outrider.server.service import Service
 
 Answer = Callable[[Service, Request], Awaitable[Response]]
@@ -56,7 +57,7 @@ def build(
     posts: tuple[tuple[str, Answer, type[BaseModel]], ...] = (
         ("/v1/completions", completions.complete, CompletionRequest),
         ("/v1/chat/completions", chat.chat, ChatRequest),
-        ("/v1/responses", responses_api.respond, ResponsesRequest),
+        ("/v1/responses", responses.respond, ResponsesRequest),
         ("/tokenize", _tokenize, TokenizeRequest),
         ("/detokenize", _detokenize, DetokenizeRequest),
     )
@@ -68,11 +69,11 @@ def build(
         ("/health", _health),
         ("/version", _version),
         ("/metrics", _metrics),
-        ("/playground/state", page.state),
+        ("/playground/state", playground.state),
     )
     for path, answer in gets:
         _add(app, service, path, "GET", answer, {})
-    page.add_files(app)
+    playground.add_files(app)
     return app
 
 

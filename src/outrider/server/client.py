@@ -23,7 +23,8 @@ import zmq.asyncio
 from outrider import errors
 from outrider.config import EngineOptions
 from outrider.core.output import FinishReason
-from outrider.engine.messages import (
+from outrider.engine.process.host import run
+from outrider.engine.process.messages import (
     Add,
     Building,
     Delta,
@@ -40,7 +41,6 @@ from outrider.engine.messages import (
     Taken,
     ToEngine,
 )
-from outrider.engine.process import run
 from outrider.errors import EngineDeadError, EngineRestartingError, OptionError, OutriderError
 from outrider.oracle import RefusedError
 from outrider.server.generation import Generation

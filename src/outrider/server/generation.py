@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
 from outrider.engine.completion import Completion, Inbox
-from outrider.engine.messages import Delta
 from outrider.engine.outputs import CompletionOutput, Piece, RequestOutput
-from outrider.server.text import Texts
+from outrider.engine.process.messages import Delta
+from outrider.server.tokenizer_service import Texts
 
 
 @dataclass(slots=True)

@@ -9,36 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outrider.core.option import option, wrong_types
-from outrider.engine.logs import LOG_FORMATS
+from outrider.engine.process.logs import LOG_FORMATS
 from outrider.errors import OptionError
 
 TOOL_CALL_PARSERS = ("hermes", "llama")
 REASONING_PARSERS = ("think",)
-
-PLAYGROUND = {
-    "/": "index.html",
-    **{
-        f"/playground/{name}": name
-        for name in (
-            "api.js",
-            "app.js",
-            "chart.js",
-            "icon.svg",
-            "panel.js",
-            "race.js",
-            "request.js",
-            "style.css",
-            "tokens.js",
-        )
-    },
-}
-"""Which file of the playground is shown where. None says anything of what is served: that is asked for with a key."""
-
-OPEN_PATHS = frozenset({"/health", "/version", "/metrics", *PLAYGROUND})
-"""What needs no API key: a probe has none, nor has a browser before its page has asked for one."""
-
-POLLED_PATHS = frozenset({"/playground/state"})
-"""What a page asks for every second: no line in the log and no span, unless it goes wrong."""
 
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>[1-9][0-9]{0,4}))?")
 """An origin as browsers write one: in lower case, without the scheme's own port."""

@@ -17,16 +17,16 @@ import uvicorn
 
 from outrider import env
 from outrider.config import EngineOptions
-from outrider.engine.logs import write_logs
-from outrider.engine.messages import Facts
+from outrider.engine.process.logs import write_logs
+from outrider.engine.process.messages import Facts
 from outrider.errors import EngineDeadError, OptionError
 from outrider.server.app import build
 from outrider.server.client import Counted, EngineClient
-from outrider.server.metrics import Metrics
+from outrider.server.http.metrics import Metrics
+from outrider.server.http.tracing import Tracing
 from outrider.server.options import ServerOptions
 from outrider.server.service import Service
-from outrider.server.text import Texts
-from outrider.server.tracing import Tracing
+from outrider.server.tokenizer_service import Texts
 
 logger = logging.getLogger("outrider")
 

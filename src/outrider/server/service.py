@@ -11,15 +11,15 @@ from starlette.exceptions import HTTPException
 
 from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
-from outrider.engine.messages import Facts
+from outrider.engine.process.messages import Facts
 from outrider.engine.prompts import check_stop_ids
 from outrider.errors import InputError, OverloadError, shortened
 from outrider.server.client import EngineClient
-from outrider.server.fields import Sampling
 from outrider.server.generation import Generation
-from outrider.server.metrics import Metrics
-from outrider.server.text import Texts
-from outrider.server.tracing import Tracing
+from outrider.server.http.metrics import Metrics
+from outrider.server.http.tracing import Tracing
+from outrider.server.openai.schemas import Sampling
+from outrider.server.tokenizer_service import Texts
 
 Prompts = list[tuple[str | None, list[int]]]
 """Each with its text, where it was given as text."""

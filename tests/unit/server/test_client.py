@@ -10,7 +10,7 @@ import pytest
 
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceTally
-from outrider.engine.messages import Building, Progress, Snapshot
+from outrider.engine.process.messages import Building, Progress, Snapshot
 from outrider.errors import EngineDeadError, EngineRestartingError, OptionError
 from outrider.server.client import EngineClient
 

@@ -14,16 +14,16 @@ from starlette.requests import Request
 
 from fake_engine import EOS, FACTS, HERMES_TEMPLATE, FakeClient, write_tokenizer
 from outrider.core.sampling import SamplingParams
-from outrider.engine.messages import Delta
+from outrider.engine.process.messages import Delta
 from outrider.errors import FieldError, InputError, PromptError
 from outrider.server import generation
-from outrider.server.answers import ClientGoneError
 from outrider.server.app import _tokenize
-from outrider.server.completions import _prompts, complete
-from outrider.server.fields import Asked, CompletionRequest, TokenizeRequest, parse
-from outrider.server.metrics import Metrics
+from outrider.server.http.metrics import Metrics
+from outrider.server.http.responses import ClientGoneError
+from outrider.server.openai.completions import _prompts, complete
+from outrider.server.openai.schemas import Asked, CompletionRequest, TokenizeRequest, parse
 from outrider.server.service import Service
-from outrider.server.text import Texts
+from outrider.server.tokenizer_service import Texts
 
 LENGTH = FACTS.max_model_len
 
@@ -80,7 +80,7 @@ def test_what_a_request_brings_is_not_worked_on_by_the_event_loop(
     def check(*_: Any) -> None:
         seen.add(threading.current_thread())
 
-    monkeypatch.setattr("outrider.server.text.check_token_ids", check)
+    monkeypatch.setattr("outrider.server.tokenizer_service.check_token_ids", check)
 
     async def main() -> None:
         assert await _prompts(service, asked(prompt=[[65], [66]], echo=True)[1]) == [

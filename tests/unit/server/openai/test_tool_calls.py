@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.server.dialect import Part, Reasoning, ReplyParser
+from outrider.server.openai.output_parsers import Part, Reasoning, ReplyParser
+from outrider.server.openai.reasoning import ThinkParser, num_reasoning_tokens
+from outrider.server.openai.tool_calls import PARSERS, HermesParser, LlamaParser, ToolCall, ToolCallParser
 from outrider.server.options import REASONING_PARSERS, TOOL_CALL_PARSERS
-from outrider.server.reasoning import ThinkParser, num_reasoning_tokens
-from outrider.server.tool_calls import PARSERS, HermesParser, LlamaParser, ToolCall, ToolCallParser
 
 NAMES = ("get_weather", "f")
 PARIS = '{"city": "Paris", "days": [1, 2.5e3, null, true]}'

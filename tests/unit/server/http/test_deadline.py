@@ -10,9 +10,9 @@ import pytest
 from starlette.responses import Response
 
 from outrider.errors import DeadlineError, FieldError
-from outrider.server import answers
-from outrider.server.answers import EventStream, describe, in_time
-from outrider.server.deadline import Deadline, seconds_asked
+from outrider.server.http import responses
+from outrider.server.http.deadline import Deadline, seconds_asked
+from outrider.server.http.responses import EventStream, describe, in_time
 
 SOON = 0.02
 
@@ -103,7 +103,7 @@ def test_a_stream_ends_with_an_event_and_is_closed_before_it() -> None:
 
 
 def test_a_stream_that_nobody_reads_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "LAST_SECONDS", SOON)
+    monkeypatch.setattr(responses, "LAST_SECONDS", SOON)
     happened: list[str] = []
 
     async def events() -> AsyncGenerator[bytes, None]:

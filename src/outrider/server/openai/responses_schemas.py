@@ -9,8 +9,16 @@ from pydantic import Field, WithJsonSchema
 
 from outrider.core.sampling import SamplingParams
 from outrider.errors import FieldError, PromptError, shortened
-from outrider.server.conversation import text_of
-from outrider.server.fields import NONE_OR_EMPTY, NOTHING, AFunction, Function, Sampling, ToolChoice, shown_tools
+from outrider.server.openai.messages import text_of
+from outrider.server.openai.schemas import (
+    NONE_OR_EMPTY,
+    NOTHING,
+    AFunction,
+    Function,
+    Sampling,
+    ToolChoice,
+    shown_tools,
+)
 
 _NO_REASONING: tuple[Any, ...] = (None, {}, {"effort": None}, {"summary": None}, {"effort": None, "summary": None})
 _PLAIN = {"type": "text"}

@@ -12,13 +12,13 @@ from starlette.responses import Response
 
 from outrider.engine.completion import Completion
 from outrider.errors import FieldError, PromptError
-from outrider.server.completions import Form, answer, begin, head, placed
-from outrider.server.dialect import Part, Reasoning, ReplyParser
-from outrider.server.fields import ChatRequest, Sampling, parse
 from outrider.server.generation import Gain, Generation
+from outrider.server.openai.completions import Form, answer, begin, head, placed
+from outrider.server.openai.output_parsers import Part, Reasoning, ReplyParser
+from outrider.server.openai.schemas import ChatRequest, Sampling, parse
+from outrider.server.openai.tool_calls import ToolCall
 from outrider.server.service import Prompts, Service
-from outrider.server.text import Texts
-from outrider.server.tool_calls import ToolCall
+from outrider.server.tokenizer_service import Texts
 
 
 async def chat(service: Service, request: Request) -> Response:

@@ -16,9 +16,10 @@ import zmq
 from outrider import LLM, SamplingParams
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport, FinishReason
-from outrider.engine import process
 from outrider.engine.engine import Engine
-from outrider.engine.messages import (
+from outrider.engine.process import host as process
+from outrider.engine.process.host import EngineProcess, connected
+from outrider.engine.process.messages import (
     Add,
     Building,
     End,
@@ -31,7 +32,6 @@ from outrider.engine.messages import (
     Taken,
     ToEngine,
 )
-from outrider.engine.process import EngineProcess, connected
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from outrider import __version__
 from outrider.errors import OptionError
 from outrider.server.generation import Generation
-from outrider.server.options import OPEN_PATHS, POLLED_PATHS
+from outrider.server.paths import OPEN_PATHS, POLLED_PATHS
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
 from outrider.engine.detokenize import Detokenizer
-from outrider.engine.messages import Facts
+from outrider.engine.process.messages import Facts
 from outrider.engine.prompts import as_conversations, as_prompts, as_template_arguments, as_token_ids, check_token_ids
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
-from outrider.server.conversation import plain_conversation
-from outrider.server.dialect import Dialect
+from outrider.server.openai.messages import plain_conversation
+from outrider.server.openai.output_parsers import Dialect
 
 Made = TypeVar("Made")
 

@@ -18,8 +18,8 @@ from outrider.config import EngineOptions
 from outrider.core.output import FinishReason
 from outrider.core.sampling import SamplingParams
 from outrider.engine.engine import Engine, EngineStats
-from outrider.engine.logs import write_logs
-from outrider.engine.messages import (
+from outrider.engine.process.logs import write_logs
+from outrider.engine.process.messages import (
     Add,
     Building,
     Delta,

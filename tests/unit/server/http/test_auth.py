@@ -13,11 +13,11 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outrider.engine.logs import FIELDS
-from outrider.server import guard
-from outrider.server.access import Access
-from outrider.server.answers import error_response
-from outrider.server.guard import Guard
+from outrider.engine.process.logs import FIELDS
+from outrider.server.http import auth
+from outrider.server.http.access_log import Access
+from outrider.server.http.auth import Guard
+from outrider.server.http.responses import error_response
 
 LIMIT = 1000
 
@@ -116,7 +116,7 @@ def test_bodies_have_a_limit(size: int, status: int, stated: bool) -> None:
 
 
 def test_bodies_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "BODIES_HELD", 2)
+    monkeypatch.setattr(auth, "BODIES_HELD", 2)
     app, ended = FastAPI(), asyncio.Event()
 
     async def wait(request: Request) -> Response:

@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.errors import OverloadError
-from outrider.server.access import route_path
-from outrider.server.answers import error_response
-from outrider.server.options import OPEN_PATHS
+from outrider.server.http.access_log import route_path
+from outrider.server.http.responses import error_response
+from outrider.server.paths import OPEN_PATHS
 
 BODIES_HELD = 64
 """Bodies of the largest size that are held at once, or more that are smaller: each until its request is answered."""

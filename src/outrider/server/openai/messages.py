@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from outrider.errors import PromptError, shortened
-from outrider.server.fields import NONE_OR_EMPTY, ROLES
+from outrider.server.openai.schemas import NONE_OR_EMPTY, ROLES
 
 _TAKEN = {
     "assistant": ("role", "content", "tool_calls", "reasoning", "reasoning_content"),

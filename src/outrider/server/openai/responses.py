@@ -11,15 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider.errors import PromptError
-from outrider.server.answers import describe, event
-from outrider.server.chat import call_id, num_reasoned, replies_of, text_defaults
-from outrider.server.completions import begin, ended
-from outrider.server.dialect import Part, Reasoning, ReplyParser
-from outrider.server.fields import parse
 from outrider.server.generation import Generation
-from outrider.server.responses_fields import ResponsesRequest, check_metadata
+from outrider.server.http.responses import describe, event
+from outrider.server.openai.chat import call_id, num_reasoned, replies_of, text_defaults
+from outrider.server.openai.completions import begin, ended
+from outrider.server.openai.output_parsers import Part, Reasoning, ReplyParser
+from outrider.server.openai.responses_schemas import ResponsesRequest, check_metadata
+from outrider.server.openai.schemas import parse
+from outrider.server.openai.tool_calls import ToolCall
 from outrider.server.service import Prompts, Service
-from outrider.server.tool_calls import ToolCall
 
 Event = dict[str, Any]
 

@@ -9,7 +9,7 @@ import pty
 import subprocess
 import sys
 
-from outrider.engine.logs import ERASE, FIELDS, JsonFormatter
+from outrider.engine.process.logs import ERASE, FIELDS, JsonFormatter
 
 
 def record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
@@ -35,7 +35,7 @@ def test_json_shows_exceptions() -> None:
 
 TOLD = """
 import logging
-from outrider.engine.logs import write_logs
+from outrider.engine.process.logs import write_logs
 write_logs("text")
 logging.getLogger("outrider").info("recorded 4 programs")
 logging.getLogger("other").info("nobody asked")

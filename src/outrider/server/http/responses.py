@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from outrider.errors import DeadlineError, EngineDeadError, EngineRestartingError, InputError, OverloadError
-from outrider.server.deadline import Deadline
+from outrider.server.http.deadline import Deadline
 
 logger = logging.getLogger("outrider")
 

@@ -11,7 +11,7 @@ import pytest
 from outrider.core.sampling import NOT_OFFERED as SAMPLING_NOT_OFFERED
 from outrider.core.sampling import SamplingParams
 from outrider.errors import FieldError, InputError, SamplingError
-from outrider.server.fields import MOST_NESTED, NOT_OFFERED, ChatRequest, CompletionRequest, Speculative, parse
+from outrider.server.openai.schemas import MOST_NESTED, NOT_OFFERED, ChatRequest, CompletionRequest, Speculative, parse
 
 TEXT = {"prompt": "x"}
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from outrider.engine.logs import FIELDS
-from outrider.server.answers import GONE, error_response
-from outrider.server.options import POLLED_PATHS
-from outrider.server.tracing import Tracing
+from outrider.engine.process.logs import FIELDS
+from outrider.server.http.responses import GONE, error_response
+from outrider.server.http.tracing import Tracing
+from outrider.server.paths import POLLED_PATHS
 
 logger = logging.getLogger("outrider.access")
 

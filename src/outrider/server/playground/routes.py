@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider import __version__
-from outrider.server.answers import json_response
-from outrider.server.options import PLAYGROUND
+from outrider.server.http.responses import json_response
+from outrider.server.paths import PLAYGROUND
 from outrider.server.service import Service
 
-DIRECTORY = Path(__file__).parent / "playground"
+DIRECTORY = Path(__file__).parent / "static"
 
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",

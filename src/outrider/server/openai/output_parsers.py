@@ -11,9 +11,9 @@ from typing import Any
 
 from outrider.errors import FieldError, OptionError, PromptError
 from outrider.load.tokenizer import Tokenizer
+from outrider.server.openai.reasoning import CLOSE, OPEN, TAGS, ThinkParser, num_reasoning_tokens
+from outrider.server.openai.tool_calls import PARSERS, ToolCall, ToolCallParser
 from outrider.server.options import TOOL_CALL_PARSERS
-from outrider.server.reasoning import CLOSE, OPEN, TAGS, ThinkParser, num_reasoning_tokens
-from outrider.server.tool_calls import PARSERS, ToolCall, ToolCallParser
 
 _NAME, _KEY, _VALUE, _RESULT = "outrider_probe", "probed_key", "probed_value", "probed_result"
 _USER = {"role": "user", "content": "x"}

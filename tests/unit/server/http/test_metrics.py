@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from outrider.core.output import AcceptanceTally
-from outrider.engine.messages import Facts, Snapshot, WatchedRates
-from outrider.server.metrics import Metrics
+from outrider.engine.process.messages import Facts, Snapshot, WatchedRates
+from outrider.server.http.metrics import Metrics
 
-DASHBOARD = Path(__file__).parents[3] / "examples" / "grafana_dashboard.json"
+DASHBOARD = Path(__file__).parents[4] / "examples" / "grafana_dashboard.json"
 REASON = "it needs a CUDA device: run it on one"
 FACTS = Facts(
     max_model_len=2048,

@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from outrider.engine.completion import Completion
 from outrider.errors import InputError, PromptError
-from outrider.server.answers import DONE, EventStream, event, json_response, unless_gone
-from outrider.server.fields import CompletionRequest, Sampled, Sampling, parse
 from outrider.server.generation import Gain, Generation
+from outrider.server.http.responses import DONE, EventStream, event, json_response, unless_gone
+from outrider.server.openai.schemas import CompletionRequest, Sampled, Sampling, parse
 from outrider.server.service import Prompts, Service
 
 

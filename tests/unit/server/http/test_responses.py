@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from outrider.errors import EngineDeadError, EngineRestartingError, FieldError
-from outrider.server.answers import MOST_SAID, describe
+from outrider.server.http.responses import MOST_SAID, describe
 
 
 def test_a_message_does_not_send_back_all_that_was_sent() -> None:

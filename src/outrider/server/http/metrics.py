@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from outrider import __version__
 from outrider.engine.completion import Completion
-from outrider.engine.messages import Facts, Snapshot
+from outrider.engine.process.messages import Facts, Snapshot
 from outrider.server.client import EngineClient, retry_seconds
 
 PREFIX = "outrider:"
