@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 SHAPE ?= benchmarks/shapes/qwen3-0.6b
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu format clean
+.PHONY: help demo test test-all lint check gpu format clean
 
 help: ## what there is to run
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
@@ -24,14 +24,18 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## the bundled model edits code, drafts in colour, with and without speculation
 	@$(BIN)/python examples/demo.py
 
-test: $(READY) ## every test that needs no GPU
-	$(BIN)/python -m pytest -n 2 -m 'not gpu'
+test: $(READY) ## the tests of every change: no GPU, no long grids
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not slow'
 
-check: $(READY) ## all that a change must pass: format, lint, types, tests
+test-all: $(READY) ## every test that needs no GPU, long grids included
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu'
+
+lint: $(READY) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m 'not gpu'
+
+check: lint test ## all that a change must pass
 
 gpu: export PYTHONPATH := src
 gpu: ## tests and short benchmarks that need a CUDA device, with the Python that has CUDA torch (PYTHON=...)

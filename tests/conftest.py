@@ -54,6 +54,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"left out: tests/{files} ({', '.join(lacking)} not installed)")
 
 
+TOGETHER = (
+    "test_bundled.py",
+    "test_chat_api.py",
+    "test_examples.py",
+    "test_manners.py",
+    "test_playground.py",
+    "test_responses_api.py",
+    "test_server.py",
+    "test_state_api.py",
+    "test_tracing.py",
+)
+"""Files whose fixtures start servers or run many prompts: one worker runs the whole file, so it makes them once."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Names the group of each such file to pytest-xdist, which `--dist loadgroup` keeps together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.path.name in TOGETHER:
+                item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 def pytest_configure() -> None:
     """Workers of pytest-xdist share the cores: two teams of threads on the same ones wait for each other."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

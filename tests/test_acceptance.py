@@ -254,7 +254,9 @@ def test_a_healthy_head_passes(check: Check, recorded: dict[int, Path]) -> None:
     assert told["rates"][0] >= 0.675 and told["acceptance_length"] >= 2.33, "vLLM's own figures for P-EAGLE"
 
 
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize(
+    "control", [pytest.param(name, marks=[pytest.mark.slow] * (CONTROLS[name][1] > 48)) for name in CONTROLS]
+)
 def test_a_head_run_wrongly_fails(control: str, check: Check, recorded: dict[int, Path]) -> None:
     drafter, count, first, cause = CONTROLS[control]
     asked = expectation(check, recorded[count], "--num-prompts", str(count))
