@@ -9,7 +9,7 @@ last tests break one thing at a time: the same comparison must fail.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ def drop_rope_scaling(llm: LLM) -> None:
 
 def take_default_epsilon(llm: LLM) -> None:
     for layer in program(llm)._model.layers:
-        layer.input_norm.eps = layer.mlp_norm.eps = 1e-6
+        layer.spec = replace(layer.spec, eps=1e-6)
 
 
 def swap_key_heads(llm: LLM) -> None:

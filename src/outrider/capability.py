@@ -44,7 +44,7 @@ class Gap:
     """Why a part cannot be hosted: printed as is, so it must read as a sentence."""
 
     part: str
-    feature: Feature
+    feature: Enum  # a `Feature`, or what layers may need of a backend
     reason: str
 
     def __str__(self) -> str:

@@ -20,9 +20,10 @@ from outrider.capability import Feature, Part
 from outrider.core.option import option, wrong_types
 from outrider.core.sampling import MAX_STOP_IDS
 from outrider.device import device_part, find_device
-from outrider.draft.base import Drafter, TargetFacts
+from outrider.draft.base import Drafter, Footprint, TargetFacts
 from outrider.draft.registry import parse_speculative_config
 from outrider.errors import CapacityError, CheckpointError, OptionError, nearest
+from outrider.layers.backend import choose_backend
 from outrider.load.checkpoint import read_json
 from outrider.load.hub import BUNDLED_HEADS, locate
 from outrider.models.config import DTYPES, ModelConfig, token_ids
@@ -159,6 +160,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         device=device,
         dtype=dtype,
     )
+    footprint = drafter.footprint(draft_options, facts)
     demand = Demand(
         model=model,
         config=model_config,
@@ -172,7 +174,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         num_drafts=num_drafts,
         keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
         weighs_probabilities=Feature.DRAFT_LOGITS in verifier.needs,
-        drafter=drafter.footprint(draft_options, facts),
+        drafter=footprint,
         programs=verdict.runner.footprint(capture_sizes, num_drafts) if isinstance(verdict, Choice) else 0,
         in_place=hardware.needs == {Feature.CUDA},
         cache_bytes=options.kv_cache_memory,
@@ -200,9 +202,17 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         seed=options.seed,
         progress=progress,
     )
-    scheduler = _scheduler_options(runner, options)
-    eos = _eos_token_ids(directory, model_config)
-    return Resolved(options, directory, runner, scheduler, mesh, parts, verdict, eos)
+    answers = runner, _scheduler_options(runner, options), mesh, parts, _with_layers(verdict, runner, footprint)
+    return Resolved(options, directory, *answers, _eos_token_ids(directory, model_config))
+
+
+def _with_layers(verdict: Choice | RefusedError, runner: RunnerConfig, drafter: Footprint) -> Choice | RefusedError:
+    """The verdict with what runs the layers; a refusal stays as it is."""
+    if isinstance(verdict, RefusedError):
+        return verdict
+    layers = choose_backend(runner.model.layer_specs(runner.model_config), runner.device)
+    draft_layers = choose_backend(drafter.layers, runner.device) if drafter.layers else None
+    return replace(verdict, layers=layers, draft_layers=draft_layers)
 
 
 def _scheduler_options(runner: RunnerConfig, options: EngineOptions) -> SchedulerOptions:

@@ -8,6 +8,7 @@ from typing import Any
 
 from outrider.capability import Gap, Part
 from outrider.errors import OptionError, UnsupportedError, nearest
+from outrider.layers.backend import LayerChoice
 from outrider.runner.base import Runner
 
 AUTO = "auto"
@@ -35,6 +36,8 @@ class Choice:
     runner: type[Runner]
     passed_over: tuple[PassedOver, ...] = ()
     forced: bool = False
+    layers: LayerChoice | None = None  # what runs the model's layers; None: not asked yet
+    draft_layers: LayerChoice | None = None  # the same for the drafter's; None: it has none
 
     def to_dict(self) -> Mapping[str, Any]:
         """The verdict as `explain --json` prints it."""
@@ -42,6 +45,8 @@ class Choice:
             "runner": self.runner.name,
             "forced": self.forced,
             "passed_over": [entry for runner in self.passed_over for entry in runner.to_list()],
+            "layers": self.layers and self.layers.to_dict(),
+            "draft_layers": self.draft_layers and self.draft_layers.to_dict(),
         }
 
 

@@ -133,6 +133,11 @@ def _print(resolved: Resolved, choice: Choice) -> None:
         layers = ", ".join(map(str, head["aux_layer_ids"]))
         what = f"{head['layout']}, {head['num_layers']} layers, vocabulary of {head['draft_vocab_size']}"
         out.print(f"head {escape(head['directory'])}: {what}; reads what enters layers {layers}")
+    for of, run_by in (("layers", choice.layers), ("layers of the head", choice.draft_layers)):
+        if run_by is not None:
+            out.print(f"{of} [bold]{run_by.backend.name}[/]: {run_by.backend.note}")
+            for reason in run_by.reasons():
+                out.print(f"  [yellow]{reason}[/]")
     needs = table("\nneeds", "part", "features", numbers=False)
     for part in resolved.parts:
         needs.add_row(part.name, ", ".join(sorted(feature.name.lower() for feature in part.needs)) or "nothing")

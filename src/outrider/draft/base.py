@@ -16,6 +16,7 @@ from outrider.core.option import option
 from outrider.draft.eagle.checkpoint import HeadConfig
 from outrider.errors import OptionError
 from outrider.layers.embedding import Embedding, Head
+from outrider.layers.spec import LayerSpec
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, TargetOutput
 
 MAX_DRAFTS = 32
@@ -65,12 +66,13 @@ class TargetParts:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes a drafter will hold on the device, told before any of it is made."""
+    """What a drafter will hold on the device, in bytes, told before any of it is made."""
 
     weights: int = 0
     per_block: int = 0  # of its own keys and values, in each block of the cache
     workspace: int = 0
     weights_read: int = 0  # of the weights, what drafting one round reads: those of K passes are counted K times
+    layers: tuple[LayerSpec, ...] = ()  # its decoder layers, for the choice of what runs them
 
 
 @dataclass(slots=True)

@@ -79,6 +79,10 @@ class Engine:
         runner = replace(self.resolved.runner, recording=recording)
         if options.capture_sizes is not None and not runner.memory.programs:
             logger.warning("capture_sizes is not used: runner %s records nothing", self.choice.runner.name)
+        for what, layers in (("model", self.choice.layers), ("drafter", self.choice.draft_layers)):
+            if layers is not None:
+                for reason in layers.reasons():
+                    logger.warning("layers of the %s run %s, %s", what, layers.backend.name, reason)
         self._worker = LocalWorker(self.choice.runner, runner, self.resolved.mesh)
         self._scheduler_options = replace(self.resolved.scheduler, depth=self._worker.depth)
         self._scheduler = Scheduler(self._scheduler_options)

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from outrider.kernels.activation import SILU_MUL
+from outrider.kernels.layer_by_ops import GatedMlp, LayerOps
 from outrider.layers.linear import Linear
 from outrider.layers.parameter import Allocator, Weights
 
 
+@dataclass(frozen=True, slots=True)
+class GatedMlpSpec:
+    """down(silu(gate(x)) * up(x))."""
+
+    width: int
+    bias: bool = False
+
+    def build(self, hidden_size: int, allocator: Allocator) -> GatedMLP:
+        """The MLP with parameters that are still NaN."""
+        return GatedMLP(self, hidden_size, allocator)
+
+
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+    """Its parameters, gate and up in one product."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, allocator: Allocator) -> None:
-        wide = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up = Linear(hidden_size, wide, bias, allocator)
-        self.down = Linear(intermediate_size, {"down_proj": hidden_size}, bias, allocator)
-        self._silu_mul = SILU_MUL.on(allocator.device)
+    def __init__(self, spec: GatedMlpSpec, hidden_size: int, allocator: Allocator) -> None:
+        self.gate_up = Linear(hidden_size, {"gate_proj": spec.width, "up_proj": spec.width}, spec.bias, allocator)
+        self.down = Linear(spec.width, {"down_proj": hidden_size}, spec.bias, allocator)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
-        return self.down(self._silu_mul(self.gate_up(x)))
+    def apply(self, ops: LayerOps, x: Tensor, residual: Tensor) -> Tensor | None:
+        gate_up, down = self.gate_up, self.down
+        return GatedMlp(gate_up.weight, gate_up.bias, down.weight, down.bias).apply(ops, x, residual)
 
     def weights(self, prefix: str) -> Weights:
         return self.gate_up.weights(prefix) | self.down.weights(prefix)

@@ -3,136 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, overload
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerWeights, Stack, layer_stack, take_taps
-from outrider.layers.attention import Attention
+from outrider.errors import CheckpointError
+from outrider.kernels.decoder_layer import take_taps
 from outrider.layers.embedding import Embedding, Head
-from outrider.layers.mlp import GatedMLP
+from outrider.layers.mlp import GatedMlpSpec
 from outrider.layers.norm import RMSNorm
 from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.spec import AttentionSpec, JoinedInput, LayerSpec, MlpSpec
+from outrider.layers.stack import DecoderStack
 from outrider.models.config import ModelConfig
 from outrider.tensors import StepBatch
 
 
-def can_fuse(attention: Attention, mlp: GatedMLP, device: torch.device) -> bool:
-    """Whether the device has a kernel for a whole layer of these; it knows no biases but those of q, k and v."""
-    has_kernel = DECODER_LAYER.on(device) is not DECODER_LAYER.reference
-    return attention.out.bias is None and mlp.down.bias is None and has_kernel
-
-
-def fused_weights(input_norm: RMSNorm | None, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP) -> LayerWeights:
-    """A layer's parameters as that kernel takes them."""
-    return LayerWeights(
-        input_norm.weight if input_norm else None,
-        attention.qkv.weight,
-        attention.qkv.bias,
-        attention.q_norm.weight if attention.q_norm else None,
-        attention.k_norm.weight if attention.k_norm else None,
-        attention.out.weight,
-        mlp_norm.weight,
-        mlp.gate_up.weight,
-        mlp.down.weight,
+def layer_spec(config: ModelConfig, qk_norm: bool, mlp: MlpSpec, joined: JoinedInput | None = None) -> LayerSpec:
+    """A layer of the sizes that a config gives."""
+    return LayerSpec(
+        hidden_size=config.hidden_size,
+        eps=config.rms_norm_eps,
+        attention=AttentionSpec(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            qk_norm=qk_norm,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+        ),
+        mlp=mlp,
+        joined=joined,
     )
 
 
-class DecoderLayer:
-    """Attention and MLP, each normalised on the way in and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, qk_norm: bool, allocator: Allocator) -> None:
-        eps = config.rms_norm_eps
-        self.input_norm = RMSNorm(config.hidden_size, eps, allocator)
-        self.attention = Attention(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            bias=config.attention_bias,
-            qk_norm_eps=eps if qk_norm else None,
-            allocator=allocator,
-        )
-        self.mlp_norm = RMSNorm(config.hidden_size, eps, allocator)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.mlp_bias, allocator)
-        self.is_fused = can_fuse(self.attention, self.mlp, allocator.device)
-
-    def __call__(self, x: Tensor | None, residual: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache) -> Tensor:
-        """[T, H] to be added to the residual stream; `x`, what the layer before gave, is added first, in place."""
-        normed = self.input_norm(residual) if x is None else self.input_norm.add(x, residual)
-        mixed = self.attention(normed, batch, rope, cache)
-        return self.mlp(self.mlp_norm.add(mixed, residual))
-
-    def fused_weights(self) -> LayerWeights:
-        """The parameters as that kernel takes them."""
-        return fused_weights(self.input_norm, self.attention, self.mlp_norm, self.mlp)
-
-    def weights(self, prefix: str) -> Weights:
-        return (
-            self.input_norm.weights(f"{prefix}input_layernorm.")
-            | self.attention.weights(f"{prefix}self_attn.")
-            | self.mlp_norm.weights(f"{prefix}post_attention_layernorm.")
-            | self.mlp.weights(f"{prefix}mlp.")
-        )
-
-
-class LayerRun(Sequence[DecoderLayer]):
-    """Layers one behind the other, run in one call where the device has a kernel for all of them."""
-
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        self._layers = list(layers)
-        self._fused = all(layer.is_fused for layer in layers)
-        self._stack: Stack | None = None  # the layers on the cache of the last step
-        self._stacked: Sequence[LayerCache] = ()
-
-    def run(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        batch: StepBatch,
-        rope: Tensor,
-        cache: Sequence[LayerCache],
-        taps: Sequence[int] = (),
-        features: Tensor | None = None,
-    ) -> Tensor | None:
-        """From what the layer before gave, None for nothing, to what the last one gives; see `DecoderLayer`.
-
-        `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
-        """
-        if self._fused:
-            if self._stack is None or self._stacked is not cache:
-                self._stack, self._stacked = self._stack_on(cache), cache
-            where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
-            return self._stack(0, len(self._layers), x, residual, rope, *where, taps, features)
-        for index, (layer, layer_cache) in enumerate(zip(self._layers, cache, strict=True)):
-            take_taps(index, x, residual, taps, features)
-            x = layer(x, residual, batch, rope, layer_cache)
-        return x
-
-    def _stack_on(self, cache: Sequence[LayerCache]) -> Stack:
-        attention, eps = self._layers[0].attention, self._layers[0].mlp_norm.eps
-        weights = [layer.fused_weights() for layer in self._layers]
-        return layer_stack(weights, cache, eps, attention.num_heads, attention.head_dim**-0.5)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    @overload
-    def __getitem__(self, index: int) -> DecoderLayer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[DecoderLayer]: ...
-    def __getitem__(self, index: int | slice) -> DecoderLayer | Sequence[DecoderLayer]:
-        return self._layers[index]
+def gated_mlp(config: ModelConfig) -> GatedMlpSpec:
+    """The MLP of a config whose activation is silu. CheckpointError for another one."""
+    if config.hidden_act != "silu":
+        raise CheckpointError(f"config.json: hidden_act is not supported: {config.hidden_act} (known: silu)")
+    return GatedMlpSpec(config.intermediate_size, config.mlp_bias)
 
 
 class Decoder:
-    """A pre-norm transformer decoder with grouped-query attention and a gated MLP.
+    """A pre-norm transformer decoder with grouped-query attention.
 
-    A family is a subclass that sets the class attributes. Weights keep the checkpoint's dtype;
-    what flows between layers is in the allocator's `activation_dtype`.
+    A family is a subclass that sets the class attributes, and `mlp` if its MLP is not the gated one. Weights keep the
+    checkpoint's dtype; what flows between layers is in the allocator's `activation_dtype`.
     """
 
     architecture: ClassVar[str]
@@ -143,12 +62,22 @@ class Decoder:
         """Parameters are NaN until `weights()` is filled. `max_len` bounds the positions."""
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_size, allocator)
-        self.layers = LayerRun([DecoderLayer(config, self.qk_norm, allocator) for _ in range(config.num_layers)])
+        self.layers = DecoderStack(self.layer_specs(config), allocator)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, allocator)
         tied = self.embedding if config.tie_word_embeddings else None
         self.head = Head(config.vocab_size, config.hidden_size, allocator, tied)
         self.rope = config.rope.table(max_len, config.head_dim, allocator.device)
         self.cache_dtype = allocator.cache_dtype
+
+    @classmethod
+    def mlp(cls, config: ModelConfig) -> MlpSpec:
+        """Each layer's MLP. CheckpointError for a config that asks for one that the family does not have."""
+        return gated_mlp(config)
+
+    @classmethod
+    def layer_specs(cls, config: ModelConfig) -> list[LayerSpec]:
+        """What each layer is, first to last."""
+        return [layer_spec(config, cls.qk_norm, cls.mlp(config))] * config.num_layers
 
     @classmethod
     def part(cls) -> Part:
@@ -181,10 +110,8 @@ class Decoder:
 
     def weights(self) -> Weights:
         """The checkpoint's names for every parameter."""
-        found = self.embedding.weights("model.embed_tokens.") | self.norm.weights("model.norm.")
-        for index, layer in enumerate(self.layers):
-            found |= layer.weights(f"model.layers.{index}.")
-        return found | self.head.weights("lm_head.")
+        outer = self.embedding.weights("model.embed_tokens.") | self.norm.weights("model.norm.")
+        return outer | self.layers.weights("model.layers.") | self.head.weights("lm_head.")
 
     def ignores(self, name: str) -> bool:
         """What a checkpoint may hold and this model does not read: a copy of the tied head, rotary frequencies."""

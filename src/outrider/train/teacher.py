@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.errors import OptionError
+from outrider.layers.layer import DecoderLayer
+from outrider.layers.mlp import GatedMLP
 from outrider.layers.parameter import Allocator
 from outrider.load.checkpoint import load_weights, read_json
 from outrider.models.config import ModelConfig
-from outrider.models.decoder import DecoderLayer
 from outrider.models.registry import find_model
 from outrider.train.attention import Attention, Mask, build_mask
 from outrider.train.functional import angles, compiler, rms_norm, rotate
@@ -76,6 +77,7 @@ class _Weights(NamedTuple):
     @classmethod
     def of(cls, layer: DecoderLayer) -> _Weights:
         attention, mlp = layer.attention, layer.mlp
+        assert isinstance(mlp, GatedMLP)
         return cls(
             layer.input_norm.weight,
             attention.qkv.weight,
@@ -84,7 +86,7 @@ class _Weights(NamedTuple):
             attention.k_norm.weight if attention.k_norm else None,
             attention.out.weight,
             attention.out.bias,
-            layer.mlp_norm.weight,
+            layer.post_norm.weight,
             mlp.gate_up.weight,
             mlp.gate_up.bias,
             mlp.down.weight,

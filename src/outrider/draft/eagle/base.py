@@ -145,6 +145,7 @@ class HeadDrafter(Drafter):
             per_block=layout.bytes_per_block,
             workspace=rows * width * allocator.activation_dtype.itemsize + 3 * seqs * drafts * vocab * 4,
             weights_read=drafter.network.weights_read(1 if cls.parallel else drafts),
+            layers=tuple(layer.spec for layer in drafter.network.layers),
         )
 
     def aux_layer_ids(self) -> tuple[int, ...]:

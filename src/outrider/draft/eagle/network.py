@@ -16,74 +16,22 @@ from torch import Tensor
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.draft.base import TargetParts
 from outrider.draft.eagle.checkpoint import HeadConfig
-from outrider.kernels.decoder_layer import Stack, layer_stack
 from outrider.kernels.join_input import JOIN_INPUT
-from outrider.layers.attention import Attention
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.linear import Linear
-from outrider.layers.mlp import GatedMLP
 from outrider.layers.norm import RMSNorm
 from outrider.layers.parameter import Allocator, Weights
-from outrider.models.decoder import DecoderLayer, LayerRun, can_fuse, fused_weights
+from outrider.layers.spec import JoinedInput, LayerSpec
+from outrider.layers.stack import DecoderStack
+from outrider.models.decoder import gated_mlp, layer_spec
 from outrider.tensors import StepBatch
 
 
-class FirstLayer:
-    """The decoder layer that joins token and hidden state."""
-
-    def __init__(self, config: HeadConfig, allocator: Allocator) -> None:
-        layer = config.layer
-        eps, width = layer.rms_norm_eps, layer.hidden_size
-        self.norm_before_residual = config.norm_before_residual
-        self.token_norm = RMSNorm(width, eps, allocator)
-        self.hidden_norm = RMSNorm(width, eps, allocator)
-        self.attention = Attention(
-            hidden_size=width,
-            input_size=2 * width,
-            num_heads=layer.num_heads,
-            num_kv_heads=layer.num_kv_heads,
-            head_dim=layer.head_dim,
-            bias=layer.attention_bias,
-            qk_norm_eps=eps if config.qk_norm else None,
-            allocator=allocator,
-        )
-        self.mlp_norm = RMSNorm(width, eps, allocator)
-        self.mlp = GatedMLP(width, layer.intermediate_size, layer.mlp_bias, allocator)
-        self._fused = can_fuse(self.attention, self.mlp, allocator.device)
-        self._join = JOIN_INPUT.on(allocator.device)
-        self._stack: Stack | None = None  # this layer on the cache of the last step
-        self._stacked: LayerCache | None = None
-
-    def __call__(
-        self, ids: Tensor, embedding: Embedding, hidden: Tensor, batch: StepBatch, rope: Tensor, cache: LayerCache
-    ) -> tuple[Tensor | None, Tensor]:
-        """ids [T], hidden [T, H] -> what is to be added to the residual stream, and that stream, [T, H] each.
-
-        `hidden` becomes the stream unless its norm does.
-        """
-        norms = self.token_norm.weight, self.hidden_norm.weight, self.hidden_norm.eps
-        joined: Tensor = self._join(ids, embedding.weight, hidden, *norms)
-        residual = joined[:, hidden.shape[1] :].contiguous() if self.norm_before_residual else hidden
-        if self._fused:
-            if self._stack is None or self._stacked is not cache:
-                self._stack, self._stacked = self._stack_on(cache), cache
-            where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
-            return self._stack(0, 1, joined, residual, rope, *where), residual
-        mixed = self.attention(joined, batch, rope, cache)
-        return self.mlp(self.mlp_norm.add(mixed, residual)), residual
-
-    def _stack_on(self, cache: LayerCache) -> Stack:
-        attention, weights = self.attention, fused_weights(None, self.attention, self.mlp_norm, self.mlp)
-        return layer_stack([weights], [cache], self.mlp_norm.eps, attention.num_heads, attention.head_dim**-0.5)
-
-    def weights(self, prefix: str) -> Weights:
-        return (
-            self.token_norm.weights(f"{prefix}input_layernorm.")
-            | self.hidden_norm.weights(f"{prefix}hidden_norm.")
-            | self.attention.weights(f"{prefix}self_attn.")
-            | self.mlp_norm.weights(f"{prefix}post_attention_layernorm.")
-            | self.mlp.weights(f"{prefix}mlp.")
-        )
+def layer_specs(config: HeadConfig) -> list[LayerSpec]:
+    """The layers of a head: the first joins embedding and hidden state, the others are a language model's."""
+    layer, mlp = config.layer, gated_mlp(config.layer)
+    first = layer_spec(layer, config.qk_norm, mlp, JoinedInput(config.norm_before_residual))
+    return [first] + [layer_spec(layer, config.qk_norm, mlp)] * (layer.num_layers - 1)
 
 
 class HeadNetwork:
@@ -98,15 +46,13 @@ class HeadNetwork:
             RMSNorm(config.target_hidden_size, layer.rms_norm_eps, allocator)
             for _ in range(config.num_aux_layers if config.fc_norm else 0)
         ]
-        self.first = FirstLayer(config, allocator)
-        self.rest = LayerRun([DecoderLayer(layer, config.qk_norm, allocator) for _ in range(layer.num_layers - 1)])
+        self.layers = DecoderStack(layer_specs(config), allocator)
         self.norm = RMSNorm(layer.hidden_size, layer.rms_norm_eps, allocator)
         self.rope = layer.rope.table(max_len, layer.head_dim, allocator.device)
         self.mask_hidden = allocator.parameter(1, 1, wide) if config.parallel else None
         self.embedding = Embedding(layer.vocab_size, layer.hidden_size, allocator) if config.own_embedding else None
         self.head = Head(config.draft_vocab_size, layer.hidden_size, allocator, None) if config.own_head else None
-        self._cache: Sequence[LayerCache] = ()
-        self._cache_of_rest: Sequence[LayerCache] = ()
+        self._join = JOIN_INPUT.on(allocator.device)
         self._activation_dtype, self._cache_dtype = allocator.activation_dtype, allocator.cache_dtype
 
     def cache_layout(self, block_size: int) -> CacheLayout:
@@ -116,9 +62,7 @@ class HeadNetwork:
 
     def weights(self) -> Weights:
         """The speculators layout's name for every parameter."""
-        found = self.fc.weights("") | self.first.weights("layers.0.") | self.norm.weights("norm.")
-        for index, layer in enumerate(self.rest, start=1):
-            found |= layer.weights(f"layers.{index}.")
+        found = self.fc.weights("") | self.layers.weights("layers.") | self.norm.weights("norm.")
         for index, norm in enumerate(self.aux_norms):
             found |= norm.weights(f"fc_norm.{index}.")
         if self.input_norm is not None:
@@ -169,11 +113,12 @@ class HeadNetwork:
         Keys and values of the rows are written. `hidden` is overwritten.
         """
         assert self.embedding is not None, "the head was not given its weights"
-        x, residual = self.first(ids, self.embedding, hidden, batch, self.rope, cache[0])
-        if self.rest:
-            if self._cache is not cache:  # the same at every step: layers are bound to it once
-                self._cache, self._cache_of_rest = cache, cache[1:]
-            x = self.rest.run(x, residual, batch, self.rope, self._cache_of_rest)
+        token_norm, hidden_norm = self.layers[0].input_norm, self.layers[0].hidden_norm
+        assert hidden_norm is not None
+        norms = token_norm.weight, hidden_norm.weight, hidden_norm.eps
+        joined: Tensor = self._join(ids, self.embedding.weight, hidden, *norms)
+        residual = joined[:, hidden.shape[1] :].contiguous() if self.config.norm_before_residual else hidden
+        x = self.layers.run(joined, residual, batch, self.rope, cache)
         normed = self.norm(residual) if x is None else self.norm.add(x, residual)
         return normed, normed if self.config.norm_output else residual
 

@@ -1,0 +1,205 @@
+"""Which backend runs a model's layers: the first that declines nothing, with every reason of those passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from outrider.cache.layout import LayerCache
+from outrider.capability import Feature, Gap
+from outrider.kernels.decoder_layer import DECODER_LAYER, LayerWeights, Stack, layer_stack
+from outrider.layers.by_ops import ByOpsStack
+from outrider.layers.layer import DecoderLayer
+from outrider.layers.mlp import GatedMLP, GatedMlpSpec
+from outrider.layers.spec import LayerFeature, LayerSpec
+from outrider.tensors import StepBatch
+
+
+class BoundLayers(Protocol):
+    """Layers with the cache that they write to."""
+
+    def __call__(
+        self,
+        first: int,
+        last: int,
+        x: Tensor | None,
+        residual: Tensor,
+        rope: Tensor,
+        batch: StepBatch,
+        taps: Sequence[int],
+        features: Tensor | None,
+    ) -> Tensor | None:
+        """Runs layers first:last, at least one; see `DecoderStack.run`."""
+
+
+class Backend(Protocol):
+    """One way to run layers. `lacks` gives a reason, with its remedy, for each feature that it cannot do."""
+
+    name: ClassVar[str]
+    note: ClassVar[str]  # what it does differently by the size of a step
+    devices: ClassVar[frozenset[str]]
+    lacks: ClassVar[Mapping[LayerFeature, str]]
+
+    @classmethod
+    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> BoundLayers:
+        """The layers on a cache. Parameters may be written afterwards, but not replaced."""
+
+
+def declines(backend: type[Backend], specs: Sequence[LayerSpec], device: torch.device) -> list[Gap]:
+    """Why a backend cannot run these layers on a device; nothing if it can."""
+    if backend is not ByOps and DECODER_LAYER.on(device) is DECODER_LAYER.reference:
+        return [Gap(str(device), Feature.WITHOUT_TRITON, f"{backend.name} has no kernel there; install Triton for one")]
+    needed = {feature: part for spec in specs for feature, part in needs(spec).items()}
+    return [
+        Gap(part, feature, backend.lacks[feature])
+        for feature, part in sorted(needed.items(), key=lambda entry: entry[0].name)
+        if feature in backend.lacks
+    ]
+
+
+def needs(spec: LayerSpec) -> dict[LayerFeature, str]:
+    """What a layer needs of a backend, and the part of it that does."""
+    found = {}
+    if spec.attention.out_bias:
+        found[LayerFeature.OUT_BIAS] = "attention"
+    if not isinstance(spec.mlp, GatedMlpSpec):
+        found[LayerFeature.OTHER_MLP] = type(spec.mlp).__name__
+    elif spec.mlp.bias:
+        found[LayerFeature.MLP_BIAS] = "mlp"
+    return found
+
+
+class ByOps:
+    """Each layer as a sequence of ops. It runs any layer, on any device."""
+
+    name: ClassVar[str] = "by_ops"
+    note: ClassVar[str] = "several calls a layer"
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
+    lacks: ClassVar[Mapping[LayerFeature, str]] = {}
+
+    @classmethod
+    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> BoundLayers:
+        return ByOpsStack(layers, caches)
+
+
+class _Fused:
+    """What the fused backends share: layers of one shape behind one another are one call."""
+
+    lacks: ClassVar[Mapping[LayerFeature, str]] = {
+        LayerFeature.OUT_BIAS: "its kernel adds no bias to attention's output; layers without one run fused",
+        LayerFeature.MLP_BIAS: "its kernel adds no biases in the MLP; layers without them run fused",
+        LayerFeature.OTHER_MLP: "its kernel knows the gated MLP with silu only; other MLPs run by ops",
+    }
+
+    @classmethod
+    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> BoundLayers:
+        return _FusedStack(layers, caches)
+
+
+class FusedCpu(_Fused):
+    """All layers in one launch of a compiled kernel."""
+
+    name: ClassVar[str] = "fused_cpu"
+    note: ClassVar[str] = (
+        "all layers in one launch; steps of many tokens run by ops where the matrix unit does not serve every product"
+    )
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+
+
+class FusedGpu(_Fused):
+    """Five to seven Triton kernels a layer for few tokens; cuBLAS and the smaller ops for many."""
+
+    name: ClassVar[str] = "fused_gpu"
+    note: ClassVar[str] = "five to seven kernels a layer for few tokens; steps of many tokens run by ops with cuBLAS"
+    devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
+
+
+class _FusedStack:
+    """One kernel stack for each run of layers of one shape."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> None:
+        starts = [index for index in range(len(layers)) if index == 0 or layers[index].spec != layers[index - 1].spec]
+        ends = [*starts[1:], len(layers)]
+        self._stacks = [
+            (start, end, _kernel_stack(layers[start:end], caches[start:end]))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+
+    def __call__(
+        self,
+        first: int,
+        last: int,
+        x: Tensor | None,
+        residual: Tensor,
+        rope: Tensor,
+        batch: StepBatch,
+        taps: Sequence[int],
+        features: Tensor | None,
+    ) -> Tensor | None:
+        where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
+        for start, end, stack in self._stacks:
+            begin, stop = max(first, start), min(last, end)
+            if begin < stop:
+                own = [tap - start for tap in taps] if start else taps
+                x = stack(begin - start, stop - start, x, residual, rope, *where, own, features)
+        return x
+
+
+def _kernel_stack(layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> Stack:
+    spec = layers[0].spec
+    weights = [_fused_weights(layer) for layer in layers]
+    return layer_stack(weights, caches, spec.eps, spec.attention.num_heads, spec.attention.scale)
+
+
+def _fused_weights(layer: DecoderLayer) -> LayerWeights:
+    """A layer's parameters as the kernels take them, which know no biases but those of q, k and v."""
+    given, mlp = layer.parameters(), layer.mlp
+    assert given.out_bias is None and isinstance(mlp, GatedMLP) and mlp.down.bias is None
+    norms = given.q_norm, given.k_norm
+    return LayerWeights(
+        *(given.input_norm, given.qkv, given.qkv_bias, *norms, given.out, given.post_norm),
+        *(mlp.gate_up.weight, mlp.down.weight),
+    )
+
+
+BACKENDS: tuple[type[Backend], ...] = (FusedCpu, FusedGpu, ByOps)
+"""Fastest first; the last declines nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """The backend taken for a model's layers, and why not the faster ones of the device."""
+
+    backend: type[Backend]
+    passed_over: tuple[tuple[type[Backend], Gap], ...] = ()
+
+    def reasons(self) -> list[str]:
+        """A sentence for each reason against a faster backend."""
+        return [f"not {backend.name}: {gap}" for backend, gap in self.passed_over]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `explain --json` prints it."""
+        return {
+            "backend": self.backend.name,
+            "note": self.backend.note,
+            "passed_over": [
+                {"backend": backend.name, "part": gap.part, "feature": gap.feature.name.lower(), "reason": gap.reason}
+                for backend, gap in self.passed_over
+            ],
+        }
+
+
+def choose_backend(specs: Sequence[LayerSpec], device: torch.device) -> LayerChoice:
+    """The first backend of the device that declines nothing."""
+    passed_over: list[tuple[type[Backend], Gap]] = []
+    for backend in BACKENDS:
+        if device.type in backend.devices:
+            gaps = declines(backend, specs, device)
+            if not gaps:
+                return LayerChoice(backend, tuple(passed_over))
+            passed_over += [(backend, gap) for gap in gaps]
+    return LayerChoice(ByOps, tuple(passed_over))
