@@ -96,7 +96,7 @@ def cache_bytes(num_blocks: int, weights: torch.dtype = torch.float32, **config:
 
 def program(llm: LLM) -> StepProgram:
     """What the engine runs, to look into it or to break it."""
-    running: StepProgram = llm.engine._worker._runner._program  # type: ignore[union-attr]
+    running: StepProgram = llm.engine._worker._runner._bound.program  # type: ignore[union-attr]
     return running
 
 

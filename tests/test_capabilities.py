@@ -254,7 +254,7 @@ def test_a_runner_that_offers_draft_logits_keeps_them(
         return
     with LLM(runner=runner.name, **options) as llm:
         run(llm, PLAIN)
-        kept = llm.engine._worker._runner._table.slots.draft_logits  # type: ignore[union-attr]
+        kept = llm.engine._worker._runner._bound.table.slots.draft_logits  # type: ignore[union-attr]
         assert bool((kept[: len(PLAIN)] == 2.5).all())
     assert judged and all(logits is not None for logits in judged)
 
@@ -498,13 +498,13 @@ class Recording(EagerRunner):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        run_program = self._program
+        run_program = self._bound.program
 
         def closed(*inputs: Any) -> Any:
             with host_closed():
                 return run_program(*inputs)
 
-        self._program = closed  # type: ignore[assignment]
+        self._bound.program = closed  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("checking", CHECKING)

@@ -186,7 +186,7 @@ def test_programs_take_the_memory_that_was_planned(tiny: Callable[..., Path]) ->
     with LLM(str(tiny("qwen3")), device="cuda", runner="graph", max_num_seqs=8) as llm:
         runner = llm.engine._worker._runner
         plan = llm.engine.resolved.runner.memory
-        assert 0 < runner.programs_bytes <= plan.programs + plan.workspace  # type: ignore[union-attr]
+        assert 0 < runner._programs.bytes <= plan.programs + plan.workspace  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "sequential"])

@@ -21,10 +21,12 @@ from outrider import config as config_module
 from outrider.cache.layout import CacheLayout
 from outrider.draft.eagle.base import HeadDrafter
 from outrider.draft.registry import METHODS
-from outrider.errors import CapacityError, UnsupportedError
+from outrider.errors import CapacityError, OptionError, UnsupportedError
 from outrider.runner import graph, slots
+from outrider.runner.bound import Bound
 from outrider.runner.eager import EagerRunner
-from outrider.runner.graph import GraphPending, Kind
+from outrider.runner.graph import GraphPending
+from outrider.runner.programs import Kind, Programs, Recorded
 from outrider.runner.slots import to_device
 from test_lossless import CASES, NGRAM, TIGHT, TIGHT_WITH_HEAD, WAYS, reference, serve
 from workloads import agree, drive, random_cases
@@ -145,12 +147,13 @@ def test_prompts_beside_decodes_are_called_in_bounded_steps(
     call = Emulated._call
 
     def look(self: Any, rows: Any, *more: Any) -> Any:
-        called.append(sum(row.num_tokens for row in rows))
+        called.append(int(rows[:, 1].sum()))
         return call(self, rows, *more)
 
     monkeypatch.setattr(Emulated, "_call", look)
     with serve(path, max_num_seqs=2, max_prefill_tokens_beside_decodes=7, enable_prefix_caching=False) as llm:
         engine, recorder = llm.engine, runner_of(llm)._recorder
+        called.clear()  # of the prompts tried before
         sampling = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
         engine.add("decodes", [1, 2, 3], sampling)
         while not engine.step():
@@ -213,13 +216,13 @@ def test_a_step_is_read_when_the_next_has_been_submitted(
         assert order.index(("submit", step + 1)) < order.index(("read", step)), step
 
 
-@pytest.mark.parametrize("place", ["_replay", "_call", "_find"])
+@pytest.mark.parametrize("place", [(Emulated, "_replay"), (Emulated, "_call"), (Programs, "find")], ids=str)
 def test_an_interrupt_with_steps_under_way_leaves_the_engine_usable(
-    place: str, expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    place: tuple[type[Any], str], expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, results = expected
     with serve(path, speculative_config=drafting("peagle", 3)) as llm:
-        work, calls = getattr(Emulated, place), 0
+        work, calls = getattr(*place), 0
 
         def interrupted(self: Any, *given: Any) -> Any:
             nonlocal calls
@@ -229,7 +232,7 @@ def test_an_interrupt_with_steps_under_way_leaves_the_engine_usable(
             return work(self, *given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Emulated, place, interrupted)
+            patch.setattr(*place, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 run(llm, CASES)
         assert not llm.engine.has_work
@@ -240,8 +243,53 @@ def test_an_interrupt_with_steps_under_way_leaves_the_engine_usable(
 def test_a_step_takes_the_smallest_program_it_fits_in(expected: tuple[Path, Any]) -> None:
     path, _ = expected
     with serve(path, max_num_seqs=5, capture_sizes=[1, 3, 5]) as llm:
-        found = [runner_of(llm)._find(Kind(drafts=False, processed=True), rows).size for rows in range(1, 6)]
+        found = [
+            runner_of(llm)._programs.find(Kind(0, processed=True, drafting=False), rows).size for rows in range(1, 6)
+        ]
     assert found == [1, 3, 3, 5, 5]
+
+
+@pytest.mark.parametrize("method", ["peagle", "ngram"])
+def test_a_step_that_verifies_few_drafts_takes_a_smaller_program(
+    method: str, expected: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs for two K in one engine: each step takes the smaller that holds its drafts, and tokens stay exact."""
+    path, _ = expected
+    taken: list[tuple[int, int]] = []
+    find = Programs.find
+
+    def look(self: Any, wanted: Kind, num_rows: int) -> Recorded:
+        found = find(self, wanted, num_rows)
+        kind = next(kind for kind, programs in self._recorded.items() if found in programs)
+        taken.append((wanted.num_drafts, kind.num_drafts))
+        return found
+
+    monkeypatch.setattr(Programs, "find", look)
+    config = {**NGRAM, "num_speculative_tokens": 4} if method == "ngram" else drafting(method, 4)
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    outputs: list[dict[str, list[int]]] = []
+    for options in ({}, {"speculative_config": config, "capture_drafts": [2]}):
+        taken.clear()
+        with serve(path, **options) as llm:
+            tokens: dict[str, list[int]] = {}
+            for number, max_drafts in enumerate((2, 1, 4)):  # the last one joins after some steps of fewer drafts
+                llm.engine.add(str(number), [1, 2, 3, 1, 2, 3, number], sampling, max_drafts)
+                for _ in range(4):
+                    for delta, _request in llm.engine.step():
+                        tokens.setdefault(delta.request_id, []).extend(delta.tokens)
+            while llm.engine.has_work:
+                for delta, _request in llm.engine.step():
+                    tokens.setdefault(delta.request_id, []).extend(delta.tokens)
+            outputs.append(tokens)
+    assert outputs[0] == outputs[1]
+    assert {program for wanted, program in taken if wanted <= 2} == {2}
+    assert {program for wanted, program in taken if wanted > 2} == {4}
+
+
+def test_numbers_of_drafts_to_record_are_checked(expected: tuple[Path, Any]) -> None:
+    for wrong in ([5], [-1]):
+        with pytest.raises(OptionError, match=r"capture_drafts must be .* from 0 to num_speculative_tokens 4"):
+            serve(expected[0], speculative_config=drafting("peagle", 4), capture_drafts=wrong)
 
 
 def test_memory_that_runs_out_while_recording_names_what_to_lower(
@@ -318,18 +366,25 @@ def test_prompt_steps_are_tried_before_any_request_comes(
     """Of every size, to the largest, so that memory for it is known to be there; and they leave nothing behind."""
     path, results = expected
     tried: list[tuple[int, int]] = []
-    run_step = Emulated._run
+    run_step, record = Bound.run, Programs._record
+    warm = False
 
-    def look(self: Any, rows: Any, num_query: int, num_logits: int, *more: Any) -> None:
-        if not self._recorded:
+    def look(self: Any, rows: Any, num_query: int, num_logits: int, *more: Any) -> Any:
+        if not warm:
             tried.append((num_query, num_logits))
-        run_step(self, rows, num_query, num_logits, *more)
+        return run_step(self, rows, num_query, num_logits, *more)
 
-    monkeypatch.setattr(Emulated, "_run", look)
+    def recording(*given: Any) -> Any:
+        nonlocal warm
+        warm = True
+        return record(*given)
+
+    monkeypatch.setattr(Bound, "run", look)
+    monkeypatch.setattr(Programs, "_record", recording)
     with serve(path, max_num_batched_tokens=100) as llm:
-        assert {size for size, _ in tried} == {1, 4, 8, 16, 32, 48, 64, 100}
+        assert {size for size, _ in tried} == {1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 48, 64, 80, 100}
         assert {0, 1, 2} < {logits for _, logits in tried}, "inside a prompt, its end, pieces of one, several together"
-        slots = runner_of(llm)._table.slots
+        slots = runner_of(llm)._bound.table.slots
         assert int(slots.length[-1]) == int(slots.computed[-1]) == 0
         assert run(llm, CASES) == results
 

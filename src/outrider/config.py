@@ -32,6 +32,7 @@ from outrider.models.registry import find_model
 from outrider.oracle import AUTO, Choice, RefusedError, choose
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
+from outrider.runner.capture import CaptureOptions
 from outrider.runner.memory import Demand, MemoryPlan, plan_memory
 from outrider.runner.registry import RUNNERS
 from outrider.schedule.options import SchedulerOptions
@@ -72,6 +73,11 @@ class EngineOptions:
     capture_sizes: Sequence[int] | None = option(
         None,
         "batch sizes the graph runner records, a step takes the next larger; left out: 1, 2, 3, 4, 6, 8 ...",
+    )
+    capture_drafts: Sequence[int] | None = option(
+        None,
+        "numbers of drafts, below num_speculative_tokens, for which the graph runner records programs too; a step "
+        "whose rows verify no more takes the smaller program",
     )
     time_parts: bool = option(
         False, "time the parts of a step on the device, for benchmarks; only the graph runner can"
@@ -145,7 +151,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     hardware = device_part(device)
     parts = _parts(hardware, model, drafter, verifier, mesh)
     verdict = _ask(options.runner, parts)
-    capture_sizes = _capture_sizes(options.capture_sizes, options.max_num_seqs)
+    capture = _capture(options, num_drafts)
     budget = _budget(options, device, num_drafts)
     dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
     max_model_len = _max_model_len(options.max_model_len, model_config.max_position_embeddings)
@@ -175,7 +181,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
         weighs_probabilities=Feature.DRAFT_LOGITS in verifier.needs,
         drafter=footprint,
-        programs=verdict.runner.footprint(capture_sizes, num_drafts) if isinstance(verdict, Choice) else 0,
+        programs=verdict.runner.footprint(capture) if isinstance(verdict, Choice) else 0,
         in_place=hardware.needs == {Feature.CUDA},
         cache_bytes=options.kv_cache_memory,
         utilization=options.gpu_memory_utilization,
@@ -197,13 +203,17 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         max_num_batched_tokens=budget,
         block_size=BLOCK_SIZE,
         memory=memory,
-        capture_sizes=capture_sizes,
-        time_parts=options.time_parts,
+        capture=capture,
         seed=options.seed,
         progress=progress,
     )
     answers = runner, _scheduler_options(runner, options), mesh, parts, _with_layers(verdict, runner, footprint)
     return Resolved(options, directory, *answers, _eos_token_ids(directory, model_config))
+
+
+def _capture(options: EngineOptions, num_drafts: int) -> CaptureOptions:
+    wanted = options.capture_sizes, options.capture_drafts
+    return CaptureOptions.resolve(*wanted, options.time_parts, options.max_num_seqs, num_drafts)
 
 
 def _with_layers(verdict: Choice | RefusedError, runner: RunnerConfig, drafter: Footprint) -> Choice | RefusedError:
@@ -303,22 +313,6 @@ def _max_model_len(wanted: int | None, limit: int) -> int:
     if wanted > limit:
         raise OptionError(f"max_model_len {wanted} is more than the model's positions: at most {limit}")
     return wanted
-
-
-def _capture_sizes(wanted: Sequence[int] | None, most: int) -> tuple[int, ...]:
-    """What was asked, or sizes of which each is at most half as large again as the one before it."""
-    if wanted is None:
-        sizes = {most}
-        for power in range(most.bit_length()):
-            sizes |= {size for size in (1 << power, 3 << power >> 1) if size < most}
-        return tuple(sorted(sizes))
-    sizes = {*wanted}
-    if not sizes or min(sizes) < 1 or max(sizes) != most:
-        raise OptionError(
-            f"capture_sizes must be batch sizes from 1 that end at max_num_seqs {most}, or a step of more rows would "
-            f"have no recorded program: {list(wanted)}; add {most} or change max_num_seqs"
-        )
-    return tuple(sorted(sizes))
 
 
 def _eos_token_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:

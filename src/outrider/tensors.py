@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -89,3 +91,11 @@ class Verdict:
 
     tokens: Tensor  # [B, K+1] int64, accepted drafts, then one of the target's own, then -1
     count: Tensor  # [B] int32, from 1 to K+1; 0 where the row stopped inside its prompt
+
+
+class Column(NamedTuple):
+    """Values that a step reports to the host beside its tokens."""
+
+    name: str
+    width: int  # values a token
+    dtype: torch.dtype  # int32, int64 or float32

@@ -144,7 +144,7 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     out.print(needs)
     share = _memory(resolved)["drafter"]
     held = f"{memory.num_blocks} blocks, {memory.num_tokens} tokens"
-    sizes = runner.capture_sizes
+    sizes = runner.capture.sizes
     recorded = f"for {len(sizes)} batch sizes, to {sizes[-1]} rows" if memory.programs else ""
     drafts = "of that for drafting" if any(share.values()) else ""
     plan = table("\nmemory", "for", "MiB", drafts, "")

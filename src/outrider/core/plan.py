@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from outrider.core.sampling import SamplingParams
@@ -59,3 +60,5 @@ class StepResult:
     step: int
     tokens: tuple[tuple[int, ...], ...]  # accepted drafts, then one token of the target's own; () inside a prompt
     num_drafted: tuple[int, ...]  # drafts now waiting to be verified in the row's next step
+    # further columns that the verifier or a logits processor declares: of each row, the values of each of its tokens
+    values: Mapping[str, tuple[tuple[tuple[float, ...], ...], ...]] = field(default_factory=dict)

@@ -77,8 +77,9 @@ class Engine:
         self.resolved = resolve(options, progress)
         self.choice = self.resolved.served_by()
         runner = replace(self.resolved.runner, recording=recording)
-        if options.capture_sizes is not None and not runner.memory.programs:
-            logger.warning("capture_sizes is not used: runner %s records nothing", self.choice.runner.name)
+        for name in ("capture_sizes", "capture_drafts"):
+            if getattr(options, name) is not None and not runner.memory.programs:
+                logger.warning("%s is not used: runner %s records nothing", name, self.choice.runner.name)
         for what, layers in (("model", self.choice.layers), ("drafter", self.choice.draft_layers)):
             if layers is not None:
                 for reason in layers.reasons():

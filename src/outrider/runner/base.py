@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, Self, runtime_checkable
@@ -15,6 +15,7 @@ from outrider.draft.base import Drafter, DraftOptions, TargetFacts
 from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
+from outrider.runner.capture import CaptureOptions
 from outrider.runner.memory import MemoryPlan
 from outrider.verify.base import LogitsProcessor, Verifier
 
@@ -38,8 +39,7 @@ class RunnerConfig:
     max_num_batched_tokens: int
     block_size: int
     memory: MemoryPlan
-    capture_sizes: tuple[int, ...]  # rows of the steps to record, rising; the last is max_num_seqs
-    time_parts: bool  # whether a runner that can is to measure the parts of its steps on the device
+    capture: CaptureOptions  # for a runner that records its steps
     seed: int
     progress: Callable[[int, int], None] | None  # bytes loaded, bytes in all
     recording: Callable[[int, int], None] | None = None  # programs recorded, programs in all
@@ -58,7 +58,7 @@ class RunnerConfig:
 
 
 class Pending(Protocol):
-    """A step under way."""
+    """A step in flight."""
 
     def result(self) -> StepResult:
         """Wait for the step and read it. Idempotent."""
@@ -72,11 +72,8 @@ class Runner(Protocol):
     depth: ClassVar[int]  # steps that may be submitted before the oldest is read
 
     @classmethod
-    def footprint(cls, capture_sizes: Sequence[int], num_drafts: int) -> int:
-        """Bytes of the device that the runner itself will hold beside weights, workspace and cache, told before any is.
-
-        `capture_sizes` as in RunnerConfig; `num_drafts`: K.
-        """
+    def footprint(cls, capture: CaptureOptions) -> int:
+        """Bytes of the device that the runner itself will hold beside weights, workspace and cache."""
 
     @classmethod
     def build(cls, config: RunnerConfig, mesh: Mesh) -> Self:
@@ -102,7 +99,7 @@ class Records(Protocol):
 
 @runtime_checkable
 class TimesParts(Protocol):
-    """What a runner may do besides: time its steps on the device, if built with `RunnerConfig.time_parts`."""
+    """What a runner may do besides: time its steps on the device, if built with `CaptureOptions.time_parts`."""
 
     def part_times(self) -> dict[str, float] | None:
         """Mean milliseconds of a decode step since the last call; None where nothing was timed.

@@ -6,9 +6,11 @@ replaying it), never in what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from outrider.cache.layout import LayerCache
 from outrider.draft.base import DraftContext, Drafter
@@ -18,11 +20,19 @@ from outrider.tensors import Draft, Slots, StepBatch, TargetOutput, Verdict
 from outrider.verify.base import LogitsProcessor, Verifier
 
 Mark = Callable[[str], None]
-"""Told the name of a part of the step when all of its work has been given to the device."""
+"""Called with the name of a part of the step when all of its work has been given to the device."""
 
 
 def unmarked(part: str) -> None:
     """Takes no note."""
+
+
+class StepOutput(NamedTuple):
+    """What a step computed."""
+
+    verdict: Verdict
+    draft: Draft | None  # for the rows' next step; None: the drafter was left out
+    values: Mapping[str, Tensor]  # [B, K+1, width] of each column that the verifier or a processor reports
 
 
 class StepProgram:
@@ -47,11 +57,11 @@ class StepProgram:
         draft: Draft,  # what the batch's rows were told to verify
         slots: Slots,  # advanced in place
         processors: Sequence[LogitsProcessor],
-        drafts: bool = True,  # whether any row's request verifies some, ever; else the drafter is left out
+        drafting: bool = True,  # whether any row's request verifies drafts, ever; else the drafter is left out
         mark: Mark = unmarked,  # of "target", "verify" and "draft"
-    ) -> tuple[Verdict, Draft | None]:
-        """The verdict on `draft`, and the drafts for the rows' next step."""
-        hidden, features = self._model.forward(batch, self._cache, self._aux_layer_ids if drafts else ())
+    ) -> StepOutput:
+        """The verdict on `draft`, the drafts for the rows' next step, and what parts report of it."""
+        hidden, features = self._model.forward(batch, self._cache, self._aux_layer_ids if drafting else ())
         num_logits = batch.logits_index.shape[0]
         spoken = hidden if num_logits == hidden.shape[0] else hidden.index_select(0, batch.logits_index)
         logits = self._model.logits(spoken)
@@ -60,13 +70,16 @@ class StepProgram:
         for processor in processors:
             logits = processor(logits, batch, slots)
         verdict = self._verifier(logits, batch, draft, slots)
+        values: dict[str, Tensor] = {}
+        for part in (self._verifier, *processors):
+            if part.columns:
+                values.update(part.report(logits, batch, verdict))
         committed, next_token = self._commit(slots, batch, verdict)
         mark("verify")
-        if not drafts:
-            mark("draft")
-            return verdict, None
-        noise = self._verifier.draft_noise
-        proposed = self._drafter.propose(DraftContext(batch, target, committed, next_token, slots, noise))
-        self._store_draft(slots, batch, proposed)
+        proposed = None
+        if drafting:
+            noise = self._verifier.draft_noise
+            proposed = self._drafter.propose(DraftContext(batch, target, committed, next_token, slots, noise))
+            self._store_draft(slots, batch, proposed)
         mark("draft")
-        return verdict, proposed
+        return StepOutput(verdict, proposed, values)

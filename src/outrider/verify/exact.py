@@ -16,9 +16,10 @@ from outrider.capability import Feature
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.verdict import JUDGE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
+from outrider.verify.base import Verifier
 
 
-class Exact:
+class Exact(Verifier):
     """A `Verifier` whose tokens are a function of (weights, prompt, sampling parameters, seed)."""
 
     name: ClassVar[str] = "exact"

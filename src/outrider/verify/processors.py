@@ -18,7 +18,7 @@ from outrider.tensors import Slots, StepBatch
 from outrider.verify.base import LogitsProcessor
 
 
-class MinTokens:
+class MinTokens(LogitsProcessor):
     """Bars the tokens that would end a request from every position before its `min_length`."""
 
     name: ClassVar[str] = "min_tokens"
@@ -34,7 +34,7 @@ class MinTokens:
         return barred
 
 
-class Temperature:
+class Temperature(LogitsProcessor):
     """Divides the logits; greedy rows stay as they are. What follows reads logits ready to be sampled from."""
 
     name: ClassVar[str] = "temperature"
@@ -49,7 +49,7 @@ class Temperature:
         return divided
 
 
-class Truncation:
+class Truncation(LogitsProcessor):
     """Min-p, then top-k, then top-p, in vLLM's order; greedy rows stay as they are."""
 
     name: ClassVar[str] = "truncation"

@@ -20,9 +20,10 @@ from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.step_inputs import locate
 from outrider.kernels.verdict import JUDGE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
+from outrider.verify.base import Verifier
 
 
-class Rejection:
+class Rejection(Verifier):
     """A `Verifier` with the target's law, and more drafts accepted than by comparing tokens.
 
     A draft without logits is a point mass, q(d) = 1. That is exact however the guess was made, as

@@ -15,9 +15,10 @@ from outrider.kernels.decree import DECREE
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.verdict import JUDGE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
+from outrider.verify.base import Verifier
 
 
-class Synthetic:
+class Synthetic(Verifier):
     """A `Verifier` that accepts draft j of a round with probability synthetic_rates[j], whatever it is.
 
     `synthetic_rates` are unconditional, as an acceptance report gives them: the share of rounds whose drafts

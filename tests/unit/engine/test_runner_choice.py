@@ -21,6 +21,7 @@ from outrider.cli.main import main
 from outrider.config import EngineOptions, Resolved, resolve
 from outrider.draft.registry import METHODS
 from outrider.oracle import RefusedError, choose
+from outrider.runner.capture import CaptureOptions
 from outrider.runner.eager import EagerRunner
 from outrider.runner.graph import GraphRunner
 
@@ -263,8 +264,9 @@ def test_explain_of_a_gpu_tells_the_memory_plan(explain: Any, fake_gpu: Callable
     assert code == 0 and "runner graph, the fastest" in out
     for said in ("weights", "workspace, at most", "for 6 batch sizes, to 8 rows", "32 blocks, 512 tokens"):
         assert said in out
+    capture = CaptureOptions((1, 2, 3, 4, 6, 8), (3,))
     code, out, _ = explain("--draft", "ngram", "-k", "3", "--max-num-seqs", "8", "--json")
-    assert code == 0 and json.loads(out)["memory"]["programs"] == GraphRunner.footprint((1, 2, 3, 4, 6, 8), 3)
+    assert code == 0 and json.loads(out)["memory"]["programs"] == GraphRunner.footprint(capture)
 
 
 def test_plain_python_on_a_gpu_is_served_by_the_eager_runner(
@@ -342,13 +344,13 @@ def test_sizes_to_record_must_hold_every_step(
     path: str, fake_gpu: Callable[..., None], sizes: list[int], said: str
 ) -> None:
     fake_gpu()
-    assert on_gpu(path, max_num_seqs=4, capture_sizes=[4, 1, 4]).runner.capture_sizes == (1, 4)
+    assert on_gpu(path, max_num_seqs=4, capture_sizes=[4, 1, 4]).runner.capture.sizes == (1, 4)
     with pytest.raises(OptionError, match=f"capture_sizes .*{said}"):
         on_gpu(path, max_num_seqs=4, capture_sizes=sizes)
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 64, 100, 128])
 def test_sizes_that_nobody_gave_waste_at_most_a_third_of_a_step(path: str, most: int) -> None:
-    sizes = on_gpu(path, device="cpu", max_num_seqs=most).runner.capture_sizes
+    sizes = on_gpu(path, device="cpu", max_num_seqs=most).runner.capture.sizes
     assert sizes[0] == 1 and sizes[-1] == most and list(sizes) == sorted(set(sizes))
     assert all(2 * after <= 3 * before or after - before == 1 for before, after in itertools.pairwise(sizes))

@@ -107,7 +107,7 @@ def test_an_interrupt_leaves_the_engine_usable(
         "guess": (drafter, "guess", 5),
         "admit": (drafter, "admit", 2),
         "release": (drafter, "release", 1),
-        "update": (runner._table, "update", 3),  # type: ignore[union-attr]
+        "update": (runner._bound.table, "update", 3),  # type: ignore[union-attr]
         "schedule": (scheduler, "_plan_decodes", 4),
         "_take": (Scheduler, "_take", 5),
         "close": (scheduler._queues, "close", 1),

@@ -14,6 +14,7 @@ from checkpoints import cache_bytes, program
 from outrider import LLM, CapacityError, OptionError, device
 from outrider.config import EngineOptions, resolve
 from outrider.runner import memory
+from outrider.runner.capture import CaptureOptions
 from outrider.runner.graph import GraphRunner
 from outrider.runner.memory import MIB, MemoryPlan
 
@@ -116,11 +117,13 @@ def test_recorded_programs_are_the_graph_runners_alone_and_taken_off_the_cache(
     options = {"max_model_len": 64, "max_num_seqs": 8, "speculative_config": NGRAM}
     graph, eager = gpu_plan(path, **options), gpu_plan(path, **options, runner="eager")
     sizes = (1, 2, 3, 4, 6, 8)
-    assert graph.programs == GraphRunner.footprint(sizes, 7) > 0 and eager.programs == 0
+    assert graph.programs == GraphRunner.footprint(CaptureOptions(sizes, (7,))) > 0 and eager.programs == 0
     assert (graph.weights, graph.workspace) == (eager.weights, eager.workspace)
     assert graph.to_dict()["programs"] == graph.programs
     fewer = gpu_plan(path, **options, capture_sizes=[8])
-    assert fewer.programs == GraphRunner.footprint((8,), 7) < graph.programs
+    assert fewer.programs == GraphRunner.footprint(CaptureOptions((8,), (7,))) < graph.programs
+    two = gpu_plan(path, **options, capture_drafts=[3])
+    assert two.programs == GraphRunner.footprint(CaptureOptions(sizes, (3, 7))) > graph.programs
     without_drafts = gpu_plan(path, max_model_len=64, max_num_seqs=8)
     assert without_drafts.programs < graph.programs, "there is less to record"
     options = {**options, "max_num_seqs": 64, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.5}

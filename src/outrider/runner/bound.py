@@ -1,0 +1,83 @@
+"""What every runner builds of a resolved configuration: model, cache, drafter, slots and step program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from outrider.draft.base import Drafter, TargetParts
+from outrider.kernels.step_inputs import ASSEMBLE, load_draft
+from outrider.layers.parameter import Allocator
+from outrider.load.checkpoint import load_weights
+from outrider.models.decoder import Decoder
+from outrider.runner.base import RunnerConfig
+from outrider.runner.results import ResultLayout
+from outrider.runner.slots import SlotTable
+from outrider.runner.step import Mark, StepOutput, StepProgram, unmarked
+from outrider.verify.base import LogitsProcessor
+
+
+class Bound:
+    """A loaded model bound to its cache, a drafter, the slots of requests and the step program."""
+
+    def __init__(
+        self,
+        config: RunnerConfig,
+        model: Decoder,
+        num_slots: int,
+        count: Callable[[int], None] | None = None,  # called with the bytes of each weight loaded
+    ) -> None:
+        device = config.device
+        cache = model.cache_layout(config.block_size).allocate(config.memory.num_blocks, device)
+        drafter = _build_drafter(config, model, count)
+        self.table = SlotTable(
+            num_slots=num_slots,
+            max_len=config.max_model_len,
+            max_blocks=-(-config.max_model_len // config.block_size),
+            drafter=drafter,
+            verifier=config.verifier,
+            processors=config.processors,
+            device=device,
+        )
+        self.program = StepProgram(model, cache, drafter, config.verifier, device)
+        declared = [column for part in (config.verifier, *config.processors) for column in part.columns]
+        self.results = ResultLayout(drafter.num_drafts, declared, device)
+        self.num_drafts = drafter.num_drafts
+        self._assemble, self._block_size = ASSEMBLE.on(device), config.block_size
+
+    def run(
+        self,
+        rows: Tensor,  # [B, 4] int64, the fields of `core.plan.Row`
+        num_query: int,
+        num_logits: int,
+        processors: Sequence[LogitsProcessor],
+        drafting: bool,
+        mark: Mark = unmarked,
+    ) -> StepOutput:
+        """Runs the step program on rows of a plan, which `table` has been brought up to."""
+        slots = self.table.slots
+        batch = self._assemble(slots, *rows.unbind(1), num_query, num_logits, self._block_size)
+        draft = load_draft(slots, batch)
+        mark("inputs")
+        return self.program(batch, draft, slots, processors, drafting, mark)
+
+
+def build_model(config: RunnerConfig, count: Callable[[int], None]) -> Decoder:
+    """The target with its weights, loaded or random. `count` is called with the bytes of each weight filled."""
+    model = config.model(config.model_config, config.max_model_len, Allocator.on(config.device, config.dtype))
+    if config.directory is None:
+        model.fill_dummy(config.seed)
+    else:
+        load_weights(config.directory, model.weights(), model.ignores, count)
+    return model
+
+
+def _build_drafter(config: RunnerConfig, model: Decoder, count: Callable[[int], None] | None) -> Drafter:
+    """The drafter, given its weights and its own layers of the cache."""
+    drafter = config.drafter(config.draft_options, config.target)
+    layout = drafter.layers()
+    cache = [] if layout is None else layout.allocate(config.memory.num_blocks, config.device)
+    dummy_seed = config.seed if config.directory is None else None
+    drafter.prepare(TargetParts(model.embedding, model.head), cache, dummy_seed, count)
+    return drafter
