@@ -23,7 +23,8 @@ from _server import served
 from outrider import LLM, SamplingParams
 from outrider.bench.prompts import HELD_OUT, read_prompts
 from outrider.bench.provenance import provenance
-from outrider.draft.registry import FOR_BUNDLED
+from outrider.draft.base import BUNDLED_MODEL
+from outrider.draft.registry import default_method
 
 
 async def stream(client: httpx.AsyncClient, ids: list[int], max_tokens: int) -> tuple[float, list[int]]:
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
     options = parser.parse_args()
-    with LLM(speculative_config={"method": FOR_BUNDLED}, enable_prefix_caching=False) as llm:
+    with LLM(speculative_config={"method": default_method(BUNDLED_MODEL)}, enable_prefix_caching=False) as llm:
         texts = read_prompts(HELD_OUT).texts[: options.streams]
         prompts = [llm.tokenizer.encode(text)[:256] for text in texts]
         sampling = SamplingParams(temperature=0.0, max_tokens=options.max_tokens, ignore_eos=True)

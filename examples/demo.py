@@ -7,7 +7,8 @@ import shlex
 import subprocess
 import sys
 
-from outrider.draft.registry import FOR_BUNDLED
+from outrider.draft.base import BUNDLED_MODEL
+from outrider.draft.registry import default_method
 
 EDIT = """Add a docstring to this function.
 
@@ -25,7 +26,7 @@ def moving_average(values, width):
 ```"""
 
 COMMANDS = [
-    ["explain", "--draft", FOR_BUNDLED],
+    ["explain", "--draft", default_method(BUNDLED_MODEL)],
     ["generate", "--prompt", "def read_json(path):", "--max-tokens", "200", "--compare"],
     ["generate", "--chat", EDIT, "--max-tokens", "200", "--compare"],
 ]

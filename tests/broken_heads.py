@@ -114,7 +114,7 @@ class Blind(PEagle):
                 cache_slot=owner * self.target.block_size + place,
             )
             if len(alone):
-                fresh = self.layers().allocate(size, self.target.device)
+                fresh = self.cache_layouts()[0].allocate(size, self.target.device)
                 normed[alone] = real(ids[alone], fed, only, fresh)[0]
             return normed, stream
 

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from checkpoints import SIZES
 from outrider.draft.base import TargetFacts, TargetParts
-from outrider.draft.eagle.base import HeadDrafter, HeadOptions
+from outrider.draft.eagle import checkpoint
+from outrider.draft.eagle.base import HeadDrafter
+from outrider.draft.eagle.checkpoint import HeadConfig
 from outrider.draft.none import NoDrafter
-from outrider.draft.registry import METHODS
+from outrider.draft.registry import METHODS, resolve_options
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.parameter import Allocator
+from outrider.load.checkpoint import Checkpoint
 
 MASK_TOKEN = 7
 TAPS = [0, 1, 2]
@@ -223,15 +226,27 @@ def tiny_head(parallel: bool) -> str:
     return str(write_head(_folder() / f"parallel-{parallel}", parallel))
 
 
+def read_head(path: Path) -> HeadConfig:
+    """What a head's directory says it is."""
+    return checkpoint.read_head(Checkpoint.open(path))
+
+
+def vocabulary_map(path: Path, config: HeadConfig) -> Tensor | None:
+    """The target's token for each of the head's own."""
+    return checkpoint.vocabulary_map(Checkpoint.open(path), config)
+
+
 def standalone(
     method: type[HeadDrafter], directory: Path, facts: TargetFacts, num_blocks: int, **options: Any
 ) -> HeadDrafter:
     """The drafter of a head written to `directory`, ready to propose without an engine: it borrows nothing."""
-    drafter = method(HeadOptions(model=str(directory), **options), facts)
+    _, resolved = resolve_options(method, {"model": str(directory), **options})
+    drafter = method(resolved, facts)
     allocator = Allocator.on(facts.device, facts.dtype)
     embedding = Embedding(facts.vocab_size, facts.hidden_size, allocator)
     parts = TargetParts(embedding, Head(facts.vocab_size, facts.hidden_size, allocator, embedding))
-    drafter.prepare(parts, drafter.layers().allocate(num_blocks, facts.device), None, None)
+    caches = [layout.allocate(num_blocks, facts.device) for layout in drafter.cache_layouts()]
+    drafter.prepare(parts, caches, None, None)
     return drafter
 
 

@@ -28,9 +28,9 @@ from heads import write_head
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature
 from outrider.draft.base import DraftContext, Drafter, TargetFacts, TargetParts
-from outrider.draft.eagle.base import HeadDrafter, HeadOptions
+from outrider.draft.eagle.base import HeadDrafter
 from outrider.draft.host import HostDrafter
-from outrider.draft.registry import METHODS
+from outrider.draft.registry import METHODS, resolve_options
 from outrider.kernels.commit import commit_reference
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.op import Op
@@ -182,11 +182,13 @@ def drafter_of(method: type[Drafter], directory: Path) -> Drafter:
     if not issubclass(method, HeadDrafter):
         return method(method.Options(), FACTS)
     head = write_head(directory, method.parallel, draft_vocab_size=7, sizes=TINY)
-    drafter = method(HeadOptions(num_speculative_tokens=WIDTH, model=str(head)), FACTS)
+    _, options = resolve_options(method, {"num_speculative_tokens": WIDTH, "model": str(head)})
+    drafter = method(options, FACTS)
     allocator = Allocator.on(CPU, torch.float32)
     embedding = Embedding(VOCAB, 6, allocator)
-    cache = [LayerCache(layer.key.zero_(), layer.value.zero_()) for layer in drafter.layers().allocate(50, CPU)]
-    drafter.prepare(TargetParts(embedding, Head(VOCAB, 6, allocator, embedding)), cache, None, None)
+    (layout,) = drafter.cache_layouts()
+    cache = [LayerCache(layer.key.zero_(), layer.value.zero_()) for layer in layout.allocate(50, CPU)]
+    drafter.prepare(TargetParts(embedding, Head(VOCAB, 6, allocator, embedding)), [cache], None, None)
     return drafter
 
 

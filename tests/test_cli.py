@@ -18,7 +18,8 @@ from outrider.cli import common
 from outrider.cli import main as cli
 from outrider.cli import serve as serve_command
 from outrider.cli.common import Drafting
-from outrider.draft.registry import FOR_BUNDLED, names_head
+from outrider.draft.base import BUNDLED_MODEL
+from outrider.draft.registry import default_method, names_head
 from outrider.engine.engine import Engine
 from outrider.load.hub import BUNDLED
 from outrider.runner.memory import MIB
@@ -97,7 +98,7 @@ def test_explain_shows_the_head(outrider: Any, tiny: Callable[..., Path]) -> Non
     assert share["weights"] == sum(tensor.nbytes for tensor in head_tensors(True).values())
     assert 0 < share["cache"] < plan["cache"] and 0 < share["workspace"] < plan["workspace"]
     code, out, _ = outrider("explain", model, "--draft", head)
-    assert code == 0 and "all in one pass" in out and head in out and "enters layers 0, 1, 2" in out
+    assert code == 0 and "all in one pass" in out and head in out and "aux layer ids [0, 1, 2]" in out
     _, out, _ = outrider("explain", model, "--draft", tiny_head(False))
     assert "eagle3, 4 tokens a round, one after another" in out
     _, out, _ = outrider("explain", model, "--draft", "ngram", "--json")
@@ -108,21 +109,21 @@ def test_generate_says_how_it_drafts(outrider: Any, tiny: Callable[..., Path]) -
     asked = ["generate", str(tiny("qwen3")), "--prompt", "abc", *SHORT]
     _, out, _ = outrider(*asked, "--draft", tiny_head(False), "-k", "2", "--json")
     told = json.loads(out)
-    assert (told["method"], told["num_speculative_tokens"], told["parallel_drafting"]) == ("eagle3", 2, False)
+    assert (told["method"], told["num_speculative_tokens"], told["head"]["parallel"]) == ("eagle3", 2, False)
     _, out, _ = outrider(*asked, "--speculative-config", json.dumps({"model": tiny_head(True)}), "--json")
-    assert (json.loads(out)["method"], json.loads(out)["parallel_drafting"]) == ("peagle", True)
+    assert (json.loads(out)["method"], json.loads(out)["head"]["parallel"]) == ("peagle", True)
     _, _, err = outrider(*asked, "--draft", tiny_head(True))
     assert "peagle, 4 tokens a round, all in one pass" in err
     _, out, _ = outrider(*asked, "--json")
-    assert (json.loads(out)["method"], json.loads(out)["parallel_drafting"]) == ("ngram", None), "a model of one's own"
+    assert (json.loads(out)["method"], json.loads(out)["head"]) == ("ngram", None), "a model of one's own"
 
 
 def test_the_bundled_model_drafts_with_its_own_head(outrider: Any) -> None:
-    assert FOR_BUNDLED == "peagle"
+    assert default_method(BUNDLED_MODEL) == "peagle"
     _, out, _ = outrider("generate", "--prompt", "import os\n", "--json", *SHORT)
-    assert json.loads(out)["method"] == FOR_BUNDLED
+    assert json.loads(out)["method"] == default_method(BUNDLED_MODEL)
     _, out, _ = outrider("explain", "-k", "3", "--json")
-    assert json.loads(out)["method"] == FOR_BUNDLED
+    assert json.loads(out)["method"] == default_method(BUNDLED_MODEL)
     _, out, _ = outrider("explain", "--json")
     assert json.loads(out)["method"] == "none"
 

@@ -20,12 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import SIZES, Case, program, run
-from heads import LAYOUTS, MASK_TOKEN, TAPS, head_tensors, write_head
+from heads import LAYOUTS, MASK_TOKEN, TAPS, head_tensors, read_head, vocabulary_map, write_head
 from outrider import LLM, CheckpointError, OptionError
 from outrider.cli import main as cli
 from outrider.config import EngineOptions, resolve
 from outrider.draft.eagle.base import HeadDrafter, HeadOptions
-from outrider.draft.eagle.checkpoint import read_head, vocabulary_map
 
 HIDDEN, VOCAB = SIZES["hidden_size"], SIZES["vocab_size"]
 METHODS = {"eagle3": False, "peagle": True}

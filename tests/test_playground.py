@@ -17,7 +17,8 @@ from filelock import FileLock
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
 from outrider import LLM, SamplingParams
-from outrider.draft.registry import FOR_BUNDLED
+from outrider.draft.base import BUNDLED_MODEL
+from outrider.draft.registry import default_method
 from outrider.server.paths import PLAYGROUND
 from outrider.server.playground.routes import DIRECTORY
 from servers import Server, events, serving
@@ -51,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(speculative_config={"method": FOR_BUNDLED}) as llm:
+    with LLM(speculative_config={"method": default_method(BUNDLED_MODEL)}) as llm:
         yield llm
 
 

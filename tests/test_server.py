@@ -17,7 +17,8 @@ import openai
 import pytest
 
 from outrider import LLM, RequestOutput, SamplingParams
-from outrider.draft.registry import FOR_BUNDLED
+from outrider.draft.base import BUNDLED_MODEL
+from outrider.draft.registry import default_method
 from servers import Server, events, serving
 
 NUM_STREAMS = 64
@@ -35,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     """The same, offline."""
-    with LLM(speculative_config={"method": FOR_BUNDLED}) as llm:
+    with LLM(speculative_config={"method": default_method(BUNDLED_MODEL)}) as llm:
         yield llm
 
 

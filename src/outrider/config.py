@@ -24,7 +24,7 @@ from outrider.draft.base import Drafter, Footprint, TargetFacts
 from outrider.draft.registry import parse_speculative_config
 from outrider.errors import CapacityError, CheckpointError, OptionError, nearest
 from outrider.layers.backend import choose_backend
-from outrider.load.checkpoint import read_json
+from outrider.load.checkpoint import Checkpoint, read_json
 from outrider.load.hub import BUNDLED_HEADS, locate
 from outrider.models.config import DTYPES, ModelConfig, token_ids
 from outrider.models.decoder import Decoder
@@ -138,8 +138,9 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     `progress` is told the bytes loaded so far and in all when the runner is built.
     """
     _check_values(options)
-    directory = locate(options.model)
-    model_config = ModelConfig.from_dict(read_json(directory / "config.json"))
+    checkpoint = Checkpoint.open(locate(options.model))
+    directory = checkpoint.directory
+    model_config = ModelConfig.from_dict(checkpoint.config)
     model = find_model(model_config.architecture)
     device = find_device(options.device)
     drafter, draft_options = parse_speculative_config(
@@ -155,17 +156,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     budget = _budget(options, device, num_drafts)
     dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
     max_model_len = _max_model_len(options.max_model_len, model_config.max_position_embeddings)
-    facts = TargetFacts(
-        vocab_size=model_config.vocab_size,
-        hidden_size=model_config.hidden_size,
-        num_layers=model_config.num_layers,
-        max_model_len=max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=budget,
-        block_size=BLOCK_SIZE,
-        device=device,
-        dtype=dtype,
-    )
+    facts = _target_facts(options, checkpoint, model_config, max_model_len, budget, device, dtype)
     footprint = drafter.footprint(draft_options, facts)
     demand = Demand(
         model=model,
@@ -223,6 +214,30 @@ def _with_layers(verdict: Choice | RefusedError, runner: RunnerConfig, drafter: 
     layers = choose_backend(runner.model.layer_specs(runner.model_config), runner.device)
     draft_layers = choose_backend(drafter.layers, runner.device) if drafter.layers else None
     return replace(verdict, layers=layers, draft_layers=draft_layers)
+
+
+def _target_facts(
+    options: EngineOptions,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    max_model_len: int,
+    budget: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TargetFacts:
+    return TargetFacts(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=budget,
+        block_size=BLOCK_SIZE,
+        device=device,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        tokenizer=checkpoint.directory,
+    )
 
 
 def _scheduler_options(runner: RunnerConfig, options: EngineOptions) -> SchedulerOptions:

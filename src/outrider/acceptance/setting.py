@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 from outrider.acceptance.records import RECORDS, Setting
 from outrider.config import Resolved
-from outrider.draft.registry import SAID_BY_HEAD
 from outrider.load.checkpoint import fingerprint
 from outrider.load.hub import BUNDLED
 
@@ -17,8 +16,8 @@ RANDOM_WEIGHTS = "random weights"
 
 def head_directory(resolved: Resolved) -> Path | None:
     """Where the draft head's checkpoint is; None if the method has none."""
-    model = getattr(resolved.runner.draft_options, "model", None)
-    return None if model is None else Path(model)
+    checkpoint = resolved.runner.draft_options.checkpoint
+    return None if checkpoint is None else checkpoint.directory
 
 
 def record_file(resolved: Resolved) -> Path | None:
@@ -36,13 +35,13 @@ def setting_of(resolved: Resolved, *, prompts: str = "", max_tokens: int = 0, te
     """The setting of a run. CheckpointError if a checkpoint is not there any more."""
     runner, head = resolved.runner, head_directory(resolved)
     loads = runner.directory is not None
-    options = asdict(runner.draft_options)
+    options = runner.draft_options
     return Setting(
         model=fingerprint(resolved.directory) if loads else RANDOM_WEIGHTS,
         head=None if head is None else fingerprint(head) if loads else RANDOM_WEIGHTS,
         dtype=str(runner.dtype).removeprefix("torch."),
         method=runner.drafter.name,
-        draft_options={name: value for name, value in options.items() if name not in SAID_BY_HEAD},
+        draft_options={entry.name: getattr(options, entry.name) for entry in fields(options) if entry.compare},
         verifier=runner.verifier.name,
         prompts=prompts,
         max_tokens=max_tokens,

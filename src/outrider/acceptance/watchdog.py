@@ -15,11 +15,11 @@ from typing import Any
 from outrider.acceptance.bands import DEVIATIONS, Departure, deviation, ratio_trials
 from outrider.acceptance.diagnosis import suspect
 from outrider.acceptance.records import Expectation, Setting, mismatches, read_records
-from outrider.acceptance.setting import head_directory, record_file, setting_of
+from outrider.acceptance.setting import record_file, setting_of
 from outrider.config import Resolved
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
-from outrider.draft.eagle.checkpoint import read_head
+from outrider.draft.base import Drafter
 from outrider.draft.registry import NO_DRAFTS
 from outrider.errors import CheckpointError
 
@@ -110,12 +110,12 @@ class WatchState:
 class Watch:
     """The last rounds at one temperature, beside what is on record for it."""
 
-    def __init__(self, expected: Expectation, parallel: bool | None = None, window: int = WINDOW) -> None:
-        """`parallel`: as `acceptance.diagnosis.suspect` takes it."""
+    def __init__(self, expected: Expectation, drafter: type[Drafter] = Drafter, window: int = WINDOW) -> None:
+        """`drafter`: the method, which is asked for the cause of a fall."""
         self.expected = expected
         self.departures: tuple[Departure, ...] = ()  # as last reported
         self._suspect: str | None = None
-        self._parallel = parallel
+        self._drafter = drafter
         self._window = window
         self._num_drafts = expected.setting.num_drafts
         self._accepted = bytearray(window)  # drafts accepted in each of the last rounds: a ring buffer
@@ -178,7 +178,7 @@ class Watch:
         setting = self.expected.setting
         what = f"{setting.method} (K={setting.num_drafts}, temperature {setting.temperature:g})"
         self.departures = tuple(found)
-        self._suspect = suspect(found, self.expected, self.measured(), self._parallel) if found else None
+        self._suspect = suspect(found, self.expected, self.measured(), self._drafter) if found else None
         if not found:
             logger.info("acceptance of %s is as recorded again: %s", what, _figures(self.measured()))
             return
@@ -226,12 +226,10 @@ class Watchdog:
         if not fitting:
             nearest = min(differing, key=len, default=["it is empty"])
             return cls(idle=f"nothing is on record for this in {path}: {'; '.join(nearest)}")
-        head = head_directory(resolved)
-        parallel = None if head is None else read_head(head).parallel
         lowest: dict[float, Expectation] = {}  # several prompt sets are on record: what is under all of them is a fall
         for record in sorted(fitting, key=lambda record: record.acceptance_length):
             lowest.setdefault(record.setting.temperature, record)
-        return cls((Watch(record, parallel, window) for record in lowest.values()), window=window)
+        return cls((Watch(record, runner.drafter, window) for record in lowest.values()), window=window)
 
     def watch(self, sampling: SamplingParams) -> Watch | None:
         """The watch that takes the rounds of a request; None if nothing is on record for its parameters."""

@@ -13,6 +13,7 @@ from outrider.acceptance.setting import setting_of
 from outrider.bench.prompts import PromptSet
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
+from outrider.draft.base import Drafter
 from outrider.engine.llm import LLM
 
 
@@ -50,7 +51,7 @@ class Comparison:
     report: AcceptanceReport
     expected: Expectation | None
     why_not: tuple[str, ...]  # how the setting differs from the nearest on record
-    parallel: bool | None  # as `acceptance.diagnosis.suspect` takes it
+    drafter: type[Drafter]  # asked for the cause of a fall
 
     @classmethod
     def of(
@@ -58,12 +59,12 @@ class Comparison:
         setting: Setting,
         report: AcceptanceReport,
         records: Sequence[Expectation] | None,  # None: there are none to compare with
-        parallel: bool | None = None,
+        drafter: type[Drafter] = Drafter,
     ) -> Comparison:
         """A run beside what is on record for exactly its setting."""
         expected = find(records or (), setting)
         why_not = () if expected or records is None else tuple(why_not_found(records, setting))
-        return cls(setting, report, expected, why_not, parallel)
+        return cls(setting, report, expected, why_not, drafter)
 
     @property
     def departures(self) -> list[Departure]:
@@ -79,7 +80,7 @@ class Comparison:
     def suspect(self) -> str | None:
         """The likeliest cause of the departures."""
         found = self.departures
-        return suspect(found, self.expected, self.report, self.parallel) if found and self.expected else None
+        return suspect(found, self.expected, self.report, self.drafter) if found and self.expected else None
 
     def to_dict(self) -> dict[str, Any]:
         """As `accept --json` prints a run."""

@@ -21,7 +21,6 @@ from outrider.cli.common import (
     counting,
     describe_drafting,
     drafting_flags,
-    drafts_in_one_pass,
     engine_flags,
     engine_options,
     loading,
@@ -84,12 +83,11 @@ def accept(
         _check_comparable(expect, records or [], settings)
     elif record is None:
         records = _own_records(llm)
-    parallel = drafts_in_one_pass(llm.engine.resolved)
     runs = []
     for setting, sampling in zip(settings, samplings, strict=True):
         with counting(f"prompts at temperature {sampling.temperature:g}", quiet=as_json) as count:
             report = measure(llm, asked, sampling, count)
-        runs.append(Comparison.of(setting, report, records, parallel))
+        runs.append(Comparison.of(setting, report, records, llm.engine.resolved.runner.drafter))
         if record is not None:
             _record(record, runs[-1])
     if as_json:

@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from outrider.acceptance.setting import head_directory
 from outrider.cli.flags import with_flags
 from outrider.config import EngineOptions, Resolved
 from outrider.core.option import option
 from outrider.core.output import AcceptanceReport
-from outrider.draft.eagle.checkpoint import read_head
-from outrider.draft.registry import FOR_BUNDLED, NO_DRAFTS, WITHOUT_WEIGHTS, names_head
+from outrider.draft.base import ANY_MODEL, BUNDLED_MODEL
+from outrider.draft.registry import NO_DRAFTS, default_method, names_head
 from outrider.errors import OptionError
 from outrider.runner.memory import MIB
 
@@ -59,7 +58,7 @@ class Drafting:
         if not config and not drafts:
             return None
         if "method" not in config and "model" not in config:
-            config["method"] = FOR_BUNDLED if model is None else WITHOUT_WEIGHTS
+            config["method"] = default_method(BUNDLED_MODEL if model is None else ANY_MODEL)
         return None if config == {"method": NO_DRAFTS} else config
 
 
@@ -165,10 +164,16 @@ def describe_acceptance(report: AcceptanceReport) -> str:
     return f"acceptance length {report.length:.2f} ({report.accepted} of {report.drafted} drafts; by position {rates})"
 
 
-def drafts_in_one_pass(resolved: Resolved) -> bool | None:
-    """Whether a draft head drafts all K tokens in one pass or in K, by its checkpoint; None without a head."""
-    head = head_directory(resolved)
-    return None if head is None else read_head(head).parallel
+def describe_head(resolved: Resolved) -> dict[str, Any] | None:
+    """The draft checkpoint, as `--json` prints it; None if there is none."""
+    runner = resolved.runner
+    checkpoint = runner.draft_options.checkpoint
+    if checkpoint is None:
+        return None
+    return {
+        "directory": str(checkpoint.directory),
+        **runner.drafter.describe(runner.draft_options, runner.target),
+    }
 
 
 def describe_drafting(resolved: Resolved) -> str:
@@ -176,8 +181,8 @@ def describe_drafting(resolved: Resolved) -> str:
     count = resolved.runner.draft_options.num_speculative_tokens
     if not count:
         return "none"
-    how = {True: ", all in one pass", False: ", one after another", None: ""}[drafts_in_one_pass(resolved)]
-    return f"{resolved.method}, {count} tokens a round{how}"
+    manner = resolved.runner.drafter.manner
+    return ", ".join(filter(None, (resolved.method, f"{count} tokens a round", manner)))
 
 
 def table(title: str, *headings: str, numbers: bool = True) -> Table:

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from outrider.acceptance.setting import head_directory
 from outrider.cli.common import (
     Drafting,
     Json,
     Model,
     describe_drafting,
+    describe_head,
     drafting_flags,
     engine_flags,
     engine_options,
@@ -22,7 +22,6 @@ from outrider.cli.common import (
 )
 from outrider.cli.support import support, to_markdown, to_rows
 from outrider.config import EngineOptions, Resolved, resolve
-from outrider.draft.eagle.checkpoint import read_head
 from outrider.oracle import Choice, RefusedError
 from outrider.runner.memory import MIB
 from outrider.runner.registry import RUNNERS
@@ -68,7 +67,7 @@ def _configuration(resolved: Resolved) -> dict[str, Any]:
     return {
         "method": resolved.method,
         "num_speculative_tokens": runner.draft_options.num_speculative_tokens,
-        "head": _head(resolved),
+        "head": describe_head(resolved),
         "verifier": runner.verifier.name,
         "model": str(resolved.directory),
         "architecture": runner.model_config.architecture,
@@ -79,25 +78,6 @@ def _configuration(resolved: Resolved) -> dict[str, Any]:
             {"part": part.name, "needs": sorted(feature.name.lower() for feature in part.needs)}
             for part in resolved.parts
         ],
-    }
-
-
-def _head(resolved: Resolved) -> dict[str, Any] | None:
-    """The draft head, by its checkpoint."""
-    directory = head_directory(resolved)
-    if directory is None:
-        return None
-    head = read_head(directory)
-    return {
-        "directory": str(directory),
-        "layout": head.layout,
-        "parallel": head.parallel,
-        "aux_layer_ids": list(head.aux_layers(resolved.runner.target.num_layers)),
-        "num_layers": head.layer.num_layers,
-        "draft_vocab_size": head.draft_vocab_size,
-        "max_position_embeddings": head.layer.max_position_embeddings,
-        "own_embedding": head.own_embedding,
-        "own_head": head.own_head,
     }
 
 
@@ -128,11 +108,10 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     out.print(
         f"drafting {describe_drafting(resolved)}; verifier {runner.verifier.name}; {runner.dtype} on {runner.device}"
     )
-    head = _head(resolved)
+    head = describe_head(resolved)
     if head is not None:
-        layers = ", ".join(map(str, head["aux_layer_ids"]))
-        what = f"{head['layout']}, {head['num_layers']} layers, vocabulary of {head['draft_vocab_size']}"
-        out.print(f"head {escape(head['directory'])}: {what}; reads what enters layers {layers}")
+        rest = (f"{name.replace('_', ' ')} {value}" for name, value in head.items() if name != "directory")
+        out.print(escape(f"head {head['directory']}: {', '.join(rest)}"))
     for of, run_by in (("layers", choice.layers), ("layers of the head", choice.draft_layers)):
         if run_by is not None:
             out.print(f"{of} [bold]{run_by.backend.name}[/]: {run_by.backend.note}")

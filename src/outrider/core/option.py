@@ -9,9 +9,18 @@ from dataclasses import field, fields
 from typing import Any
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its default and one line of help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, compare: bool = True, derived: bool = False) -> Any:
+    """A dataclass field with its default and one line of help.
+
+    `compare`: false for an option in which two runs of the same setting may differ, such as where a file is.
+    `derived`: true for a field that is worked out from the others, so that no user sets it.
+    """
+    return field(default=default, compare=compare and not derived, metadata={"help": help, "derived": derived})
+
+
+def option_names(record: Any) -> list[str]:
+    """The fields of a dataclass, or of its type, that a user may set."""
+    return [entry.name for entry in fields(record) if not entry.metadata.get("derived")]
 
 
 def wrong_types(record: Any) -> Iterator[tuple[str, Any, str]]:

@@ -43,8 +43,8 @@ class HostDrafter(Drafter):
         drafted = torch.zeros((size, self.num_drafts), dtype=torch.int64)
         length = torch.zeros(size, dtype=torch.int32)
         past_prompt = (batch.logits_start[1:] > batch.logits_start[:-1]).tolist()
-        for row, (slot, speaks) in enumerate(zip(batch.slot.tolist(), past_prompt, strict=True)):
-            if not speaks:
+        for row, (slot, samples) in enumerate(zip(batch.slot.tolist(), past_prompt, strict=True)):
+            if not samples:
                 continue
             history = slots.tokens[slot, : int(slots.length[slot])].tolist()
             guesses = self._checked(self.guess(slot, history))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from outrider.capability import Feature
 from outrider.core.option import option
-from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
+from outrider.draft.base import ANY_MODEL, DraftContext, Drafter, DraftOptions, TargetFacts
 from outrider.errors import OptionError
 from outrider.kernels.ngram import NGRAM_LOOKUP
 from outrider.tensors import Draft
@@ -37,6 +37,7 @@ class Ngram(Drafter):
     name: ClassVar[str] = "ngram"
     needs: ClassVar[frozenset[Feature]] = frozenset({Feature.TOKEN_HISTORY})
     Options: ClassVar[type[DraftOptions]] = NgramOptions
+    default_for: ClassVar[str | None] = ANY_MODEL
 
     def __init__(self, options: DraftOptions, target: TargetFacts) -> None:
         super().__init__(options, target)

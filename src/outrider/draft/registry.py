@@ -6,33 +6,29 @@ import importlib
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from outrider.core.option import wrong_types
-from outrider.draft.base import Drafter, DraftOptions
-from outrider.draft.eagle.checkpoint import read_head
+from outrider.core.option import option_names, wrong_types
+from outrider.draft.base import Drafter, DraftOptions, Match, Mismatch
 from outrider.draft.eagle.eagle3 import Eagle3
 from outrider.draft.eagle.peagle import PEagle
 from outrider.draft.ngram import Ngram
 from outrider.draft.none import NoDrafter
-from outrider.errors import OptionError, nearest
+from outrider.errors import CheckpointError, OptionError, nearest
+from outrider.load.checkpoint import Checkpoint
 from outrider.load.hub import HEAD_FILES, locate
 
 METHODS: dict[str, type[Drafter]] = {method.name: method for method in (NoDrafter, Ngram, Eagle3, PEagle)}
 
-WITHOUT_WEIGHTS = Ngram.name
-"""The method that serves any model, since it needs no checkpoint of its own."""
-
 NO_DRAFTS = NoDrafter.name
 """The method that drafts nothing: what turns speculation off."""
 
-FOR_BUNDLED = PEagle.name
-"""The method that serves the bundled model where none is named."""
 
-SAID_BY_HEAD = ("model", "parallel_drafting")
-"""Options that name a draft head, or only repeat what it is: two runs of one head do not differ in them."""
+def default_method(model: str) -> str:
+    """The method that drafts for BUNDLED_MODEL or ANY_MODEL where a command drafts and none is named."""
+    (method,) = (drafter.name for drafter in METHODS.values() if drafter.default_for == model)
+    return method
 
 
 def names_head(draft: str) -> bool:
@@ -75,7 +71,8 @@ def parse_speculative_config(
 ) -> tuple[type[Drafter], DraftOptions]:
     """The method a `speculative_config` names and its options. OptionError for a key the method lacks.
 
-    A draft head's method is what its checkpoint says; a `method` or flag that contradicts it is refused.
+    A draft checkpoint's method is what the checkpoint says; a `method` or flag that contradicts it is refused.
+    CheckpointError for a checkpoint that no method recognises, or that is broken.
     """
     if config is None:
         return NoDrafter, NoDrafter.Options()
@@ -85,58 +82,93 @@ def parse_speculative_config(
     if isinstance(given.get("model"), os.PathLike):
         given["model"] = os.fspath(given["model"])
     method = given.pop("method", None)
-    if method is None and isinstance(given.get("model"), str):
-        drafter = _of_head(given)
-    elif isinstance(method, str):
-        drafter = find_drafter(method)
-        if "model" in {option.name for option in fields(drafter.Options)}:
-            own = heads / drafter.name if heads is not None else None
-            if given.get("model") is None and own is not None and own.is_dir():
-                given["model"] = str(own)
-            drafter = _fitting(drafter, given)
-    else:
+    if isinstance(method, str):
+        named = find_drafter(method)
+        own = heads / named.name if heads is not None and "model" in option_names(named.Options) else None
+        if own is not None and own.is_dir() and given.get("model") is None:
+            given["model"] = str(own)
+        return resolve_options(named, given)
+    if method is not None or not isinstance(given.get("model"), str):
         raise OptionError(
             f"speculative_config needs a method: {method!r} ({nearest('', METHODS)}, or module:Class), "
             "or the model of a draft head"
         )
-    known = {option.name for option in fields(drafter.Options)}
+    return resolve_options(None, given)
+
+
+def resolve_options(named: type[Drafter] | None, given: Mapping[str, Any]) -> tuple[type[Drafter], DraftOptions]:
+    """The method and its options, with what its checkpoint decides. `named`: the method asked for, if one was.
+
+    Raises as `parse_speculative_config` does.
+    """
+    given = {**given}
+    derived: dict[str, Any] = {}
+    if given.get("num_speculative_tokens") is None:
+        given.pop("num_speculative_tokens", None)
+    drafter = named
+    if isinstance(given.get("model"), str) and (drafter is None or _checks_its_model(drafter)):
+        checkpoint = Checkpoint.open(locate(given["model"], HEAD_FILES))
+        drafter, match = _method_of(checkpoint, drafter, given)
+        given = {**match.options, **given, "model": str(checkpoint.directory)}
+        derived = {"checkpoint": checkpoint, "description": match.description}
+    assert drafter is not None, "without a method there is a model"
+    known = option_names(drafter.Options)
     for key in given:
         if key not in known:
             raise OptionError(f"speculative_config: {drafter.name} has no option {key} ({nearest(key, known)})")
-    options = drafter.Options(**given)
+    options = drafter.Options(**given, **derived)
     for name, value, wanted in wrong_types(options):
         raise OptionError(f"speculative_config: {name} must be {wanted}: {value!r}")
     return drafter, options
 
 
-def _of_head(given: dict[str, Any]) -> type[Drafter]:
-    """The method that a draft head was made for. Puts its directory and what it says of K into `given`."""
-    directory = locate(given["model"], HEAD_FILES)
-    head = read_head(directory)
-    given["model"] = str(directory)
-    if given.get("num_speculative_tokens") is None:
-        given.pop("num_speculative_tokens", None)
-        if head.num_drafts is not None:
-            given["num_speculative_tokens"] = head.num_drafts
-    return next(method for method in METHODS.values() if method.serves(head))
+def _checks_its_model(drafter: type[Drafter]) -> bool:
+    """Whether the method says which checkpoints are its own; if not, its `model` is for itself alone to read."""
+    overrides = drafter.recognises.__func__ is not Drafter.recognises.__func__  # type: ignore[attr-defined]
+    return overrides and "model" in option_names(drafter.Options)
 
 
-def _fitting(drafter: type[Drafter], given: dict[str, Any]) -> type[Drafter]:
-    """The drafter that was named, if it is one for the head that was named; or the head's own in vLLM's spelling.
-
-    vLLM calls a P-EAGLE head method "eagle3" with parallel_drafting true.
-    """
-    if not isinstance(given.get("model"), str):
+def _method_of(
+    checkpoint: Checkpoint, named: type[Drafter] | None, given: Mapping[str, Any]
+) -> tuple[type[Drafter], Match]:
+    """The method that a checkpoint is of, by the answers of all; if one is named, it must be that one."""
+    if named is not None:
+        answer = named.recognises(checkpoint)
+        if isinstance(answer, Match):
+            return named, answer
+        if isinstance(answer, Mismatch):
+            raise CheckpointError(answer.reason)
+    answers = [(method, method.recognises(checkpoint)) for method in METHODS.values() if method is not named]
+    matches = [(method, answer) for method, answer in answers if isinstance(answer, Match)]
+    if len(matches) > 1:
+        both = " and ".join(method.name for method, _ in matches)
+        raise OptionError(f"{checkpoint.directory} is a checkpoint of several methods, {both}: name the method")
+    if not matches:
+        reasons = [answer.reason for _, answer in answers if isinstance(answer, Mismatch)]
+        raise CheckpointError("; ".join(dict.fromkeys(reasons)) or _unknown(checkpoint, named))
+    ((method, match),) = matches
+    if named is not None and not named.also_means(method, given):
         raise OptionError(
-            f'method {drafter.name} needs its draft head: give "model", a local directory or a Hugging Face id'
+            f"method {named.name} is not what {given['model']} was made for: it is a {match.kind}, "
+            f"method {method.name}; drop method, or name that one"
         )
-    right = _of_head(given)
-    head = read_head(Path(given["model"]))
-    if drafter.serves(head):
-        return drafter
-    if head.parallel and given.get("parallel_drafting") is True:
-        return right
-    raise OptionError(
-        f"method {drafter.name} is not what {given['model']} was made for: it is a {head.layout} head, "
-        f"method {right.name}; drop method, or name that one"
-    )
+    return method, match
+
+
+def _unknown(checkpoint: Checkpoint, named: type[Drafter] | None) -> str:
+    """The message about a checkpoint of no method: what was found, and what each method would have wanted."""
+    wants = {method.name: method.wants for method in (*METHODS.values(), named) if method is not None and method.wants}
+    kind = checkpoint.config.get("speculators_model_type")
+    if kind is not None:
+        what = f"draft heads of type {kind} are not supported: {nearest(str(kind), wants)}"
+    elif _is_language_model(checkpoint):
+        what = f"{checkpoint.directory} is not a draft head: its config.json is a language model's"
+    else:
+        what = f"{checkpoint.directory} is not a draft head of any method"
+    wanted = "; ".join(f"{name} wants {text}" for name, text in wants.items())
+    return f"{what}. Found: {checkpoint.summary()}. {wanted}"
+
+
+def _is_language_model(checkpoint: Checkpoint) -> bool:
+    names = checkpoint.config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForCausalLM") for name in names)

@@ -1,13 +1,15 @@
-"""Streams safetensors into parameters, and accounts for every name on both sides."""
+"""A checkpoint's directory: its config, its tensors by name, and streaming them into parameters."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,17 @@ from outrider.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = "pytorch_model.bin"
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    **{f"I{size}": getattr(torch, f"int{size}") for size in (8, 16, 32, 64)},
+    **{f"U{size}": getattr(torch, f"uint{size}") for size in (8, 16, 32, 64)},
+    **{f"F{size}": getattr(torch, f"float{size}") for size in (16, 32, 64)},
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Types as the header of a safetensors file names them."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,20 +68,56 @@ def weight_files(directory: Path, *, pickled: bool = False) -> list[Path]:
     return files
 
 
-def tensor_names(directory: Path, *, pickled: bool = False) -> list[str]:
-    """Every tensor's name, as its file has it; from the index alone where none of the files it names is there.
+class TensorInfo(NamedTuple):
+    """What a file's header says of a tensor. Shape and type are None if only the index is there and not the file."""
 
-    Such a checkpoint can be described, and run with random weights. `pickled` as for `weight_files`.
-    """
-    if (directory / INDEX).exists():
-        shards = read_json(directory / INDEX).get("weight_map")
-        if (
-            isinstance(shards, dict)
-            and shards
-            and not any((directory / str(name)).exists() for name in shards.values())
-        ):
-            return [*shards]
-    return [name for file in weight_files(directory, pickled=pickled) for name in TensorFile(file).names()]
+    file: Path
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None  # None too for a type that torch does not have
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with a config.json and weights. Whoever is given a directory opens it once and hands this down."""
+
+    directory: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Reads config.json, no weights. CheckpointError if it is missing or not a JSON object."""
+        return cls(directory, read_json(directory / "config.json"))
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name in the files; reads headers only, at the first use.
+
+        If the files named by an index are all absent, the names come from the index alone: such a checkpoint can be
+        described, and run with random weights. CheckpointError if a file is missing or truncated.
+        """
+        index = self.directory / INDEX
+        shards = read_json(index).get("weight_map") if index.exists() else None
+        if isinstance(shards, dict) and shards:
+            files = {name: self.directory / str(file) for name, file in shards.items()}
+            if not any(file.exists() for file in files.values()):
+                return {name: TensorInfo(file, None, None) for name, file in files.items()}
+        found: dict[str, TensorInfo] = {}
+        for file in weight_files(self.directory, pickled=True):
+            found |= TensorFile(file).describe()
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU. CheckpointError if there is none of this name."""
+        if name not in self.tensors:
+            raise CheckpointError(f"checkpoint {self.directory} lacks {name}")
+        return TensorFile(self.tensors[name].file).read(name)
+
+    def summary(self) -> str:
+        """What it holds, in a line for a message: architectures, types and some names of tensors."""
+        config = self.config
+        keys = ("architectures", "model_type", "speculators_model_type")
+        said = [f"{key} {config[key]}" for key in keys if config.get(key)]
+        return f"{', '.join(said) or 'a config.json that names no architecture'}; tensors {some(sorted(self.tensors))}"
 
 
 class TensorFile:
@@ -92,6 +141,16 @@ class TensorFile:
     def names(self) -> list[str]:
         """Every tensor's name."""
         return list(self._opened.keys() if self._tensors is None else self._tensors)
+
+    def describe(self) -> dict[str, TensorInfo]:
+        """Shape and type of every tensor; no tensor is read."""
+        if self._tensors is not None:
+            return {name: TensorInfo(self.file, tuple(held.shape), held.dtype) for name, held in self._tensors.items()}
+        slices = {name: self._opened.get_slice(name) for name in self.names()}
+        return {
+            name: TensorInfo(self.file, tuple(held.get_shape()), _DTYPES.get(held.get_dtype()))
+            for name, held in slices.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
@@ -143,8 +202,8 @@ def load_weights(
                     unexpected.append(given)
     missing = sorted(set(weights) - filled)
     if missing or unexpected:
-        complaints = [f"lacks {_some(missing)}"] if missing else []
-        complaints += [f"holds weights the model does not have: {_some(sorted(unexpected))}"] if unexpected else []
+        complaints = [f"lacks {some(missing)}"] if missing else []
+        complaints += [f"holds weights the model does not have: {some(sorted(unexpected))}"] if unexpected else []
         raise CheckpointError(f"checkpoint {directory} {' and '.join(complaints)}")
 
 
@@ -158,7 +217,7 @@ def _fill(parameter: Tensor, tensor: Tensor, name: str, file: Path) -> None:
     parameter.copy_(tensor)
 
 
-def _some(names: list[str], most: int = 8) -> str:
+def some(names: list[str], count: int = 8) -> str:
     """The first few names, and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest

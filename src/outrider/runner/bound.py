@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from outrider.capability import Feature
 from outrider.draft.base import Drafter, TargetParts
+from outrider.errors import OptionError
 from outrider.kernels.step_inputs import ASSEMBLE, load_draft
 from outrider.layers.parameter import Allocator
 from outrider.load.checkpoint import load_weights
@@ -66,18 +68,28 @@ class Bound:
 def build_model(config: RunnerConfig, count: Callable[[int], None]) -> Decoder:
     """The target with its weights, loaded or random. `count` is called with the bytes of each weight filled."""
     model = config.model(config.model_config, config.max_model_len, Allocator.on(config.device, config.dtype))
+
+    def ignores(name: str) -> bool:
+        return model.ignores(name) or config.drafter.reads_from_target(name, config.target)
+
     if config.directory is None:
         model.fill_dummy(config.seed)
     else:
-        load_weights(config.directory, model.weights(), model.ignores, count)
+        load_weights(config.directory, model.weights(), ignores, count)
     return model
 
 
 def _build_drafter(config: RunnerConfig, model: Decoder, count: Callable[[int], None] | None) -> Drafter:
-    """The drafter, given its weights and its own layers of the cache."""
+    """The drafter, given its weights and its own layers of the cache.
+
+    OptionError if it asks for what its `needs` do not name, which the oracle and the scheduler go by.
+    """
     drafter = config.drafter(config.draft_options, config.target)
-    layout = drafter.layers()
-    cache = [] if layout is None else layout.allocate(config.memory.num_blocks, config.device)
+    layouts = drafter.cache_layouts()
+    for asked, feature in ((layouts, Feature.DRAFT_CACHE), (drafter.aux_layer_ids(), Feature.FEATURES)):
+        if asked and feature not in drafter.needs:
+            raise OptionError(f"drafter {drafter.name} asks for {feature.name}: its needs must name that feature")
+    caches = [layout.allocate(config.memory.num_blocks, config.device) for layout in layouts]
     dummy_seed = config.seed if config.directory is None else None
-    drafter.prepare(TargetParts(model.embedding, model.head), cache, dummy_seed, count)
+    drafter.prepare(TargetParts(model.embedding, model.head), caches, dummy_seed, count)
     return drafter

@@ -30,6 +30,9 @@ from outrider.acceptance.records import (
     write_record,
 )
 from outrider.core.output import AcceptanceTally
+from outrider.draft.base import Drafter
+from outrider.draft.eagle.eagle3 import Eagle3
+from outrider.draft.eagle.peagle import PEagle
 
 RATES = (0.675, 0.376, 0.196, 0.084)
 """Of P-EAGLE on Qwen3-8B, as vLLM's own test expects them."""
@@ -149,10 +152,11 @@ PATTERNS: dict[str, tuple[tuple[float, ...], bool | None, str]] = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_suspected_cause_follows_the_pattern(pattern: str) -> None:
     rates, parallel, cause = PATTERNS[pattern]
+    drafter = {True: PEagle, False: Eagle3, None: Drafter}[parallel]
     expected = record(sample(RATES, 1, 10_000))
     for seed in range(2, 12):
         report = sample(rates, seed, 10_000)
-        assert re.search(cause, suspect(departures(expected, report), expected, report, parallel))
+        assert re.search(cause, suspect(departures(expected, report), expected, report, drafter))
 
 
 def test_a_drafter_that_stopped_drafting_is_noticed() -> None:

@@ -22,6 +22,7 @@ from outrider.acceptance.records import Expectation, Setting, write_record
 from outrider.acceptance.setting import setting_of
 from outrider.acceptance.watchdog import CHECK_EVERY, WINDOW, Watch, Watchdog
 from outrider.config import EngineOptions, resolve
+from outrider.draft.eagle.peagle import PEagle
 
 RATES = (0.675, 0.376, 0.196, 0.084)
 SEQUENTIAL = (0.675, 0.05, 0.002, 0.0)
@@ -59,7 +60,7 @@ def heard(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_collapse_after_a_healthy_start_warns_once_and_recovers_once(
     seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watch, rng = Watch(expectation(), parallel=True), random.Random(seed)
+    watch, rng = Watch(expectation(), PEagle), random.Random(seed)
     serve(watch, RATES, 3 * WINDOW, rng)
     assert not caplog.records and not watch.state().departures
     serve(watch, SEQUENTIAL, 6 * WINDOW, rng)
@@ -76,13 +77,13 @@ def test_a_collapse_after_a_healthy_start_warns_once_and_recovers_once(
 
 
 def test_a_head_that_is_wrong_from_the_start(caplog: pytest.LogCaptureFixture) -> None:
-    watch = Watch(expectation(), parallel=True)
+    watch = Watch(expectation(), PEagle)
     serve(watch, SEQUENTIAL, 2 * WINDOW + CHECK_EVERY, random.Random(1))
     assert len(warnings(caplog)) == 1
 
 
 def test_a_fall_at_an_earlier_position_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
-    watch, rng = Watch(expectation(), parallel=True), random.Random(1)
+    watch, rng = Watch(expectation(), PEagle), random.Random(1)
     serve(watch, SEQUENTIAL, 4 * WINDOW, rng)
     serve(watch, (0.02, 0.0, 0.0, 0.0), 8 * WINDOW, rng)
     first, second = warnings(caplog)
@@ -96,7 +97,7 @@ def test_honest_fluctuation_is_left_alone(drafts: int, caplog: pytest.LogCapture
     """Requests of some dozens of rounds each, some much easier and some much harder than the record's mean."""
     for seed in range(10):
         rng = random.Random(seed)
-        watch = Watch(expectation(drafts=drafts), parallel=True)
+        watch = Watch(expectation(drafts=drafts), PEagle)
         for _ in range(12 * WINDOW // 40):
             ease = rng.uniform(0.6, 1.3)
             ratios = [RATES[0], *(after / before for before, after in itertools.pairwise(RATES))]

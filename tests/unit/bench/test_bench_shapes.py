@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from heads import tiny_head
+from heads import read_head, tiny_head
 from outrider import LLM, SamplingParams
 from outrider.draft.base import TargetFacts
-from outrider.draft.eagle.checkpoint import dummy_vocabulary_map, read_head
-from outrider.draft.registry import METHODS, parse_speculative_config
+from outrider.draft.eagle.checkpoint import dummy_vocabulary_map
+from outrider.draft.registry import METHODS, parse_speculative_config, resolve_options
 from outrider.errors import CheckpointError
 from outrider.layers.parameter import Allocator
 from outrider.load.checkpoint import INDEX, read_json
@@ -72,10 +72,10 @@ def test_a_borrowed_head_is_read_too() -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_fit_their_model(name: str) -> None:
     model, kind = name.rsplit("-", 1)
-    drafter = METHODS[kind]
-    assert drafter.serves(read_head(SHAPES / name))
+    drafter, options = resolve_options(METHODS[kind], {"model": str(SHAPES / name)})
+    assert drafter is METHODS[kind]
     facts = replace(facts_of(model), device=torch.device("meta"))
-    drafter(drafter.Options(model=str(SHAPES / name)), facts)  # type: ignore[call-arg]  # raises if it is not
+    drafter(options, facts)  # raises if it is not
     head, target = read_head(SHAPES / name).layer, config_of(model)
     for what in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
         assert getattr(head, what) == getattr(target, what), what

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,14 +13,25 @@ from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature
 from outrider.core.option import option
 from outrider.draft.base import (
+    AcceptancePattern,
     DraftContext,
     Drafter,
     DraftOptions,
     Footprint,
+    Match,
+    Mismatch,
     TargetFacts,
     TargetParts,
 )
-from outrider.draft.eagle.checkpoint import HeadConfig, canonical, dummy_vocabulary_map, read_head, vocabulary_map
+from outrider.draft.eagle.checkpoint import (
+    HeadConfig,
+    canonical,
+    dummy_vocabulary_map,
+    head_type,
+    proposed_drafts,
+    read_head,
+    vocabulary_map,
+)
 from outrider.draft.eagle.network import HeadNetwork
 from outrider.errors import CheckpointError, OptionError, nearest
 from outrider.kernels.draft_rows import DRAFT_ROWS
@@ -29,7 +39,7 @@ from outrider.kernels.gather_rows import GATHER_ROWS
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.temper import TEMPER
 from outrider.layers.parameter import Allocator
-from outrider.load.checkpoint import load_weights
+from outrider.load.checkpoint import Checkpoint, load_weights
 from outrider.tensors import StepBatch
 
 COUPLED, ARGMAX = "coupled", "argmax"
@@ -39,8 +49,10 @@ COUPLED, ARGMAX = "coupled", "argmax"
 class HeadOptions(DraftOptions):
     """Where the head is and how it draws. Names as in vLLM where it has them."""
 
-    model: str | None = option(None, "the draft head: a local directory or a Hugging Face id")
-    parallel_drafting: bool | None = option(None, "left out: as the checkpoint says; what contradicts it is refused")
+    model: str | None = option(None, "the draft head: a local directory or a Hugging Face id", compare=False)
+    parallel_drafting: bool | None = option(
+        None, "left out: as the checkpoint says; what contradicts it is refused", compare=False
+    )
     draft_sample: str = option(
         COUPLED, f"{COUPLED}: guesses drawn with the noise that the verifier uses; {ARGMAX}: the likeliest"
     )
@@ -72,15 +84,16 @@ class HeadDrafter(Drafter):
     writes_ahead: ClassVar[bool] = True
     gives_logits: ClassVar[bool] = True
     parallel: ClassVar[bool]
+    """Whether this is the method of heads that draft in parallel."""
 
     def __init__(self, options: DraftOptions, target: TargetFacts) -> None:
         """Raises CheckpointError if the head is not one for this target, OptionError if the options contradict it."""
         super().__init__(options, target)
         assert isinstance(options, HeadOptions)
-        if options.model is None:
+        if options.checkpoint is None:
             raise OptionError(f'method {self.name} needs its draft head: give "model", a directory or Hugging Face id')
-        self.directory = Path(options.model)
-        self.config = read_head(self.directory)
+        assert isinstance(options.description, HeadConfig)
+        self.checkpoint, self.config = options.checkpoint, options.description
         self._check(options)
         self.limit = min(target.max_model_len, self.config.layer.max_position_embeddings)
         if self.num_drafts > self.limit:
@@ -96,12 +109,35 @@ class HeadDrafter(Drafter):
         self._ids: Tensor | None = None  # [draft vocabulary] int64, the target's tokens; None: the same vocabulary
 
     @classmethod
-    def serves(cls, head: HeadConfig) -> bool:
-        return head.parallel == cls.parallel
+    def recognises(cls, checkpoint: Checkpoint) -> Match | Mismatch | None:
+        try:
+            if head_type(checkpoint) != cls.parallel:
+                return None
+            head = read_head(checkpoint)
+        except CheckpointError as error:
+            return Mismatch(str(error))
+        num_drafts = proposed_drafts(checkpoint.config)
+        decided = {} if num_drafts is None else {"num_speculative_tokens": num_drafts}
+        return Match(f"{head.layout} head", decided, head)
+
+    @classmethod
+    def describe(cls, options: DraftOptions, target: TargetFacts) -> Mapping[str, Any]:
+        head = options.description
+        assert isinstance(head, HeadConfig)
+        return {
+            "layout": head.layout,
+            "parallel": head.parallel,
+            "aux_layer_ids": list(head.aux_layers(target.num_layers)),
+            "num_layers": head.layer.num_layers,
+            "draft_vocab_size": head.draft_vocab_size,
+            "max_position_embeddings": head.layer.max_position_embeddings,
+            "own_embedding": head.own_embedding,
+            "own_head": head.own_head,
+        }
 
     def _check(self, options: HeadOptions) -> None:
         head, target = self.config, self.target
-        where = f"{head.layout} head {self.directory}"
+        where = f"{head.layout} head {self.checkpoint.directory}"
         if options.parallel_drafting is not None and options.parallel_drafting != head.parallel:
             kind = "drafts in parallel" if head.parallel else "drafts one token after another"
             raise OptionError(
@@ -124,6 +160,15 @@ class HeadDrafter(Drafter):
             target.vocab_size,
         ):
             raise CheckpointError(f"the {where} has no lm_head, and the target's does not fit: it is incomplete")
+        columns, promised = head.fc_input_size, head.num_aux_layers * head.target_hidden_size
+        if columns is not None and columns != promised and columns % head.target_hidden_size == 0:
+            width = head.layer.hidden_size
+            raise CheckpointError(
+                f"eagle_aux_hidden_state_layer_ids must be {columns // head.target_hidden_size} layers: "
+                f"{list(head.aux_layers(target.num_layers))}: fc.weight in {self.checkpoint.directory} has shape "
+                f"{[width, columns]}, the config promises {[width, promised]}"
+            )
+        assert head.shift == 1, "the rows of a step are shifted by one token: see kernels.draft_rows"
 
     @classmethod
     def footprint(cls, options: DraftOptions, target: TargetFacts) -> Footprint:
@@ -133,31 +178,42 @@ class HeadDrafter(Drafter):
         allocator = Allocator.on(target.device, target.dtype)  # the meta device's would be of other types
         # the features, the first layer's input, then what any layer holds
         width = (
-            6 * target.hidden_size
+            2 * drafter.config.num_aux_layers * target.hidden_size
             + 8 * layer.hidden_size
             + 3 * layer.intermediate_size
             + 3 * layer.num_heads * layer.head_dim
         )
         rows = target.max_num_batched_tokens + seqs * drafts
-        layout = replace(drafter.layers(), dtype=allocator.cache_dtype)
+        layouts = [replace(layout, dtype=allocator.cache_dtype) for layout in drafter.cache_layouts()]
         return Footprint(
             weights=sum(weight.nbytes for weight in drafter.network.weights().values()),
-            per_block=layout.bytes_per_block,
+            per_block=sum(layout.bytes_per_block for layout in layouts),
             workspace=rows * width * allocator.activation_dtype.itemsize + 3 * seqs * drafts * vocab * 4,
             weights_read=drafter.network.weights_read(1 if cls.parallel else drafts),
             layers=tuple(layer.spec for layer in drafter.network.layers),
         )
 
+    @classmethod
+    def diagnose(cls, pattern: AcceptancePattern) -> str | None:
+        if pattern.first > 1:
+            return "they are deeper than the head was trained for, or past the positions it has"
+        if pattern.first == 0 and not pattern.collapsed:
+            return (
+                "what guesses are conditioned on is a little off (features tapped a layer off, a norm left out, "
+                "keys that a prefix hit brought and nobody ran again)"
+            )
+        return None
+
     def aux_layer_ids(self) -> tuple[int, ...]:
         return self.config.aux_layers(self.target.num_layers)
 
-    def layers(self) -> CacheLayout:
-        return self.network.cache_layout(self.target.block_size)
+    def cache_layouts(self) -> Sequence[CacheLayout]:
+        return (self.network.cache_layout(self.target.block_size),)
 
     def prepare(
         self,
         target: TargetParts,
-        cache: Sequence[LayerCache],
+        caches: Sequence[Sequence[LayerCache]],
         dummy_seed: int | None,
         progress: Callable[[int], None] | None,
     ) -> None:
@@ -167,17 +223,17 @@ class HeadDrafter(Drafter):
             ids = dummy_vocabulary_map(self.config)
         else:
             load_weights(
-                self.directory,
+                self.checkpoint.directory,
                 network.weights(),
                 ignores=lambda name: name in ("d2t", "t2d") or name.endswith(".rotary_emb.inv_freq"),
                 progress=progress,
                 rename=canonical,
                 pickled=True,
             )
-            ids = vocabulary_map(self.directory, self.config)
+            ids = vocabulary_map(self.checkpoint, self.config)
         self._ids = None if ids is None else ids.to(self.target.device)
         network.borrow(target)
-        self._cache = cache
+        (self._cache,) = caches
 
     def rows(self, context: DraftContext, num_masks: int) -> Rows:
         """The rows of every request: those that now stand, and behind them `num_masks` of the mask token."""

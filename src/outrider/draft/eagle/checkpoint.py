@@ -15,22 +15,21 @@ In all three an auxiliary layer id names the residual stream ENTERING that layer
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from outrider.errors import CheckpointError, nearest
-from outrider.load.checkpoint import TensorFile, read_json, tensor_names, weight_files
+from outrider.errors import CheckpointError
+from outrider.load.checkpoint import Checkpoint
 from outrider.models.config import ModelConfig
 
 logger = logging.getLogger("outrider")
 
 SPECULATORS = {"eagle3": False, "peagle": True}
-"""The types of speculators heads that are read, and whether they draft in parallel."""
+"""The `speculators_model_type` of the family's heads, and whether such a head drafts in parallel."""
 
 MASK_TOKEN_KEYS = ("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
 """Where configs name the token that stands for one not yet known, in the order they are looked up."""
@@ -41,24 +40,40 @@ NUM_DEFAULT_AUX_LAYERS = 3
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """What a draft head is, whichever layout says it."""
+    """A draft head, whichever layout it was published in."""
 
-    layout: str  # where it comes from, as a message names it
-    parallel: bool  # P-EAGLE: all drafts in one pass; else EAGLE-3: one after another
-    layer: ModelConfig  # sizes of the draft layers; vocab_size is the target's
+    layout: str
+    """Where it comes from, as a message names it."""
+    layer: ModelConfig
+    """Sizes of the draft layers; `vocab_size` is the target's."""
     qk_norm: bool
     target_hidden_size: int
     draft_vocab_size: int
-    aux_layer_ids: tuple[int, ...] | None  # target layers whose input it reads; None: EAGLE-3's default
-    norm_before_residual: bool  # whether the first layer's residual is its normed input
-    norm_before_fc: bool  # one norm over all auxiliary hidden states before the projection
-    fc_norm: bool  # one norm an auxiliary layer (EAGLE-3.1)
-    norm_output: bool  # whether the next step of a sequence is fed the normed output (EAGLE-3.1)
+    aux_layer_ids: tuple[int, ...] | None
+    """Target layers whose input it reads; None: EAGLE-3's default."""
+    norm_before_residual: bool
+    """Whether the first layer's residual is its normed input."""
+    norm_before_fc: bool
+    """Whether one norm over all auxiliary hidden states precedes the projection `fc`."""
+    fc_norm: bool
+    """Whether each auxiliary hidden state has a norm of its own (EAGLE-3.1)."""
+    norm_output: bool
+    """Whether the next step of a sequence is fed the normed output (EAGLE-3.1)."""
     fc_bias: bool
-    mask_token_id: int | None  # what stands at the mask rows; None: not a parallel head
-    own_embedding: bool  # False: the target's
+    mask_token_id: int | None
+    """The token of the mask rows; None: the head drafts one token after another."""
+    own_embedding: bool
+    """False: the target's embedding is used."""
     own_head: bool
-    num_drafts: int | None  # how many the checkpoint proposes to draft
+    shift: int = 1
+    """How many positions the token of a row is ahead of the hidden state beside it."""
+    fc_input_size: int | None = None
+    """Columns of `fc.weight` as the file has it; None: the file is not there."""
+
+    @property
+    def parallel(self) -> bool:
+        """Whether all drafts come out of one pass (P-EAGLE), or one after another (EAGLE-3)."""
+        return self.mask_token_id is not None
 
     @property
     def num_aux_layers(self) -> int:
@@ -79,55 +94,72 @@ class HeadConfig:
         return layers
 
 
-def is_head(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is a draft head's and not a language model's."""
-    eagle = any("eagle" in str(name).lower() for name in config.get("architectures") or ())
-    return "speculators_model_type" in config or "draft_vocab_size" in config or eagle
+def head_type(checkpoint: Checkpoint) -> bool | None:
+    """Whether a checkpoint of this family drafts in parallel; None: it is not of this family.
 
-
-def read_head(directory: Path) -> HeadConfig:
-    """The head in a directory; reads the config and the names of the tensors.
-
-    Raises CheckpointError if it is none, of a kind not read here, or if config and tensors contradict each other.
+    Raises CheckpointError if it is, but incomplete, or if its config and its tensors contradict each other.
     """
-    config = read_json(directory / "config.json")
+    config = checkpoint.config
     kind = config.get("speculators_model_type")
     if kind is not None and kind not in SPECULATORS:
-        raise CheckpointError(f"draft heads of type {kind} are not supported: {nearest(str(kind), SPECULATORS)}")
-    names = {canonical(name) for name in tensor_names(directory, pickled=True)}
-    if "fc.weight" not in names and not is_head(config):
-        raise CheckpointError(f"{directory} is not a draft head: its config.json is a language model's")
+        return None
+    names = {canonical(name) for name in checkpoint.tensors}
+    named = any("eagle" in str(name).lower() for name in config.get("architectures") or ())
+    if kind is None and not named and "draft_vocab_size" not in config and "fc.weight" not in names:
+        return None
     if kind is None and "layers.0.hidden_norm.weight" not in names:
         raise CheckpointError(
-            f"{directory} holds no layers.0.hidden_norm.weight (or midlayer.*): it is no EAGLE-3 or P-EAGLE head "
-            "(EAGLE-1 heads are not supported), or it is truncated"
+            f"{checkpoint.directory} holds no layers.0.hidden_norm.weight (or midlayer.*): it is no EAGLE-3 or P-EAGLE "
+            "head (EAGLE-1 heads are not supported), or it is truncated"
         )
+    return _is_parallel(checkpoint, names)
+
+
+def read_head(checkpoint: Checkpoint) -> HeadConfig:
+    """The head in a checkpoint of this family; reads the config, and of the tensors names and shapes.
+
+    Raises CheckpointError if it is of a kind not supported, or if config and tensors contradict each other.
+    """
+    config, directory = checkpoint.config, checkpoint.directory
+    parallel = head_type(checkpoint)
+    if parallel is None:
+        raise CheckpointError(f"{directory} is no draft head of the EAGLE family: {checkpoint.summary()}")
+    kind = config.get("speculators_model_type")
+    tensors = {canonical(name): info for name, info in checkpoint.tensors.items()}
     nested = config.get("transformer_layer_config") if kind is not None else config
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"{directory}/config.json lacks transformer_layer_config")
-    parallel = _is_parallel(config, names, directory)
     quantised = nested.get("quantization_config") or config.get("quantization_config")
     layer = ModelConfig.from_dict(
         {**nested, "architectures": [_architecture(nested)], "quantization_config": quantised} | _dtype(config, nested)
     )
+    fc = tensors.get("fc.weight")
     return HeadConfig(
         layout=f"speculators {kind}" if kind is not None else ("AWS P-EAGLE" if parallel else "EAGLE-3"),
-        parallel=parallel,
         layer=layer,
-        qk_norm="layers.0.self_attn.q_norm.weight" in names,
+        qk_norm="layers.0.self_attn.q_norm.weight" in tensors,
         target_hidden_size=_count(config, "target_hidden_size", layer.hidden_size),
         draft_vocab_size=_count(config, "draft_vocab_size", layer.vocab_size),
         aux_layer_ids=_aux_layer_ids(config),
         norm_before_residual=_norm_before_residual(config, kind),
-        norm_before_fc=_said_and_held(config, "norm_before_fc", "input_norm.weight", names),
-        fc_norm=_said_and_held(config, "fc_norm", "fc_norm.0.weight", names),
+        norm_before_fc=_said_and_held(config, "norm_before_fc", "input_norm.weight", tensors),
+        fc_norm=_said_and_held(config, "fc_norm", "fc_norm.0.weight", tensors),
         norm_output=bool(config.get("norm_output", False)),
-        fc_bias="fc.bias" in names,
+        fc_bias="fc.bias" in tensors,
         mask_token_id=_mask_token_id(config, layer.vocab_size) if parallel else None,
-        own_embedding="embed_tokens.weight" in names,
-        own_head="lm_head.weight" in names,
-        num_drafts=_num_drafts(config),
+        own_embedding="embed_tokens.weight" in tensors,
+        own_head="lm_head.weight" in tensors,
+        fc_input_size=None if fc is None or fc.shape is None else fc.shape[-1],
     )
+
+
+def proposed_drafts(config: Mapping[str, Any]) -> int | None:
+    """K as a speculators config proposes it; None: it proposes none."""
+    said = config.get("speculators_config")
+    methods = said.get("proposal_methods") if isinstance(said, Mapping) else None
+    first = methods[0] if isinstance(methods, list) and methods else None
+    value = first.get("speculative_tokens") if isinstance(first, Mapping) else None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def canonical(name: str) -> str:
@@ -136,15 +168,13 @@ def canonical(name: str) -> str:
     return f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name
 
 
-def vocabulary_map(directory: Path, config: HeadConfig) -> Tensor | None:
+def vocabulary_map(checkpoint: Checkpoint, config: HeadConfig) -> Tensor | None:
     """[draft vocabulary] int64, the target's token for each of the head's own; None if they are the same.
 
     `d2t` holds offsets (target = draft + d2t[draft]); `t2d`, where there is one, must mark exactly these tokens.
     """
-    found: dict[str, Tensor] = {}
-    for file in weight_files(directory, pickled=True):
-        opened = TensorFile(file)
-        found |= {canonical(name): opened.read(name) for name in opened.names() if canonical(name) in ("d2t", "t2d")}
+    directory = checkpoint.directory
+    found = {canonical(name): checkpoint.read(name) for name in checkpoint.tensors if canonical(name) in ("d2t", "t2d")}
     size, vocab_size = config.draft_vocab_size, config.layer.vocab_size
     if "d2t" not in found:
         if size != vocab_size:
@@ -188,8 +218,9 @@ def _dtype(config: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
     return {"dtype": next((dtype for dtype in dtypes if dtype), None)}
 
 
-def _is_parallel(config: Mapping[str, Any], names: set[str], directory: Path) -> bool:
+def _is_parallel(checkpoint: Checkpoint, names: set[str]) -> bool:
     """Config and tensors must agree: run the wrong way, a head's acceptance collapses and nothing fails."""
+    config, directory = checkpoint.config, checkpoint.directory
     kind, held = config.get("speculators_model_type"), "mask_hidden" in names
     flag = config.get("parallel_drafting")
     said = SPECULATORS[kind] if kind is not None else flag
@@ -229,9 +260,8 @@ def _aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
         given = nested.get("eagle_aux_hidden_state_layer_ids")
     if not given:
         return None
-    whole = isinstance(given, list) and all(isinstance(layer, int) for layer in given)
-    if not whole or len(given) != NUM_DEFAULT_AUX_LAYERS:
-        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be {NUM_DEFAULT_AUX_LAYERS} layers: {given!r}")
+    if not isinstance(given, list) or not all(isinstance(layer, int) for layer in given):
+        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be a list of layers: {given!r}")
     return tuple(given)
 
 
@@ -246,8 +276,8 @@ def _norm_before_residual(config: Mapping[str, Any], kind: str | None) -> bool:
     return bool(said)
 
 
-def _said_and_held(config: Mapping[str, Any], key: str, tensor: str, names: set[str]) -> bool:
-    said, held = config.get(key), tensor in names
+def _said_and_held(config: Mapping[str, Any], key: str, tensor: str, tensors: Collection[str]) -> bool:
+    said, held = config.get(key), tensor in tensors
     if said is not None and bool(said) != held:
         raise CheckpointError(f"config.json says {key}: {said}, but {tensor} is {'there' if held else 'missing'}")
     return held
@@ -268,11 +298,3 @@ def _mask_token_id(config: Mapping[str, Any], vocab_size: int) -> int:
         f"a P-EAGLE head must name the token that stands for unknown ones: config.json has none of "
         f"{', '.join(MASK_TOKEN_KEYS)}"
     )
-
-
-def _num_drafts(config: Mapping[str, Any]) -> int | None:
-    said = config.get("speculators_config")
-    methods = said.get("proposal_methods") if isinstance(said, Mapping) else None
-    first = methods[0] if isinstance(methods, list) and methods else None
-    value = first.get("speculative_tokens") if isinstance(first, Mapping) else None
-    return value if isinstance(value, int) and value > 0 else None

@@ -10,15 +10,16 @@ The rows up to p+a are those the target has just run and kept; they rewrite what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from outrider.draft.base import DraftContext
+from outrider.draft.base import AcceptancePattern, DraftContext, Drafter
 from outrider.draft.eagle.base import HeadDrafter, Rows
+from outrider.draft.eagle.peagle import PEagle
 from outrider.kernels.single_rows import SINGLE_ROWS
 from outrider.tensors import Draft, StepBatch
 
@@ -28,6 +29,19 @@ class Eagle3(HeadDrafter):
 
     name: ClassVar[str] = "eagle3"
     parallel: ClassVar[bool] = False
+    wants: ClassVar[str | None] = "fc.weight and layers.0.hidden_norm.weight (or midlayer.*), and no mask_hidden"
+    manner: ClassVar[str] = "one after another"
+
+    @classmethod
+    def also_means(cls, other: type[Drafter], given: Mapping[str, Any]) -> bool:
+        """vLLM calls a P-EAGLE head method "eagle3" with parallel_drafting true."""
+        return issubclass(other, PEagle) and given.get("parallel_drafting") is True
+
+    @classmethod
+    def diagnose(cls, pattern: AcceptancePattern) -> str | None:
+        if pattern.first == 1 and pattern.collapsed:
+            return "what is handed from one pass to the next is not the last pass's (hidden state, token, keys)"
+        return super().diagnose(pattern)
 
     def propose(self, context: DraftContext) -> Draft:
         batch, network = context.batch, self.network

@@ -17,9 +17,19 @@ from typing import ClassVar
 from torch import Tensor
 
 from outrider.cache.layout import LayerCache
-from outrider.draft.base import DraftContext, DraftOptions, TargetFacts, TargetParts
+from outrider.draft.base import (
+    BUNDLED_MODEL,
+    AcceptancePattern,
+    DraftContext,
+    DraftOptions,
+    TargetFacts,
+    TargetParts,
+)
 from outrider.draft.eagle.base import HeadDrafter
 from outrider.tensors import Draft
+
+ALL_BUT_GONE = 0.05
+"""A share of a ratio under which none of the drafts after it are accepted but by luck."""
 
 
 class PEagle(HeadDrafter):
@@ -27,6 +37,22 @@ class PEagle(HeadDrafter):
 
     name: ClassVar[str] = "peagle"
     parallel: ClassVar[bool] = True
+    default_for: ClassVar[str | None] = BUNDLED_MODEL
+    wants: ClassVar[str | None] = (
+        "fc.weight, layers.0.hidden_norm.weight (or midlayer.*), mask_hidden and a mask token id in config.json"
+    )
+    manner: ClassVar[str] = "all in one pass"
+
+    @classmethod
+    def diagnose(cls, pattern: AcceptancePattern) -> str | None:
+        if pattern.first != 1:
+            return super().diagnose(pattern)
+        if not pattern.collapsed:
+            return "mask rows see something stale (features of rejected tokens, or an earlier round's keys)"
+        run_alone = "the parallel head is run one token at a time"
+        misled = "mask rows do not see the context, or hold stale features of rejected tokens"
+        likelier, other = (run_alone, misled) if pattern.share < ALL_BUT_GONE else (misled, run_alone)
+        return f"{likelier}; else {other}"
 
     def __init__(self, options: DraftOptions, target: TargetFacts) -> None:
         super().__init__(options, target)
@@ -35,11 +61,11 @@ class PEagle(HeadDrafter):
     def prepare(
         self,
         target: TargetParts,
-        cache: Sequence[LayerCache],
+        caches: Sequence[Sequence[LayerCache]],
         dummy_seed: int | None,
         progress: Callable[[int], None] | None,
     ) -> None:
-        super().prepare(target, cache, dummy_seed, progress)
+        super().prepare(target, caches, dummy_seed, progress)
         self._mask_row = self.network.mask_row()
 
     def propose(self, context: DraftContext) -> Draft:
