@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.bench.provenance import provenance
-from outrider.kernels._numba import Emitter, Int, Vector, emitted
-from outrider.kernels._threads import add, num_threads, parallel
 from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
+from outrider.kernels.cpu.emit import Emitter, Int, Vector, emitted
+from outrider.kernels.cpu.jit import compiled
+from outrider.kernels.cpu.threads import add, num_threads, parallel
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.linear import LINEAR
-from outrider.kernels.native import compiled
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.rope import ROPE_STORE
 

@@ -19,11 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import outrider.kernels
+from outrider.bench.kernels import all_ops
 from outrider.kernels import gpu
 from outrider.kernels.gpu.linear import FEW, TICKETS, few_rows, linear_gpu
 from outrider.kernels.gpu.rope_attention import rope_attention_gpu
-from outrider.kernels.op import Op
 from outrider.kernels.rope_attention import ROPE_ATTENTION
 
 
@@ -48,13 +47,10 @@ class NoDriver:
 
 def ops() -> None:
     """Every op of which a GPU has a kernel."""
-    for module in pkgutil.iter_modules(outrider.kernels.__path__):
-        for op in vars(importlib.import_module(f"outrider.kernels.{module.name}")).values():
-            if isinstance(op, Op) and "cuda" in op.kernels:
-                assert op.examples is not None
-                examples = op.examples(torch.Generator().manual_seed(1), torch.device("cpu"), False)
-                for example in islice(examples, 2):
-                    op.kernels["cuda"](**example)
+    for op in all_ops():
+        assert op.examples is not None and "cuda" in op.kernels
+        for example in islice(op.examples(torch.Generator().manual_seed(1), torch.device("cpu"), False), 2):
+            op.kernel("cuda")(**example)
 
 
 def attention() -> None:

@@ -9,8 +9,6 @@ opaque launch, so its reference stands in for it.
 from __future__ import annotations
 
 import copy
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from itertools import islice
@@ -23,8 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import outrider.kernels
 from heads import write_head
+from outrider.bench.kernels import all_ops
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature
 from outrider.draft.base import DraftContext, Drafter, TargetFacts, TargetParts
@@ -32,7 +30,6 @@ from outrider.draft.eagle.base import HeadDrafter
 from outrider.draft.host import HostDrafter
 from outrider.draft.registry import METHODS, resolve_options
 from outrider.kernels.commit import commit_reference
-from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.op import Op
 from outrider.kernels.step_inputs import assemble_reference, example_slots, load_draft
 from outrider.layers.embedding import Embedding, Head
@@ -96,19 +93,9 @@ def record(function: Callable[..., Any], arguments: dict[str, Any], own_tensors:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def all_ops() -> list[Op]:
-    found = {}
-    for module in pkgutil.iter_modules(outrider.kernels.__path__):
-        for value in vars(importlib.import_module(f"outrider.kernels.{module.name}")).values():
-            if isinstance(value, Op):
-                found[value.name] = value
-    return [found[name] for name in sorted(found)]
-
-
 @pytest.fixture(autouse=True)
 def references_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Op, "on", lambda op, device: op.reference)
-    monkeypatch.delitem(DECODER_LAYER.kernels, "cpu")  # type: ignore[arg-type]
 
 
 def step() -> tuple[Slots, StepBatch, Tensor]:
@@ -127,7 +114,7 @@ def step() -> tuple[Slots, StepBatch, Tensor]:
 
 
 @pytest.mark.parametrize("op", [op for op in all_ops() if op.examples is not None], ids=lambda op: op.name)
-def test_op(op: Op) -> None:
+def test_op(op: Op[..., Any]) -> None:
     assert op.examples is not None
     for example in islice(op.examples(torch.Generator().manual_seed(0), CPU, True), 3):
         record(op.reference, dict(example))

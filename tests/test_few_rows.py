@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerWeights, _gpu_stack, decoder_layer_reference
+from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_reference
 from outrider.kernels.gpu import decoder_layer as gpu_decoder_layer
 from outrider.kernels.gpu.linear import TICKETS, Tiles, few_rows, tiles
 from outrider.kernels.gpu.partial_norm import Rows, scale_rows
 from outrider.kernels.linear import LINEAR
+from outrider.kernels.records import LayerWeights
 
 DEVICES = [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
@@ -156,7 +157,7 @@ def test_logits_are_not_rounded_to_the_weights_type(device: str) -> None:
     for rows in (1, 3):
         x = draw(rows, 256, seed=0, dtype=torch.bfloat16, device=device)
         weight = draw(33, 256, seed=1, dtype=torch.bfloat16, device=device)
-        logits = LINEAR.kernels["cuda"](x, weight, wide=True)
+        logits = LINEAR.kernel("cuda")(x, weight, wide=True)
         assert logits.dtype == torch.float32 and distance(logits, x.double() @ weight.double().T) < 1e-6
 
 
@@ -193,7 +194,7 @@ def test_many_rows_go_through_the_smaller_ops(device: str, monkeypatch: pytest.M
     for ours in layer_examples(device, torch.float32):
         theirs = copy.deepcopy(ours)
         theirs["residual"] += decoder_layer_reference(**theirs)
-        assert DECODER_LAYER.kernels["cuda"](**ours) is None
+        assert DECODER_LAYER.kernel("cuda")(**ours) is None
         for name in DECODER_LAYER.outputs:
             assert distance(ours[name], theirs[name].double()) < 2e-6
 
@@ -216,7 +217,7 @@ def test_layers_hand_the_stream_on_and_show_it_where_it_is_tapped(
         entering.append(stream.clone())
         stream += decoder_layer_reference(**copy.deepcopy(each) | where | {"x": None, "residual": stream})
     expected, stream = stream, case["residual"].clone()
-    stack = _gpu_stack(weights, caches, 1e-6, case["num_heads"], case["scale"])
+    stack = gpu_decoder_layer.DeviceLayerStack(weights, caches, 1e-6, case["num_heads"], case["scale"])
     features = torch.full((len(stream), 2 * stream.shape[1]), torch.nan, device=device)
     assert stack(0, 3, None, stream, **where, taps=(2, 0), features=features) is None
     assert distance(stream, expected.double()) < 3e-6

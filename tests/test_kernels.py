@@ -7,9 +7,7 @@ written it, is not a plausible zero.
 from __future__ import annotations
 
 import copy
-import importlib
 import os
-import pkgutil
 import subprocess
 import sys
 import threading
@@ -22,29 +20,22 @@ import pytest
 import torch
 from torch import Tensor
 
-import outrider.kernels
-from outrider.kernels import _amx
+from outrider.bench.kernels import all_ops
 from outrider.kernels.attention import PAGED_ATTENTION, paged_attention_reference
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights, decoder_layer_by_ops
+from outrider.kernels.cpu import amx
+from outrider.kernels.cpu.decoder_layer import DeviceLayerStack
+from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_by_ops
 from outrider.kernels.gpu.attention import Tiles, attend
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.op import Op
+from outrider.kernels.records import LayerWeights
 from outrider.kernels.rope import ROPE_STORE
 
 CPU = torch.device("cpu")
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def all_ops() -> list[Op]:
-    found = {}
-    for module in pkgutil.iter_modules(outrider.kernels.__path__):
-        for value in vars(importlib.import_module(f"outrider.kernels.{module.name}")).values():
-            if isinstance(value, Op):
-                found[value.name] = value
-    return [found[name] for name in sorted(found)]
 
 
 def leaves(value: Any) -> list[Tensor]:
@@ -103,10 +94,10 @@ KERNELS = [
 
 
 @pytest.mark.parametrize(("op", "device"), KERNELS, ids=lambda value: getattr(value, "name", value))
-def test_kernel_agrees_with_reference(op: Op, device: str, poison: None) -> None:
+def test_kernel_agrees_with_reference(op: Op[..., Any], device: str, poison: None) -> None:
     """Of GPU kernels too: on a GPU, and everywhere else through Triton's interpreter."""
     assert op.examples is not None
-    kernel, count = op.kernels["cuda"] if device == "interpreter" else op.on(device), 0
+    kernel, count = op.kernel("cuda") if device == "interpreter" else op.on(device), 0
     place = torch.device("cpu" if device == "interpreter" else device)
     for example in op.examples(torch.Generator().manual_seed(1), place, device == "cpu"):
         theirs, ours = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
@@ -139,8 +130,8 @@ def test_every_op_has_examples_and_a_reason_for_its_tolerance() -> None:
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which unit of the CPU multiplies: the matrix unit where there is one, or the vector unit all the same."""
     if request.param == "vectors":
-        monkeypatch.setattr(_amx, "AVAILABLE", False)
-    elif not _amx.AVAILABLE:
+        monkeypatch.setattr(amx, "AVAILABLE", False)
+    elif not amx.AVAILABLE:
         pytest.skip("no matrix unit")
     return str(request.param)
 
@@ -228,7 +219,7 @@ EVERYWHERE = [*DEVICES, pytest.param("interpreter", marks=INTERPRETED)]
 def attention_on(device: str) -> Callable[..., Tensor]:
     """The kernel that serves a device, or a GPU's through Triton's interpreter, for tensors on a CPU."""
     if device == "interpreter":
-        return PAGED_ATTENTION.kernels["cuda"]
+        return PAGED_ATTENTION.kernel("cuda")
     kernel = PAGED_ATTENTION.on(device)
 
     def attend(**case: Any) -> Tensor:
@@ -356,7 +347,7 @@ def test_decoder_layer_in_one_launch_equals_the_ops_it_is_made_of(unit: str, poi
     assert DECODER_LAYER.examples is not None
     for example in DECODER_LAYER.examples(torch.Generator().manual_seed(5), CPU, True):
         ours, theirs = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
-        found, expected = DECODER_LAYER.on(CPU)(**ours), decoder_layer_by_ops(**theirs)
+        found, expected = DECODER_LAYER.on(CPU)(**ours), decoder_layer_by_ops(lambda op: op.on("cpu"))(**theirs)
         written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
         assert all(close(a, b, 0) for a, b in [(found, expected), *written])
 
@@ -410,7 +401,7 @@ def thread_count() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not _amx.AVAILABLE, reason="elsewhere long steps go through the ops")
+@pytest.mark.skipif(not amx.AVAILABLE, reason="elsewhere long steps go through the ops")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("lengths", [[(65, 65)], [(33, 70), (90, 90), (1, 520)], LONG], ids=["least", "few", "long"])
 def test_a_long_step_passes_through_a_layer_in_chunks_as_it_would_whole(
@@ -418,7 +409,7 @@ def test_a_long_step_passes_through_a_layer_in_chunks_as_it_would_whole(
 ) -> None:
     torch.set_num_threads(threads)
     ours, theirs = layer_case(lengths), layer_case(lengths)
-    found, expected = DECODER_LAYER.on(CPU)(**ours), decoder_layer_by_ops(**theirs)
+    found, expected = DECODER_LAYER.on(CPU)(**ours), decoder_layer_by_ops(lambda op: op.on("cpu"))(**theirs)
     assert len(found) > 64, "fewer go through it together"
     written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
     assert all(close(a, b, 0) for a, b in [(found, expected), *written])
@@ -439,7 +430,7 @@ def test_layers_in_one_call_equal_one_after_the_other(lengths: list[tuple[int, i
         before.append((x, residual.clone()))
     weights = [LayerWeights(*(case[name] for name in LayerWeights._fields)) for case in cases]
     caches = [(case["key_cache"], case["value_cache"]) for case in cases]
-    stack = LayerStack(weights, caches, 1e-6, 4, 0.125)
+    stack = DeviceLayerStack(weights, caches, 1e-6, 4, 0.125)
     first = stack(0, 1, None, ours, **shared)
     assert torch.equal(first, before[0][0]) and torch.equal(ours, before[0][1])
     features = torch.full((len(ours), 2 * ours.shape[1]), torch.nan)
@@ -548,7 +539,6 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: Callable[[int],
 
 FORKED = """
 import os, torch
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerStack, LayerWeights, decoder_layer_by_ops
 from outrider.kernels.linear import LINEAR
 x, weight = torch.randn(2, 512), torch.randn(4096, 512).bfloat16()
 expected = LINEAR.on("cpu")(x, weight)

@@ -34,7 +34,7 @@ from checkpoints import (
 from heads import NUM_LAYERS as HEAD_LAYERS
 from heads import drafting as head_drafting
 from outrider import LLM, SamplingParams
-from outrider.kernels.verdict import JUDGE
+from outrider.kernels.accept_drafts import ACCEPT_DRAFTS
 from outrider.tensors import Draft, Slots, StepBatch, Verdict
 from outrider.verify.exact import Exact
 
@@ -258,7 +258,7 @@ class AcceptAll(Exact):
         own = super().__call__(logits, batch, draft, slots)
         choice = torch.zeros(len(logits), dtype=torch.int64)
         stands = torch.ones(len(logits), dtype=torch.bool)
-        every = Verdict(*JUDGE.on("cpu")(choice, stands, batch.logits_start, draft.tokens))
+        every = Verdict(*ACCEPT_DRAFTS.on("cpu")(choice, stands, batch.logits_start, draft.tokens))
         return every if batch.num_drafts.sum() else own
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerWeights, _gpu_stack
+from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.gpu import decoder_layer as gpu_decoder_layer
 from outrider.kernels.gpu import rope_attention as gpu_rope_attention
 from outrider.kernels.gpu.attention import Tiles, choose_splits, count_tiles
@@ -24,6 +24,7 @@ from outrider.kernels.gpu.rope_attention import (
     rope_attend,
     rope_attention_gpu,
 )
+from outrider.kernels.records import LayerWeights
 from outrider.kernels.rope_attention import rope_attention_case, rope_attention_reference
 
 DEVICES = [
@@ -197,7 +198,7 @@ def test_layers_use_it_for_short_rows_and_two_kernels_for_prompts(device: str, m
         given = copy.deepcopy(example)
         weights = LayerWeights(*(given[name] for name in LayerWeights._fields))
         cache = given["key_cache"], given["value_cache"]
-        stack = _gpu_stack([weights] * 2, [cache] * 2, 1e-6, given["num_heads"], given["scale"])
+        stack = gpu_decoder_layer.DeviceLayerStack([weights] * 2, [cache] * 2, 1e-6, given["num_heads"], given["scale"])
         stack(0, 2, None, given["residual"], **where, seq_lens=given["seq_lens"])
         found.append((given["residual"], *cache))
         assert len(calls) == 2 and not stack._counters.any()
@@ -232,7 +233,7 @@ def test_attention_reads_ahead_only_behind_a_product_that_lets_it_come_late(
     monkeypatch.setattr(gpu_decoder_layer, "rope_attention_gpu", attention)
     weights = LayerWeights(*(given[name] for name in LayerWeights._fields))
     cache = given["key_cache"], given["value_cache"]
-    stack = _gpu_stack([weights] * 2, [cache] * 2, 1e-6, given["num_heads"], given["scale"])
+    stack = gpu_decoder_layer.DeviceLayerStack([weights] * 2, [cache] * 2, 1e-6, given["num_heads"], given["scale"])
     names = ("rope", "positions", "cache_slot", "block_table", "query_start", "seq_lens")
     stack(0, 2, None, given["residual"], *(given[name] for name in names))
     assert [each for each in order if each != "product"] == expected

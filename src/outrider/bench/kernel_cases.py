@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,11 @@ from outrider.bench.kernel_sizes import BLOCK_SIZE, Case, Sizes, num_bytes, num_
 from outrider.bench.step_cases import BOOKS, of_logits_rows
 from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
-from outrider.kernels.bar_tokens import BAR_TOKENS
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.divide_logits import DIVIDE_LOGITS
 from outrider.kernels.gpu.rope_attention import new_counters, rope_attention_gpu
 from outrider.kernels.linear import LINEAR
+from outrider.kernels.min_tokens_mask import MIN_TOKENS_MASK
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.rope import ROPE_STORE
 from outrider.kernels.rope_attention import ROPE_ATTENTION
@@ -167,10 +166,10 @@ def _rope_attention(sizes: Sizes, name: str, num_query: int) -> Case:
     rest = [_caches(sizes, blocks) for _ in range(num_copies(num_bytes(*first.values())) - 1)]
     copies = [{**given, **caches} for caches in (first, *rest)]
     counters = new_counters(sizes.device, config.num_kv_heads)  # made once, as by a stack of layers
-    op = replace(ROPE_ATTENTION, kernels={"cuda": partial(rope_attention_gpu, counters=counters)})
+    kernel = partial(rope_attention_gpu, counters=counters) if sizes.device.type == "cuda" else None
     held = 2 * sizes.rows * length * config.num_kv_heads * config.head_dim * sizes.allocator.cache_dtype.itemsize
     operations = 4 * int((positions + 1).sum()) * config.num_heads * config.head_dim
-    return Case(op, name, copies, held + 2 * qkv.nbytes, operations)
+    return Case(ROPE_ATTENTION, name, copies, held + 2 * qkv.nbytes, operations, kernel)
 
 
 def _decoder_layer(sizes: Sizes) -> Case:
@@ -231,7 +230,7 @@ def _bar_tokens(sizes: Sizes) -> Case:
         "min_length": sizes.whole([2**30] * sizes.rows, torch.int32),
         "barred": sizes.whole([[1, 2, -1, -1]] * sizes.rows),
     }
-    return Case(BAR_TOKENS, f"{len(logits)} rows", [given], 48 * len(logits))
+    return Case(MIN_TOKENS_MASK, f"{len(logits)} rows", [given], 48 * len(logits))
 
 
 def _divide_logits(sizes: Sizes) -> Case:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ copies are made for that at most."""
 class Case:
     """One op on arguments of one size."""
 
-    op: Op
+    op: Op[..., Any]
     name: str
     copies: Sequence[dict[str, Any]]  # keyword arguments of one call each: alike, but their weights lie elsewhere
     num_bytes: int  # that a call has to read and write
     operations: int = 0  # floating-point, of products
+    kernel: Callable[..., Any] | None = None  # to be timed in place of what the op has for the device
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,9 @@ def bench_kernels(
     }
 
 
-def all_ops() -> list[Op]:
+def all_ops() -> list[Op[..., Any]]:
     """Every op of `outrider.kernels`."""
-    found: dict[str, Op] = {}
+    found: dict[str, Op[..., Any]] = {}
     for module in pkgutil.iter_modules(outrider.kernels.__path__, "outrider.kernels."):
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, Op):
@@ -113,7 +113,7 @@ def _rows(sizes: Sizes, bandwidth: float, rate: float, only: set[str]) -> Iterat
 
 def _row(case: Case, sizes: Sizes, bandwidth: float, rate: float) -> KernelRow:
     op, device = case.op, sizes.device
-    kernel = op.on(device)
+    kernel = case.kernel or op.on(device)
     errors: list[str] = []
     times: list[tuple[float, bool] | None] = []
     for what in (None if kernel is op.reference else kernel, op.reference):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from outrider.bench.kernel_sizes import BLOCK_SIZE, Case, Sizes, num_bytes
+from outrider.kernels.accept_drafts import ACCEPT_DRAFTS
 from outrider.kernels.commit import COMMIT, STORE_DRAFT
-from outrider.kernels.decree import DECREE
 from outrider.kernels.draft_rows import DRAFT_ROWS
 from outrider.kernels.embed import EMBED
 from outrider.kernels.gather_rows import GATHER_ROWS
@@ -15,10 +15,10 @@ from outrider.kernels.join_input import JOIN_INPUT
 from outrider.kernels.ngram import NGRAM_LOOKUP
 from outrider.kernels.noise import NOISE_BITS
 from outrider.kernels.report import REPORT
+from outrider.kernels.scale_hidden import SCALE_HIDDEN
 from outrider.kernels.single_rows import SINGLE_ROWS
 from outrider.kernels.step_inputs import ASSEMBLE, assemble_reference
-from outrider.kernels.temper import TEMPER
-from outrider.kernels.verdict import JUDGE
+from outrider.kernels.synthetic_accept import SYNTHETIC_ACCEPT
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
 
 SPARE = 1 << 14
@@ -100,7 +100,7 @@ def _judge(sizes: Sizes) -> Case:
     start = sizes.whole(range(0, tokens.numel() + 1, tokens.shape[1]), torch.int32)
     drafts = tokens[:, :-1].contiguous()
     given = {"choice": tokens.flatten(), "stands": None, "logits_start": start, "draft_tokens": drafts}
-    return Case(JUDGE, "", [given], 2 * tokens.nbytes + drafts.nbytes)
+    return Case(ACCEPT_DRAFTS, "", [given], 2 * tokens.nbytes + drafts.nbytes)
 
 
 def _draft_rows(sizes: Sizes) -> Case:
@@ -125,7 +125,7 @@ def _temper(sizes: Sizes) -> Case:
     x = sizes.draw(sizes.rows * sizes.num_drafts, sizes.config.hidden_size)
     slot = torch.arange(sizes.rows, device=sizes.device).repeat_interleave(sizes.num_drafts)
     given = {"x": x, "temperature": slots.temperature, "seed": slots.seed, "slot": slot, "greedy": False}
-    return Case(TEMPER, "", [given], 2 * x.nbytes)
+    return Case(SCALE_HIDDEN, "", [given], 2 * x.nbytes)
 
 
 def _gather_rows(sizes: Sizes) -> Case:
@@ -188,7 +188,7 @@ def _decree(sizes: Sizes) -> Case:
         "chances": torch.full((max(sizes.num_drafts, 1),), 0.5, dtype=torch.float64, device=sizes.device),
         "purpose": Purpose.ACCEPT,
     }
-    return Case(DECREE, "", [given], 24 * len(batch.logits_slot))
+    return Case(SYNTHETIC_ACCEPT, "", [given], 24 * len(batch.logits_slot))
 
 
 def _single_rows(sizes: Sizes) -> Case:

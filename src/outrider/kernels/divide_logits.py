@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.divide_logits import divide_logits_gpu
 from outrider.kernels.op import Example, Op
 
 
@@ -33,7 +32,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 DIVIDE_LOGITS = Op(
     name="divide_logits",
     reference=divide_logits_reference,
-    kernels={"cuda": divide_logits_gpu},
+    kernels=("cuda",),
     examples=_examples,
     outputs=("logits",),
     tolerance=0.0,

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numba import carray
 from torch import Tensor
 from torch.nn import functional
 
-from outrider.kernels._numba import KIND, WIDTH, Emitter, Int, Vector, emitted
-from outrider.kernels.gpu.join_input import join_input_gpu
-from outrider.kernels.native import compiled, pointer
-from outrider.kernels.norm import norm_row, rms_norm_reference
+from outrider.kernels.norm import rms_norm_reference
 from outrider.kernels.op import Example, Op
 
 
@@ -26,67 +21,6 @@ def join_input_reference(
 ) -> Tensor:
     token = functional.embedding(ids, embedding).to(hidden.dtype)
     return torch.cat((rms_norm_reference(token, token_norm, eps), rms_norm_reference(hidden, hidden_norm, eps)), dim=-1)
-
-
-@emitted
-def _widen_row(emitter: Emitter, source: Int, kind: Int, out: Int, size: Int) -> None:
-    """out[:size] = source[:size], float32 from a stored kind."""
-
-    def of_kind(kind: int) -> None:
-        def step(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
-            emitter.store(emitter.load(source, index, mask, kind), out, index, mask)
-            return none
-
-        emitter.sweep(size, step, [])
-
-    emitter.each_kind(kind, of_kind)
-
-
-@compiled()
-def _join_kernel(
-    ids_at: int,
-    embedding: int,
-    kind: int,
-    width: int,
-    hidden: int,
-    token_norm: int,
-    hidden_norm: int,
-    eps: float,
-    out: int,
-    rows: int,
-    size: int,
-) -> None:
-    ids = carray(pointer(ids_at), (rows,), np.int64)
-    for row in range(rows):
-        place = out + row * size * 8
-        _widen_row(embedding + ids[row] * size * width, kind, place, size)
-        norm_row(place, token_norm, kind, place, size, eps)
-        norm_row(hidden + row * size * 4, hidden_norm, kind, place + size * 4, size, eps)
-
-
-def _join_input_cpu(
-    ids: Tensor, embedding: Tensor, hidden: Tensor, token_norm: Tensor, hidden_norm: Tensor, eps: float
-) -> Tensor:
-    rows, size = hidden.shape
-    assert hidden.dtype == torch.float32 and hidden.is_contiguous() and embedding.is_contiguous()
-    assert ids.dtype == torch.int64 and ids.is_contiguous() and ids.shape == (rows,)
-    assert embedding.dtype == token_norm.dtype == hidden_norm.dtype
-    kind = KIND[embedding.dtype]
-    out = torch.empty(rows, 2 * size)
-    _join_kernel(
-        ids.data_ptr(),
-        embedding.data_ptr(),
-        kind,
-        WIDTH[kind],
-        hidden.data_ptr(),
-        token_norm.data_ptr(),
-        hidden_norm.data_ptr(),
-        eps,
-        out.data_ptr(),
-        rows,
-        size,
-    )
-    return out
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
@@ -103,6 +37,4 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
             }
 
 
-JOIN_INPUT = Op(
-    "join_input", join_input_reference, {"cpu": _join_input_cpu, "cuda": join_input_gpu}, examples=_examples
-)
+JOIN_INPUT = Op("join_input", join_input_reference, examples=_examples)

@@ -17,13 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
-from numba import carray
 from torch import Tensor
 
-from outrider.kernels.gpu.noise import noise_bits_gpu
-from outrider.kernels.native import compiled, pointer
 from outrider.kernels.op import Example, Op
 
 MASK = 0xFFFFFFFF
@@ -53,13 +49,13 @@ def row_key(seed: Tensor, position: Tensor, purpose: int) -> tuple[Tensor, Tenso
     return mix(a ^ b), b
 
 
-def bits_reference(seed: Tensor, position: Tensor, purpose: int, num_indices: int) -> Tensor:
+def noise_bits_reference(seed: Tensor, position: Tensor, purpose: int, num_indices: int) -> Tensor:
     """The raw integers: seed [L] int64, position [L] int64 -> [L, num_indices] int64, each below 2**32."""
     return bits_at(seed, position, purpose, torch.arange(num_indices, device=seed.device))
 
 
 def bits_at(seed: Tensor, position: Tensor, purpose: int, index: Tensor) -> Tensor:
-    """`bits_reference` at some indices only: index [N] int64 -> [L, N] int64."""
+    """`noise_bits_reference` at some indices only: index [N] int64 -> [L, N] int64."""
     a, b = row_key(seed, position, purpose)
     return mix((mix(index[None, :] ^ a[:, None]) + b[:, None]) & MASK)
 
@@ -72,57 +68,6 @@ def uniform(bits: Tensor) -> Tensor:
 def gumbel(bits: Tensor) -> Tensor:
     """Float32 with the standard Gumbel law, so that argmax(logits + gumbel) has the law softmax(logits)."""
     return -torch.log(-torch.log1p(-uniform(bits))).float()
-
-
-_MULTIPLY_1, _MULTIPLY_2 = np.uint32(MULTIPLY_1), np.uint32(MULTIPLY_2)
-_S15, _S16 = np.uint32(15), np.uint32(16)
-
-
-@compiled(inline="always")
-def native_mix(x: np.uint32) -> np.uint32:
-    """`mix` for a CPU kernel. Every result is cut back to uint32, or numba would carry 64 bits along."""
-    x = np.uint32(x ^ np.uint32(x >> _S16))
-    x = np.uint32(x * _MULTIPLY_1)
-    x = np.uint32(x ^ np.uint32(x >> _S15))
-    x = np.uint32(x * _MULTIPLY_2)
-    return np.uint32(x ^ np.uint32(x >> _S16))
-
-
-@compiled()
-def native_key(seed: int, position: int, purpose: int) -> tuple[np.uint32, np.uint32]:
-    """`row_key` for a CPU kernel."""
-    a = native_mix(np.uint32((seed & MASK) + START))
-    b = native_mix(np.uint32((seed >> 32) & MASK) ^ a)
-    a = native_mix(np.uint32(a ^ b ^ np.uint32(position & MASK)))
-    b = native_mix(np.uint32(np.int64(b) + np.int64(a) + purpose * PURPOSE_STEP))
-    return native_mix(np.uint32(a ^ b)), b
-
-
-@compiled(inline="always")
-def native_bits(a: np.uint32, b: np.uint32, index: int) -> np.uint32:
-    """One integer of `bits_reference`, from its row's key."""
-    return native_mix(np.uint32(native_mix(np.uint32(np.uint32(index) ^ a)) + b))
-
-
-@compiled()
-def _bits_kernel(seed_at: int, position_at: int, purpose: int, out_at: int, num_rows: int, num_indices: int) -> None:
-    seed = carray(pointer(seed_at), (num_rows,), np.int64)
-    position = carray(pointer(position_at), (num_rows,), np.int64)
-    out = carray(pointer(out_at), (num_rows, num_indices), np.int64)
-    for row in range(num_rows):
-        a, b = native_key(seed[row], position[row], purpose)
-        for index in range(num_indices):
-            out[row, index] = native_bits(a, b, index)
-
-
-def bits_cpu(seed: Tensor, position: Tensor, purpose: int, num_indices: int) -> Tensor:
-    """`bits_reference` in one pass."""
-    seed, position = seed.contiguous(), position.contiguous()
-    assert seed.dtype == position.dtype == torch.int64 and seed.shape == position.shape
-    rows = seed.shape[0]
-    out = torch.empty((rows, num_indices), dtype=torch.int64)
-    _bits_kernel(seed.data_ptr(), position.data_ptr(), int(purpose), out.data_ptr(), rows, num_indices)
-    return out
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
@@ -139,8 +84,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 
 NOISE_BITS = Op(
     name="noise_bits",
-    reference=bits_reference,
-    kernels={"cpu": bits_cpu, "cuda": noise_bits_gpu},
+    reference=noise_bits_reference,
     examples=_examples,
     tolerance=0.0,
     why="the integers define the noise, so they must agree to the last bit",

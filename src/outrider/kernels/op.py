@@ -1,43 +1,69 @@
-"""What every kernel file ends with: an `Op`, from which dispatch, the kernel tests and the microbenchmark come."""
+"""What every contract ends with: an `Op`, from which dispatch, the kernel tests and the microbenchmark come."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from outrider.kernels.gpu.triton import serves
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Example = Mapping[str, Any]
 """Keyword arguments of one call; tensors are drawn with the generator and put on the device given."""
 
+FOLDERS = {"cpu": "cpu", "cuda": "gpu"}
+"""Where the kernels of a device type lie, beside the contracts."""
+
 
 @dataclass(frozen=True)
-class Op:
+class Op(Generic[P, R]):
     """One operation: a reference that defines it, and kernels that must agree with it.
 
-    `reference` runs wherever torch does. `kernels` maps a device type ("cpu", "cuda") to a
-    faster function of the same signature; a device without one runs the reference, as does a GPU where
-    Triton is not installed, or too old for it. Nothing is chosen by trying: an entry that cannot run is a bug.
+    The reference runs wherever torch does. For a device type in `kernels` there is a faster function of the same
+    signature: for the op `NAME` of `kernels/FILE.py` it is `NAME_cpu` in `kernels/cpu/FILE.py`, or `NAME_gpu` in
+    `kernels/gpu/FILE.py`. The first `on(device)` imports that file, so a contract needs neither numba nor Triton.
+
+    Other devices run the reference, as does a GPU where Triton is not installed, or too old for it. Nothing is chosen
+    by trying: a kernel that is declared and cannot run is a bug.
 
     `examples(generator, device, wide)` yields arguments; `wide`: activations are float32 whatever the weights, as on
     a CPU, and not of their type, as on a GPU.
     """
 
     name: str
-    reference: Callable[..., Any]
-    kernels: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    reference: Callable[P, R]
+    kernels: tuple[str, ...] = ("cpu", "cuda")
     examples: Callable[[torch.Generator, torch.device, bool], Iterable[Example]] | None = None
     outputs: tuple[str, ...] = ()  # arguments written in place, compared beside what is returned
     tolerance: float = 1e-5  # largest ||kernel - reference|| / ||reference|| in float32; rounding to less adds to it
     narrow: float = 5e-3  # the same where numbers are of 16 bits: two units in the last place, most by less
     why: str = ""  # the reason for a tolerance other than float32 rounding
 
-    def on(self, device: torch.device | str) -> Callable[..., Any]:
+    def on(self, device: torch.device | str) -> Callable[P, R]:
         """The function that serves a device; resolve it once, outside the step."""
         device = torch.device(device)
-        if device.type == "cuda" and not serves(device):
+        if device.type not in self.kernels:
             return self.reference
-        return self.kernels.get(device.type, self.reference)
+        if device.type == "cuda" and not import_module("outrider.kernels.gpu.triton").serves(device):
+            return self.reference
+        return self.kernel(device.type)
+
+    def kernel(self, device_type: str) -> Callable[P, R]:
+        """The kernel declared for "cpu" or "cuda", whether or not such a device is there."""
+        assert device_type in self.kernels, f"{self.name} has no kernel for {device_type}"
+        function: Callable[P, R] = getattr(self.module(device_type), f"{self.name}_{FOLDERS[device_type]}")
+        return function
+
+    def module(self, device_type: str) -> ModuleType:
+        """The file of the kernel for "cpu" or "cuda"."""
+        return import_module(f"outrider.kernels.{FOLDERS[device_type]}.{self.file}")
+
+    @property
+    def file(self) -> str:
+        """The name of the contract's file, which its kernels' files share."""
+        return self.reference.__module__.rpartition(".")[2]

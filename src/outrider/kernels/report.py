@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.report import report_gpu
 from outrider.kernels.op import Example, Op
 
 
@@ -36,7 +35,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 REPORT = Op(
     "report",
     report_reference,
-    {"cuda": report_gpu},
+    ("cuda",),
     examples=_examples,
     outputs=("out",),
     tolerance=0.0,

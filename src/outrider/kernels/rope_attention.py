@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention import paged_attention_reference
-from outrider.kernels.gpu.rope_attention import rope_attention_gpu
 from outrider.kernels.op import Example, Op
 from outrider.kernels.rope import rope_store_reference
 
@@ -129,7 +128,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 ROPE_ATTENTION = Op(
     "rope_attention",
     rope_attention_reference,
-    {"cuda": rope_attention_gpu},
+    ("cuda",),
     examples=_examples,
     outputs=("key_cache", "value_cache"),
     tolerance=1e-3,

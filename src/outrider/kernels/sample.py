@@ -16,18 +16,12 @@ that hold a NaN give an index in range and nothing more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from functools import cache
 
-import numpy as np
 import torch
-from numba import carray
 from torch import Tensor
 
-from outrider.kernels.gpu.sample import gumbel_argmax_gpu
-from outrider.kernels.native import Floats, Tokens, compiled, largest, pointer
-from outrider.kernels.noise import GUMBEL_MAX, bits_at, gumbel, native_bits, native_key
+from outrider.kernels.noise import bits_at, gumbel
 from outrider.kernels.op import Example, Op
 from outrider.tensors import Purpose
 
@@ -52,149 +46,6 @@ def gumbel_argmax_reference(
     greedy = (temperature == 0)[:, None]
     column = torch.where(greedy, logits, logits + noise).argmax(dim=-1)
     return column if ids is None else ids[column]
-
-
-_BLOCK = 1024
-_LN2_STEP = np.float32(math.log(2.0) * 2.0**-23)
-_LN2_BASE = np.float32(math.log(2.0) * 151.0 + 1e-3)
-_GUMBEL_MAX = np.float32(GUMBEL_MAX)
-_LEAST = np.float32(-math.inf)
-_S8 = np.uint32(8)
-
-
-@compiled()
-def _bound(logits: Floats, tokens: Tokens, a: np.uint32, b: np.uint32, bound: Floats) -> None:
-    """bound[i] is at least the score of tokens[i].
-
-    gumbel <= -log(u), and a float's own bits are a straight line below its log2: no logarithm is
-    taken, so the loops are vectorised, and the few tokens that can win are settled afterwards.
-    """
-    for i in range(len(logits)):
-        bound[i] = np.float32(np.int32(native_bits(a, b, tokens[i]) >> _S8))
-    bits = bound.view(np.int32)
-    for i in range(len(logits)):
-        bound[i] = np.float32(logits[i] + np.float32(_LN2_BASE - np.float32(np.float32(bits[i]) * _LN2_STEP)))
-
-
-@compiled()
-def _greedy_row(logits: Floats, scratch: Floats) -> int:
-    best, token = _LEAST, 0
-    for start in range(0, len(logits), _BLOCK):
-        block = logits[start : start + _BLOCK]
-        most = largest(block, scratch)
-        if most > best:
-            best = most
-            token = start
-            while logits[token] != best:
-                token += 1
-    return token
-
-
-@compiled()
-def _noisy_row(logits: Floats, ids: Tokens, a: np.uint32, b: np.uint32, scratch: Floats) -> int:
-    best, token = _LEAST, 0
-    for start in range(0, len(logits), _BLOCK):
-        block = logits[start : start + _BLOCK]
-        if largest(block, scratch) + _GUMBEL_MAX <= best:
-            continue
-        bound = scratch[1 : 1 + len(block)]
-        tokens = ids[start : start + _BLOCK]
-        _bound(block, tokens, a, b, bound)
-        if largest(bound, scratch) <= best:
-            continue
-        for i in range(len(block)):
-            if bound[i] > best:
-                u = (np.float64(native_bits(a, b, tokens[i])) + 0.5) * 2.0**-32
-                score = np.float32(block[i] + np.float32(-math.log(-math.log1p(-u))))
-                if score > best:
-                    best, token = score, start + i
-    return token
-
-
-@cache
-def _every_token(size: int) -> Tensor:
-    return torch.arange(size)
-
-
-@compiled()
-def _gumbel_argmax_kernel(
-    logits_at: int,
-    stride: int,
-    temperature_at: int,
-    noisy: bool,
-    seed_at: int,
-    slot_at: int,
-    by_slot: bool,
-    position_at: int,
-    purpose: int,
-    ids_at: int,
-    mapped: bool,
-    out_at: int,
-    num_rows: int,
-    num_slots: int,
-    size: int,
-) -> None:
-    temperature = carray(pointer(temperature_at), (num_slots,), np.float32)
-    seed = carray(pointer(seed_at), (num_slots,), np.int64)
-    slot = carray(pointer(slot_at), (num_rows,), np.int64)
-    position = carray(pointer(position_at), (num_rows,), np.int64)
-    ids = carray(pointer(ids_at), (size,), np.int64)
-    out = carray(pointer(out_at), (num_rows,), np.int64)
-    scratch = np.empty(1 + _BLOCK, np.float32)
-    for row in range(num_rows):
-        logits = carray(pointer(logits_at + 4 * stride * row), (size,), np.float32)
-        owner = slot[row] if by_slot else row
-        if not noisy or temperature[owner] == 0:
-            out[row] = _greedy_row(logits, scratch)
-        else:
-            a, b = native_key(seed[owner], position[row], purpose)
-            out[row] = _noisy_row(logits, ids, a, b, scratch)
-        if mapped:
-            out[row] = ids[out[row]]
-
-
-def gumbel_argmax_cpu(
-    logits: Tensor,
-    temperature: Tensor | None,
-    seed: Tensor,
-    position: Tensor,
-    purpose: int,
-    ids: Tensor | None = None,
-    slot: Tensor | None = None,
-) -> Tensor:
-    """One pass over the logits, and no noise at all for greedy rows."""
-    assert logits.dtype == torch.float32 and seed.dtype == position.dtype == torch.int64
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    temperature = None if temperature is None else temperature.contiguous()
-    slot = None if slot is None else slot.contiguous()
-    seed, position = seed.contiguous(), position.contiguous()
-    rows, size = logits.shape
-    owners = seed.shape if slot is not None else (rows,)
-    assert temperature is None or (temperature.dtype == torch.float32 and temperature.shape == owners)
-    assert seed.shape == owners and position.shape == (rows,)
-    assert slot is None or (slot.dtype == torch.int64 and slot.shape == (rows,))
-    index = _every_token(size) if ids is None else ids
-    assert index.shape == (size,) and index.dtype == torch.int64 and index.is_contiguous()
-    out = torch.empty(rows, dtype=torch.int64)
-    _gumbel_argmax_kernel(
-        logits.data_ptr(),
-        logits.stride(0),
-        0 if temperature is None else temperature.data_ptr(),
-        temperature is not None,
-        seed.data_ptr(),
-        0 if slot is None else slot.data_ptr(),
-        slot is not None,
-        position.data_ptr(),
-        int(purpose),
-        index.data_ptr(),
-        ids is not None,
-        out.data_ptr(),
-        rows,
-        len(seed),
-        size,
-    )
-    return out
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
@@ -240,7 +91,6 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 GUMBEL_ARGMAX = Op(
     name="gumbel_argmax",
     reference=gumbel_argmax_reference,
-    kernels={"cpu": gumbel_argmax_cpu, "cuda": gumbel_argmax_gpu},
     examples=_examples,
     tolerance=0.0,
     why="tokens are compared, not numbers",

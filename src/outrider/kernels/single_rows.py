@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.single_rows import single_rows_gpu
 from outrider.kernels.op import Example, Op
 
 
@@ -60,7 +59,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
 SINGLE_ROWS = Op(
     "single_rows",
     single_rows_reference,
-    {"cuda": single_rows_gpu},
+    ("cuda",),
     examples=_examples,
     tolerance=0.0,
     why="indices",

@@ -11,7 +11,7 @@ from torch import Tensor
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
 from outrider.errors import CheckpointError
-from outrider.kernels.decoder_layer import take_taps
+from outrider.kernels.records import take_taps
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMlpSpec
 from outrider.layers.norm import RMSNorm

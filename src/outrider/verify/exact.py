@@ -13,8 +13,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from outrider.capability import Feature
+from outrider.kernels.accept_drafts import ACCEPT_DRAFTS
 from outrider.kernels.sample import GUMBEL_ARGMAX
-from outrider.kernels.verdict import JUDGE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
 from outrider.verify.base import Verifier
 
@@ -36,4 +36,4 @@ class Exact(Verifier):
             Purpose.TARGET,
             slot=batch.logits_slot,
         )
-        return Verdict(*JUDGE.on(logits.device)(choice, None, batch.logits_start, draft.tokens))
+        return Verdict(*ACCEPT_DRAFTS.on(logits.device)(choice, None, batch.logits_start, draft.tokens))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from outrider.capability import Feature
 from outrider.core.sampling import SamplingParams
-from outrider.kernels.bar_tokens import BAR_TOKENS
 from outrider.kernels.divide_logits import DIVIDE_LOGITS
+from outrider.kernels.min_tokens_mask import MIN_TOKENS_MASK
 from outrider.kernels.truncate import TRUNCATE
 from outrider.tensors import Slots, StepBatch
 from outrider.verify.base import LogitsProcessor
@@ -29,7 +29,7 @@ class MinTokens(LogitsProcessor):
         return sampling.min_tokens > 0
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots) -> Tensor:
-        bar = BAR_TOKENS.on(logits.device)
+        bar = MIN_TOKENS_MASK.on(logits.device)
         barred: Tensor = bar(logits, batch.logits_slot, batch.logits_position, slots.min_length, slots.barred)
         return barred
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from outrider.capability import Feature
+from outrider.kernels.accept_drafts import ACCEPT_DRAFTS
 from outrider.kernels.noise import NOISE_BITS, uniform
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.step_inputs import locate
-from outrider.kernels.verdict import JUDGE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
 from outrider.verify.base import Verifier
 
@@ -38,10 +38,10 @@ class Rejection(Verifier):
 
     def __call__(self, logits: Tensor, batch: StepBatch, draft: Draft, slots: Slots) -> Verdict:
         slot, position = batch.logits_slot, batch.logits_position
-        sample, judge = GUMBEL_ARGMAX.on(logits.device), JUDGE.on(logits.device)
+        sample, accept = GUMBEL_ARGMAX.on(logits.device), ACCEPT_DRAFTS.on(logits.device)
         if draft.tokens.shape[1] == 0:
             choice = sample(logits, slots.temperature, slots.seed, position, Purpose.TARGET, slot=slot)
-            return Verdict(*judge(choice, None, batch.logits_start, draft.tokens))
+            return Verdict(*accept(choice, None, batch.logits_start, draft.tokens))
 
         row, place = locate(batch.logits_start, logits.shape[0])
         drafted = place < batch.num_drafts[row]  # [L], False at the row after the last draft
@@ -64,4 +64,4 @@ class Rejection(Verifier):
         law = torch.where(whole[:, None], logits, residual)
         choice = sample(law, slots.temperature, slots.seed, position, Purpose.TARGET, slot=slot)
         stands = torch.where(greedy, choice == guess[:, 0], stands)
-        return Verdict(*judge(choice, stands, batch.logits_start, draft.tokens))
+        return Verdict(*accept(choice, stands, batch.logits_start, draft.tokens))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from outrider.capability import Feature
 from outrider.errors import OptionError
-from outrider.kernels.decree import DECREE
+from outrider.kernels.accept_drafts import ACCEPT_DRAFTS
 from outrider.kernels.sample import GUMBEL_ARGMAX
-from outrider.kernels.verdict import JUDGE
+from outrider.kernels.synthetic_accept import SYNTHETIC_ACCEPT
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, Verdict
 from outrider.verify.base import Verifier
 
@@ -47,7 +47,7 @@ class Synthetic(Verifier):
         likeliest = GUMBEL_ARGMAX.on(logits.device)
         choice = likeliest(logits, None, slots.seed, batch.logits_position, Purpose.TARGET, slot=batch.logits_slot)
         self._chances = self._chances.to(logits.device)
-        stands = DECREE.on(logits.device)(
+        stands = SYNTHETIC_ACCEPT.on(logits.device)(
             batch.logits_start, slots.seed, batch.logits_slot, batch.logits_position, self._chances, Purpose.ACCEPT
         )
-        return Verdict(*JUDGE.on(logits.device)(choice, stands, batch.logits_start, draft.tokens))
+        return Verdict(*ACCEPT_DRAFTS.on(logits.device)(choice, stands, batch.logits_start, draft.tokens))

@@ -65,7 +65,7 @@ def test_a_failure_is_a_row_and_the_rest_go_on(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("no such kernel\nat all")
 
     def made(sizes: Sizes) -> Case:
-        return Case(Op("planted", lambda: None, {"cpu": broken}), "", [{}], 8)
+        return Case(Op("planted", lambda: None, ()), "", [{}], 8, kernel=broken)
 
     def not_made(sizes: Sizes) -> Case:
         raise torch.OutOfMemoryError("too large")

@@ -14,8 +14,9 @@ from outrider.draft.base import DraftOptions, TargetFacts
 from outrider.draft.ngram import Ngram, NgramOptions
 from outrider.draft.none import NoDrafter
 from outrider.errors import OptionError
+from outrider.kernels.cpu.ngram import ngram_lookup_cpu
 from outrider.kernels.gpu.ngram import ngram_lookup_gpu
-from outrider.kernels.ngram import ngram_lookup_cpu, ngram_lookup_reference
+from outrider.kernels.ngram import ngram_lookup_reference
 
 INTERPRETED = pytest.mark.skipif(
     not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from outrider.kernels.noise import GUMBEL_MAX, MASK, NOISE_BITS, bits_cpu, bits_reference, gumbel, mix, uniform
+from outrider.kernels.noise import (
+    GUMBEL_MAX,
+    MASK,
+    NOISE_BITS,
+    gumbel,
+    mix,
+    noise_bits_cpu,
+    noise_bits_reference,
+    uniform,
+)
 from outrider.tensors import Purpose
 
 ONE = torch.ones(1, dtype=torch.int64)
@@ -26,7 +35,7 @@ def chi_square(bins: Tensor, num_bins: int) -> float:
 def grid(axis: str, size: int = 1 << 20) -> Tensor:
     """`size` consecutive values of one part of the counter, the others held."""
     if axis == "index":
-        return bits_cpu(ONE * 1234, ONE * 17, Purpose.TARGET, size)[0]
+        return noise_bits_cpu(ONE * 1234, ONE * 17, Purpose.TARGET, size)[0]
     held, moving = torch.full((size,), 17), torch.arange(size)
     seed, position = {
         "position": (held, moving),
@@ -34,7 +43,7 @@ def grid(axis: str, size: int = 1 << 20) -> Tensor:
         "high seed": (moving << 32, held),
         "negative seed": (-moving, held),
     }[axis]
-    return bits_cpu(seed, position, Purpose.TARGET, 3)[:, 2]
+    return noise_bits_cpu(seed, position, Purpose.TARGET, 3)[:, 2]
 
 
 AXES = ["index", "position", "seed", "high seed", "negative seed"]
@@ -57,7 +66,7 @@ def test_neighbours_are_independent(axis: str, apart: int) -> None:
 
 def test_purposes_positions_and_seeds_are_independent_at_every_index() -> None:
     size = 1 << 20
-    base = bits_cpu(ONE * 9, ONE * 100, Purpose.TARGET, size)[0]
+    base = noise_bits_cpu(ONE * 9, ONE * 100, Purpose.TARGET, size)[0]
     for seed, position, purpose in (
         (9, 100, Purpose.ACCEPT),
         (9, 100, Purpose.DRAFT),
@@ -66,7 +75,7 @@ def test_purposes_positions_and_seeds_are_independent_at_every_index() -> None:
         (9 + (1 << 32), 100, Purpose.TARGET),
         (100, 9, Purpose.TARGET),
     ):
-        other = bits_cpu(ONE * seed, ONE * position, purpose, size)[0]
+        other = noise_bits_cpu(ONE * seed, ONE * position, purpose, size)[0]
         for shift in (0, 26):
             pair = ((base >> shift) & 63) * 64 + ((other >> shift) & 63)
             assert abs(chi_square(pair, 4096)) < 5
@@ -80,9 +89,9 @@ def test_one_bit_of_the_counter_flips_half_the_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     seed = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
     position = torch.randint(0, 2**20, (rows,), generator=generator)
-    base = bits_cpu(seed, position, Purpose.TARGET, 1)
-    changed = [bits_cpu(seed ^ (1 << bit), position, Purpose.TARGET, 1) for bit in range(63)]
-    changed += [bits_cpu(seed, position ^ (1 << bit), Purpose.TARGET, 1) for bit in range(20)]
+    base = noise_bits_cpu(seed, position, Purpose.TARGET, 1)
+    changed = [noise_bits_cpu(seed ^ (1 << bit), position, Purpose.TARGET, 1) for bit in range(63)]
+    changed += [noise_bits_cpu(seed, position ^ (1 << bit), Purpose.TARGET, 1) for bit in range(20)]
     for other in changed:
         for bit in range(32):
             share = float((((base ^ other) >> bit) & 1).double().mean())
@@ -95,8 +104,8 @@ def test_kernel_and_reference_agree_to_the_bit() -> None:
     seed = torch.cat([edges, torch.randint(-(2**63), 2**63 - 1, (56,), generator=generator)])
     position = torch.cat([torch.zeros(8, dtype=torch.int64), torch.randint(0, 2**31, (56,), generator=generator)])
     for purpose in Purpose:
-        expected = bits_reference(seed, position, purpose, 1000)
-        assert torch.equal(expected, bits_cpu(seed, position, purpose, 1000))
+        expected = noise_bits_reference(seed, position, purpose, 1000)
+        assert torch.equal(expected, noise_bits_cpu(seed, position, purpose, 1000))
         assert expected.min() >= 0 and expected.max() <= MASK
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from outrider.core.sampling import SamplingParams
+from outrider.kernels.cpu.truncate import truncate_cpu
 from outrider.kernels.gpu import truncate as truncate_programs
 from outrider.kernels.gpu.truncate import truncate_gpu
-from outrider.kernels.truncate import truncate_cpu, truncate_reference
+from outrider.kernels.truncate import truncate_reference
 from outrider.verify.processors import PROCESSORS, MinTokens, Temperature, Truncation
 
 INF = math.inf

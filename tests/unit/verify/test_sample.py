@@ -7,10 +7,11 @@ import os
 import pytest
 import torch
 
+from outrider.kernels.cpu.sample import gumbel_argmax_cpu
 from outrider.kernels.gpu.sample import _gumbel, _gumbel_bound, gumbel_argmax_gpu
 from outrider.kernels.gpu.triton import jit, tl
 from outrider.kernels.noise import gumbel
-from outrider.kernels.sample import gumbel_argmax_cpu, gumbel_argmax_reference
+from outrider.kernels.sample import gumbel_argmax_reference
 from outrider.tensors import Purpose
 
 INTERPRETED = pytest.mark.skipif(

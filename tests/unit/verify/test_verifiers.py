@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from outrider.errors import OptionError
-from outrider.kernels.gpu.verdict import judge_gpu
+from outrider.kernels.accept_drafts import accept_drafts_reference
+from outrider.kernels.cpu.accept_drafts import accept_drafts_cpu
+from outrider.kernels.gpu.accept_drafts import accept_drafts_gpu
 from outrider.kernels.step_inputs import ASSEMBLE, example_slots
-from outrider.kernels.verdict import judge_cpu, judge_reference
 from outrider.tensors import Draft, Purpose, Slots, StepBatch
 from outrider.verify.exact import Exact
 from outrider.verify.registry import VERIFIERS, build_verifier
@@ -26,7 +27,9 @@ INTERPRETED = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("judge", [judge_reference, judge_cpu, pytest.param(judge_gpu, marks=INTERPRETED)])
+@pytest.mark.parametrize(
+    "judge", [accept_drafts_reference, accept_drafts_cpu, pytest.param(accept_drafts_gpu, marks=INTERPRETED)]
+)
 def test_judge(judge) -> None:
     starts = torch.tensor([0, 3, 3, 4, 7], dtype=torch.int32)  # two drafts, inside a prompt, none, two
     drafts = torch.tensor([[5, 6, 9], [1, 1, 9], [2, 2, 9], [8, 8, 9]])

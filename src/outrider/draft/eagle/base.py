@@ -37,7 +37,7 @@ from outrider.errors import CheckpointError, OptionError, nearest
 from outrider.kernels.draft_rows import DRAFT_ROWS
 from outrider.kernels.gather_rows import GATHER_ROWS
 from outrider.kernels.sample import GUMBEL_ARGMAX
-from outrider.kernels.temper import TEMPER
+from outrider.kernels.scale_hidden import SCALE_HIDDEN
 from outrider.layers.parameter import Allocator
 from outrider.load.checkpoint import Checkpoint, load_weights
 from outrider.tensors import StepBatch
@@ -104,7 +104,7 @@ class HeadDrafter(Drafter):
         self._argmax = options.draft_sample == ARGMAX
         self.network = HeadNetwork(self.config, self.limit, Allocator.on(target.device, target.dtype))
         self._draft_rows, self._gather = DRAFT_ROWS.on(target.device), GATHER_ROWS.on(target.device)
-        self._temper, self._sample = TEMPER.on(target.device), GUMBEL_ARGMAX.on(target.device)
+        self._scale_hidden, self._sample = SCALE_HIDDEN.on(target.device), GUMBEL_ARGMAX.on(target.device)
         self._cache: Sequence[LayerCache] = ()
         self._ids: Tensor | None = None  # [draft vocabulary] int64, the target's tokens; None: the same vocabulary
 
@@ -279,7 +279,7 @@ class HeadDrafter(Drafter):
         more alike both distributions, the likelier both draw the same token (Daliri, Musco and Suresh, 2024).
         """
         slots = context.slots
-        tempered, temperature, seed = self._temper(normed, slots.temperature, slots.seed, slot, self._argmax)
+        tempered, temperature, seed = self._scale_hidden(normed, slots.temperature, slots.seed, slot, self._argmax)
         logits = self.network.logits(tempered)
         tokens: Tensor = self._sample(logits, temperature, seed, position, context.noise, self._ids)
         return tokens, self._draft_logits(logits, tokens) if slots.draft_logits is not None else None

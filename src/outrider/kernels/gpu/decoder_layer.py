@@ -5,41 +5,35 @@ See `kernels.decoder_layer`. The residual stream holds everything when a layer e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from outrider.kernels import activation, attention, linear, norm, rope
 from outrider.kernels.gpu.attention import multiprocessors
 from outrider.kernels.gpu.linear import FEW, TICKETS, few_rows
 from outrider.kernels.gpu.partial_norm import Rows, scale_rows
 from outrider.kernels.gpu.rope_attention import is_short, new_counters, rope_attention_gpu
+from outrider.kernels.records import LayerWeights, one_layer, take_taps
 
 
-class GpuLayerStack:
-    """Layers of one shape with their caches, as `LayerStack` for a CPU. The tensors given are kept."""
+class DeviceLayerStack:
+    """See `LayerStack`."""
 
     def __init__(
         self,
-        layers: Sequence[Any],  # LayerWeights
+        layers: Sequence[LayerWeights],
         caches: Sequence[tuple[Tensor, Tensor]],  # keys and values
         eps: float,
         num_heads: int,
         scale: float,
-        *,
-        rms_norm: Callable[..., Tensor],
-        add_rms_norm: Callable[..., Tensor],
-        silu_mul: Callable[[Tensor], Tensor],
-        multiply: Callable[..., Tensor],
-        rope_store: Callable[..., Tensor],
-        attend: Callable[..., Tensor],
-        take_taps: Callable[..., None],
     ) -> None:
         self._layers = list(zip(layers, caches, strict=True))
         self._eps, self._num_heads, self._scale = eps, num_heads, scale
-        self._rms_norm, self._add_rms_norm, self._silu_mul, self._multiply = rms_norm, add_rms_norm, silu_mul, multiply
-        self._rope_store, self._attend, self._take_taps = rope_store, attend, take_taps
+        self._rms_norm, self._add_rms_norm = norm.RMS_NORM.on("cuda"), norm.ADD_RMS_NORM.on("cuda")
+        self._silu_mul, self._multiply = activation.SILU_MUL.on("cuda"), linear.LINEAR.on("cuda")
+        self._rope_store, self._attend = rope.ROPE_STORE.on("cuda"), attention.PAGED_ATTENTION.on("cuda")
         self._num_kv_heads = caches[0][0].shape[1]
         device = caches[0][0].device
         self._processors = multiprocessors(device)
@@ -95,7 +89,7 @@ class GpuLayerStack:
             source = scale_rows(x, residual, entry, self._eps)
         for index in range(first, last):
             weights = self._layers[index][0]
-            self._take_taps(index, None, residual, taps, features)
+            take_taps(index, None, residual, taps, features)
             assert source is not None, "a layer without input_norm is given what it reads"
             heads = self._empty(residual, weights.qkv.shape[0])
             few_rows(source, weights.qkv, heads, bias=weights.qkv_bias, tickets=self._tickets, late=True)
@@ -131,7 +125,7 @@ class GpuLayerStack:
             else:
                 source = self._add_rms_norm(x, residual, weights.input_norm, self._eps)
             x = None
-            self._take_taps(index, None, residual, taps, features)
+            take_taps(index, None, residual, taps, features)
             mixed = self._mix(index, self._multiply(source, weights.qkv, weights.qkv_bias), where, ahead=False)
             residual.addmm_(mixed, weights.out.t())
             normed = self._rms_norm(residual, weights.post_norm, self._eps)
@@ -141,3 +135,6 @@ class GpuLayerStack:
     @staticmethod
     def _empty(like: Tensor, width: int) -> Tensor:
         return torch.empty(like.shape[0], width, dtype=like.dtype, device=like.device)
+
+
+decoder_layer_gpu = one_layer(DeviceLayerStack)

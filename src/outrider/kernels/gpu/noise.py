@@ -48,7 +48,7 @@ def _bits_kernel(seed, position, out, num_indices, PURPOSE: tl.constexpr, BLOCK:
 
 
 def noise_bits_gpu(seed: Tensor, position: Tensor, purpose: int, num_indices: int) -> Tensor:
-    """`bits_reference` in one kernel."""
+    """`noise_bits_reference` in one kernel."""
     seed, position = seed.contiguous(), position.contiguous()
     assert seed.dtype == position.dtype == torch.int64 and seed.shape == position.shape
     out = torch.empty((seed.shape[0], num_indices), dtype=torch.int64, device=seed.device)

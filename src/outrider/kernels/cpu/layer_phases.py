@@ -7,15 +7,15 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from outrider.kernels._amx import alone, fits, pack, products, small, tile_height
-from outrider.kernels._attention import attend, join
-from outrider.kernels._numba import LANES, NO, YES, copy_row
-from outrider.kernels._threads import PHASE, add, enter, leave
-from outrider.kernels.activation import gate_rows
-from outrider.kernels.linear import FEW, few_rows
-from outrider.kernels.native import compiled, pointer
-from outrider.kernels.norm import norm_rows
-from outrider.kernels.rope import rope_tokens
+from outrider.kernels.cpu.activation import gate_rows
+from outrider.kernels.cpu.amx import alone, fits, pack, products, small, tile_height
+from outrider.kernels.cpu.attention_tasks import attend, join
+from outrider.kernels.cpu.emit import LANES, NO, YES, copy_row
+from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.linear import FEW, few_rows
+from outrider.kernels.cpu.norm import norm_rows
+from outrider.kernels.cpu.rope import rope_tokens
+from outrider.kernels.cpu.threads import PHASE, add, enter, leave
 
 
 class Shape(NamedTuple):

@@ -21,10 +21,10 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 
-from outrider.kernels._numba import BFLOAT16, LANES, NO, SERIAL, Emitter, Int, Vector, address, emitted, keep
-from outrider.kernels._threads import add, parallel, read
-from outrider.kernels.activation import silu_mul
-from outrider.kernels.native import compiled
+from outrider.kernels.cpu.activation import silu_mul
+from outrider.kernels.cpu.emit import BFLOAT16, LANES, NO, SERIAL, Emitter, Int, Vector, address, emitted, keep
+from outrider.kernels.cpu.jit import compiled
+from outrider.kernels.cpu.threads import add, parallel, read
 
 _BYTE = ir.IntType(8)
 _STEP = 32  # inputs in a tile

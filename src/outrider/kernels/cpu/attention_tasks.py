@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from outrider.kernels._attention_tiles import (
+from outrider.kernels.cpu.attention_tiles import (
     CHUNK,
     STATE,
     finish_row,
@@ -23,9 +23,9 @@ from outrider.kernels._attention_tiles import (
     start_row,
     take_row,
 )
-from outrider.kernels._numba import LANES, address, keep
-from outrider.kernels._threads import add
-from outrider.kernels.native import compiled, pointer
+from outrider.kernels.cpu.emit import LANES, address, keep
+from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.threads import add
 
 _SPLIT = 512  # keys in a task
 _GROUPS = CHUNK // LANES  # sixteens in a chunk

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from outrider.kernels._numba import BFLOAT16, CACHES, LANES, WIDTH, Emitter, Int, Real, Turn, Vector, emitted
+from outrider.kernels.cpu.emit import BFLOAT16, CACHES, LANES, WIDTH, Emitter, Int, Real, Turn, Vector, emitted
 
 CHUNK = 64  # keys between two updates of the maximum
 STATE = 3 * LANES * 4  # bytes of a row's state: its maximum, sum of weights, and factor for the sums so far

@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.kernels.native import compiled
+from outrider.kernels.cpu.jit import compiled
 
 LANES = 16
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2

@@ -1,4 +1,4 @@
-"""Barring tokens: a program a row, which writes and never reads a logit. See `kernels.bar_tokens`."""
+"""Barring tokens: a program a row, which writes and never reads a logit. See `kernels.min_tokens_mask`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, ove
 
 
 @jit
-def _bar_kernel(
+def _min_tokens_mask_kernel(
     logits,
     slot,
     position,
@@ -31,13 +31,13 @@ def _bar_kernel(
         tl.store(logits + row * stride + token, -float("inf"), mask=(token >= 0) & (token < size))
 
 
-def bar_tokens_gpu(logits: Tensor, slot: Tensor, position: Tensor, min_length: Tensor, barred: Tensor) -> Tensor:
-    """`bar_tokens_reference` in one kernel."""
+def min_tokens_mask_gpu(logits: Tensor, slot: Tensor, position: Tensor, min_length: Tensor, barred: Tensor) -> Tensor:
+    """`min_tokens_mask_reference` in one kernel."""
     assert logits.stride(1) == 1 and slot.is_contiguous() and position.is_contiguous()
     assert min_length.is_contiguous() and barred.is_contiguous()
     assert logits.dtype == torch.float32 and slot.dtype == position.dtype == barred.dtype == torch.int64
     width, overlap = barred.shape[1], overlaps(logits)
-    _bar_kernel[(logits.shape[0],)](
+    _min_tokens_mask_kernel[(logits.shape[0],)](
         logits,
         slot,
         position,

@@ -1,4 +1,4 @@
-"""Hidden states divided by their requests' temperatures: a program a row. See `kernels.temper`."""
+"""Hidden states divided by their requests' temperatures: a program a row. See `kernels.scale_hidden`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, ove
 
 
 @jit
-def _temper_kernel(
+def _scale_hidden_kernel(
     x, temperature, seed, slot, out, own, seeds, size, GREEDY: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     begin(PDL)
@@ -30,17 +30,17 @@ def _temper_kernel(
     tl.store(out + row * size + column, value, mask=inside)
 
 
-def temper_gpu(
+def scale_hidden_gpu(
     x: Tensor, temperature: Tensor, seed: Tensor, slot: Tensor, greedy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`temper_reference` in one kernel."""
+    """`scale_hidden_reference` in one kernel."""
     assert x.is_contiguous() and slot.is_contiguous()
     rows, size = x.shape
     out = torch.empty_like(x)
     own = torch.empty(rows, dtype=temperature.dtype, device=x.device)
     seeds = torch.empty(rows, dtype=seed.dtype, device=x.device)
     overlap = overlaps(x)
-    _temper_kernel[(rows,)](
+    _scale_hidden_kernel[(rows,)](
         x,
         temperature,
         seed,

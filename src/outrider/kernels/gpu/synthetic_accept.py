@@ -1,4 +1,4 @@
-"""Which drafts stand by decree: a program for some rows of logits. See `kernels.decree`."""
+"""Which drafts stand by decree: a program for some rows of logits. See `kernels.synthetic_accept`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outrider.kernels.gpu.triton import begin, jit_counts, launch, overlaps, tl,
 
 
 @jit_counts("num_rows", "num_logits")
-def _decree_kernel(
+def _synthetic_accept_kernel(
     logits_start, seed, logits_slot, logits_position, chances, stands, num_rows, num_logits, num_chances,
     PURPOSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def _decree_kernel(
     tl.store(stands + item, (uniform < chance).to(tl.uint8), mask=inside)
 
 
-def decree_gpu(
+def synthetic_accept_gpu(
     logits_start: Tensor,
     seed: Tensor,
     logits_slot: Tensor,
@@ -40,13 +40,13 @@ def decree_gpu(
     chances: Tensor,
     purpose: int,
 ) -> Tensor:
-    """`decree_reference` in one kernel."""
+    """`synthetic_accept_reference` in one kernel."""
     assert logits_slot.is_contiguous() and logits_position.is_contiguous() and chances.dtype == torch.float64
     num_logits, size = logits_slot.shape[0], logits_start.shape[0] - 1
     stands = torch.empty(num_logits, dtype=torch.bool, device=seed.device)
     rows, block = tile(size)
     overlap = overlaps(seed)
-    _decree_kernel[(-(-num_logits // block),)](
+    _synthetic_accept_kernel[(-(-num_logits // block),)](
         logits_start,
         seed,
         logits_slot,

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.decree import decree_gpu
-from outrider.kernels.noise import bits_reference, uniform
+from outrider.kernels.noise import noise_bits_reference, uniform
 from outrider.kernels.op import Example, Op
 from outrider.kernels.step_inputs import locate
 from outrider.tensors import Purpose
 
 
-def decree_reference(
+def synthetic_accept_reference(
     logits_start: Tensor,  # [B+1] int32, row b owns logits rows logits_start[b]:logits_start[b+1]
     seed: Tensor,  # [S] int64, by slot
     logits_slot: Tensor,  # [L] int64
@@ -25,7 +24,7 @@ def decree_reference(
     """stands [L] bool: whether the row's uniform number is below the chance of its place among its row's."""
     _, place = locate(logits_start, logits_slot.shape[0])
     given = torch.nn.functional.pad(chances, (0, 1))[place.clamp(max=len(chances))]
-    return uniform(bits_reference(seed[logits_slot], logits_position, purpose, 1))[:, 0] < given
+    return uniform(noise_bits_reference(seed[logits_slot], logits_position, purpose, 1))[:, 0] < given
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
@@ -49,4 +48,6 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
         }
 
 
-DECREE = Op("decree", decree_reference, {"cuda": decree_gpu}, examples=_examples, tolerance=0.0, why="yes or no")
+SYNTHETIC_ACCEPT = Op(
+    "synthetic_accept", synthetic_accept_reference, ("cuda",), examples=_examples, tolerance=0.0, why="yes or no"
+)

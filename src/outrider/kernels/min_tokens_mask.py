@@ -11,11 +11,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.bar_tokens import bar_tokens_gpu
 from outrider.kernels.op import Example, Op
 
 
-def bar_tokens_reference(
+def min_tokens_mask_reference(
     logits: Tensor,  # [L, V] float32, in place
     slot: Tensor,  # [L] int64
     position: Tensor,  # [L] int64
@@ -44,10 +43,10 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
         }
 
 
-BAR_TOKENS = Op(
-    name="bar_tokens",
-    reference=bar_tokens_reference,
-    kernels={"cuda": bar_tokens_gpu},
+MIN_TOKENS_MASK = Op(
+    name="min_tokens_mask",
+    reference=min_tokens_mask_reference,
+    kernels=("cuda",),
     examples=_examples,
     outputs=("logits",),
     tolerance=0.0,

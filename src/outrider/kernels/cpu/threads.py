@@ -25,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.kernels.native import compiled
+from outrider.kernels.cpu.jit import compiled
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic  # numba has no types
 _INT, _BYTE = ir.IntType(64), ir.IntType(8)

@@ -1,4 +1,4 @@
-"""Which drafts stand, and what each row gains: a program a row. See `kernels.verdict`."""
+"""Which drafts stand, and what each row gains: a program a row. See `kernels.accept_drafts`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, ove
 
 
 @jit
-def _judge_kernel(
+def _accept_drafts_kernel(
     choice, stands, logits_start, drafts, tokens, count,
     WIDTH: tl.constexpr, COMPARE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -30,17 +30,17 @@ def _judge_kernel(
     tl.store(count + row, gained)
 
 
-def judge_gpu(
+def accept_drafts_gpu(
     choice: Tensor, stands: Tensor | None, logits_start: Tensor, draft_tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`judge_reference` in one kernel."""
+    """`accept_drafts_reference` in one kernel."""
     draft_tokens = draft_tokens.contiguous()
     assert choice.is_contiguous() and logits_start.is_contiguous() and (stands is None or stands.is_contiguous())
     rows, width = draft_tokens.shape
     tokens = torch.empty((rows, width + 1), dtype=torch.int64, device=choice.device)
     count = torch.empty(rows, dtype=torch.int32, device=choice.device)
     overlap = overlaps(choice)
-    _judge_kernel[(rows,)](
+    _accept_drafts_kernel[(rows,)](
         choice,
         None if stands is None else stands.view(torch.uint8),
         logits_start,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from outrider.kernels._attention import area, plan
-from outrider.kernels._decoder_layer import Memory, Plan, Shape, before_attention, from_attention, places, spaces
-from outrider.kernels._numba import LANES, address, keep
-from outrider.kernels._threads import PHASE, add, enter, leave, parallel
-from outrider.kernels.native import compiled, pointer
+from outrider.kernels.cpu.attention_tasks import area, plan
+from outrider.kernels.cpu.emit import LANES, address, keep
+from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.layer_phases import Memory, Plan, Shape, before_attention, from_attention, places, spaces
+from outrider.kernels.cpu.threads import PHASE, add, enter, leave, parallel
 
 _ROW = 12 * 8  # bytes of a layer in the table
 _LINE = 64  # of a cache

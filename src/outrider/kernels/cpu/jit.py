@@ -22,7 +22,7 @@ Floats: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float32]]"
 Tokens: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+_SOURCES = sorted([*Path(__file__).parent.parent.glob("*.py"), *Path(__file__).parent.glob("*.py")])
 _STAMP = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in _SOURCES)
 
 

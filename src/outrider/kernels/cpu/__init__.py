@@ -1,0 +1,1 @@
+"""Kernels of a CPU: an op's in the file named like its contract, and what they share."""
