@@ -26,7 +26,7 @@ from torch import Tensor
 from outrider.bench.bandwidth import read_bandwidth
 from outrider.bench.kernels import recorded, time_on_device
 from outrider.bench.provenance import provenance
-from outrider.kernels.decoder_layer import LayerWeights, take_taps
+from outrider.kernels.records import LayerWeights
 from outrider.kernels.gpu import decoder_layer
 from outrider.kernels.gpu.attention import multiprocessors
 from outrider.kernels.gpu.linear import FEW
@@ -53,14 +53,12 @@ class Layers:
         shape = (sequences * self._blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
         self._weights = [self._layer() for _ in range(config.num_layers)]
         self._of = {weight.data_ptr(): name for layer in self._weights for name, weight in self._products(layer)}
-        self._stack = decoder_layer.GpuLayerStack(
+        self._stack = decoder_layer.DeviceLayerStack(
             self._weights,
             [(self._random(*shape), self._random(*shape)) for _ in self._weights],
             config.rms_norm_eps,
             config.num_heads,
             config.head_dim**-0.5,
-            **dict.fromkeys(("rms_norm", "add_rms_norm", "silu_mul", "multiply", "rope_store", "attend"), _not_called),
-            take_taps=take_taps,
         )
 
     def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -122,10 +120,6 @@ class Layers:
 
         with patch.multiple(decoder_layer, few_rows=multiply, rope_attention_gpu=mix):
             yield
-
-
-def _not_called(*given: Any) -> Any:
-    raise AssertionError("see `runs_in_few`")
 
 
 def runs_in_few(config: ModelConfig, sequences: int, num_query: int, processors: int) -> bool:

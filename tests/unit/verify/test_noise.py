@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from outrider.kernels.cpu.noise import noise_bits_cpu
 from outrider.kernels.noise import (
     GUMBEL_MAX,
     MASK,
     NOISE_BITS,
     gumbel,
     mix,
-    noise_bits_cpu,
     noise_bits_reference,
     uniform,
 )
