@@ -26,12 +26,12 @@ from torch import Tensor
 from outrider.bench.bandwidth import read_bandwidth
 from outrider.bench.kernels import recorded, time_on_device
 from outrider.bench.provenance import provenance
-from outrider.kernels.records import LayerWeights
 from outrider.kernels.gpu import decoder_layer
 from outrider.kernels.gpu.attention import multiprocessors
 from outrider.kernels.gpu.linear import FEW
 from outrider.kernels.gpu.partial_norm import Rows
 from outrider.kernels.gpu.rope_attention import is_short
+from outrider.kernels.records import LayerWeights
 from outrider.load.checkpoint import read_json
 from outrider.models.config import ModelConfig
 
