@@ -106,6 +106,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, free))
-        monkeypatch.setattr("outrider.kernels.gpu.triton.AVAILABLE", triton)
+        monkeypatch.setattr("outrider.kernels.op.HAS_TRITON", triton)
 
     return fake

@@ -281,7 +281,7 @@ def test_a_gpu_without_kernels_is_served(
 ) -> None:
     options, work = served(device)
     if special == "without_triton":
-        monkeypatch.setattr("outrider.kernels.gpu.triton.AVAILABLE", False)
+        monkeypatch.setattr("outrider.kernels.op.HAS_TRITON", False)
     else:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     for runner in registry.RUNNERS:

@@ -9,7 +9,7 @@ import torch
 
 from outrider.capability import Feature, Part
 from outrider.errors import OptionError
-from outrider.kernels.gpu import triton
+from outrider.kernels import op
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -41,10 +41,10 @@ def device_part(device: torch.device) -> Part:
         return Part(name, frozenset({Feature.CPU}))
     needs = {Feature.CUDA}
     capability = torch.cuda.get_device_capability(device)
-    if capability < triton.LEAST_CAPABILITY:
+    if capability < op.LEAST_CAPABILITY:
         name = "{} of compute capability {}.{}".format(name, *capability)
         needs.add(Feature.OLD_CUDA)
-    if not triton.AVAILABLE:
+    if not op.HAS_TRITON:
         needs.add(Feature.WITHOUT_TRITON)
     return Part(name, frozenset(needs))
 

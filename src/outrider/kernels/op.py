@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -18,6 +19,20 @@ Example = Mapping[str, Any]
 
 FOLDERS = {"cpu": "cpu", "cuda": "gpu"}
 """Where the kernels of a device type lie, beside the contracts."""
+
+
+HAS_TRITON = find_spec("triton") is not None
+"""Whether GPU kernels can run: without Triton the references serve a GPU too."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that the kernels are for: what came before has no bfloat16."""
+
+
+def triton_serves(device: torch.device) -> bool:
+    """Whether GPU kernels run on a CUDA device; where there is none they may be interpreted."""
+    return HAS_TRITON and (
+        not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    )
 
 
 @dataclass(frozen=True)
@@ -47,9 +62,7 @@ class Op(Generic[P, R]):
     def on(self, device: torch.device | str) -> Callable[P, R]:
         """The function that serves a device; resolve it once, outside the step."""
         device = torch.device(device)
-        if device.type not in self.kernels:
-            return self.reference
-        if device.type == "cuda" and not import_module("outrider.kernels.gpu.triton").serves(device):
+        if device.type not in self.kernels or (device.type == "cuda" and not triton_serves(device)):
             return self.reference
         return self.kernel(device.type)
 

@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-try:
+from outrider.kernels.op import HAS_TRITON
+
+if HAS_TRITON or TYPE_CHECKING:
     import triton
     import triton.language as tl
-except ImportError:
-    if not TYPE_CHECKING:
-        triton = tl = None
+else:
+    triton = tl = None
 
 __all__ = [
-    "AVAILABLE",
     "INTERPRETED",
-    "LEAST_CAPABILITY",
     "ask_for",
     "begin",
     "dot",
@@ -39,29 +38,16 @@ __all__ = [
     "narrow",
     "next_power_of_2",
     "overlaps",
-    "serves",
     "tl",
     "wait",
 ]
 
-AVAILABLE = triton is not None
-"""Whether kernels of this room can run: without Triton the references serve a GPU too."""
-
-LEAST_CAPABILITY = (8, 0)
-"""Of a GPU that the kernels of this room are for: what came before has no bfloat16."""
-
-
 _ROOMY = (8, 0), (9, 0), (10, 0), (10, 3)
-
-
-def serves(device: torch.device) -> bool:
-    """Whether kernels of this room run on a CUDA device; where there is none they may be interpreted."""
-    return AVAILABLE and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY)
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function itself, never to be called, where there is no Triton."""
-    return triton.jit(function) if AVAILABLE else function
+    return triton.jit(function) if HAS_TRITON else function
 
 
 def jit_counts(*counts: str) -> Callable[[Callable[..., Any]], Any]:
@@ -71,7 +57,7 @@ def jit_counts(*counts: str) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        return triton.jit(function, do_not_specialize=counts) if AVAILABLE else function
+        return triton.jit(function, do_not_specialize=counts) if HAS_TRITON else function
 
     return decorate
 
@@ -102,7 +88,7 @@ def launch(overlap: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if overlap else {}
 
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if AVAILABLE else None
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if HAS_TRITON else None
 
 
 @jit
