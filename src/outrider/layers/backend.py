@@ -11,7 +11,8 @@ from torch import Tensor
 
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature, Gap
-from outrider.kernels.decoder_layer import DECODER_LAYER, LayerWeights, Stack, layer_stack
+from outrider.kernels.decoder_layer import DECODER_LAYER, layer_stack
+from outrider.kernels.records import LayerStack, LayerWeights
 from outrider.layers.by_ops import ByOpsStack
 from outrider.layers.layer import DecoderLayer
 from outrider.layers.mlp import GatedMLP, GatedMlpSpec
@@ -149,7 +150,7 @@ class _FusedStack:
         return x
 
 
-def _kernel_stack(layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> Stack:
+def _kernel_stack(layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> LayerStack:
     spec = layers[0].spec
     weights = [_fused_weights(layer) for layer in layers]
     return layer_stack(weights, caches, spec.eps, spec.attention.num_heads, spec.attention.scale)

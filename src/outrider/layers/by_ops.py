@@ -10,10 +10,10 @@ from torch import Tensor
 from outrider.cache.layout import LayerCache
 from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
-from outrider.kernels.decoder_layer import take_taps
 from outrider.kernels.layer_by_ops import LayerOps, decoder_layer
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
+from outrider.kernels.records import take_taps
 from outrider.kernels.rope import ROPE_STORE
 from outrider.layers.layer import DecoderLayer
 from outrider.tensors import StepBatch
