@@ -35,6 +35,11 @@ def triton_serves(device: torch.device) -> bool:
     )
 
 
+def device_file(device_type: str, file: str) -> ModuleType:
+    """A file of `kernels/cpu` ("cpu") or `kernels/gpu` ("cuda"), imported when it is first asked for."""
+    return import_module(f"outrider.kernels.{FOLDERS[device_type]}.{file}")
+
+
 @dataclass(frozen=True)
 class Op(Generic[P, R]):
     """One operation: a reference that defines it, and kernels that must agree with it.
@@ -74,7 +79,7 @@ class Op(Generic[P, R]):
 
     def module(self, device_type: str) -> ModuleType:
         """The file of the kernel for "cpu" or "cuda"."""
-        return import_module(f"outrider.kernels.{FOLDERS[device_type]}.{self.file}")
+        return device_file(device_type, self.file)
 
     @property
     def file(self) -> str:

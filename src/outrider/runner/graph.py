@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outrider.capability import Feature, Offer
 from outrider.core.plan import Row, StepPlan, StepResult
-from outrider.kernels import warmup
+from outrider.kernels.op import device_file
 from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
@@ -114,6 +114,7 @@ class GraphRunner:
         """
         config, slots, drafting = self._config, self._bound.table.slots, self._bound.num_drafts > 0
         sizes = (config.max_num_batched_tokens, config.max_model_len - 1, config.max_num_seqs)
+        warmup = device_file("cuda", "warmup")  # which imports Triton: a CPU has no graph runner
         for lengths in warmup.shapes(self._device, config.model_config.num_kv_heads, *sizes):
             for ends_prompt in (False, True):
                 rows = [Row(self._spare, length, 0, ends_prompt) for length in lengths]

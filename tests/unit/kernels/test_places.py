@@ -16,7 +16,7 @@ ROOT = Path(outrider.kernels.__file__).parent
 PLUMBING = {
     ".": {"layer_by_ops", "op", "records"},
     "cpu": {"amx", "attention_tasks", "attention_tiles", "emit", "jit", "layer_phases", "layer_stack", "threads"},
-    "gpu": {"attention_shares", "attention_steps", "partial_norm", "triton"},
+    "gpu": {"attention_shares", "attention_steps", "partial_norm", "triton", "warmup"},
 }
 """Files of a folder that are no op's."""
 
