@@ -111,7 +111,7 @@ class Blind(PEagle):
                 seq_lens=count.int(),
                 positions=place,
                 block_table=block,
-                cache_slot=owner * self.target.block_size + place,
+                cache_slot=owner * self.target.sizes.block_size + place,
             )
             if len(alone):
                 fresh = self.cache_layouts()[0].allocate(size, self.target.device)

@@ -25,6 +25,7 @@ from heads import write_head
 from outrider.bench.kernels import all_ops
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature
+from outrider.core.sizes import Sizes
 from outrider.draft.base import DraftContext, Drafter, TargetFacts, TargetParts
 from outrider.draft.eagle.base import HeadDrafter
 from outrider.draft.host import HostDrafter
@@ -152,7 +153,7 @@ def context() -> DraftContext:
     return DraftContext(batch, target, committed, next_token, slots, verifier.draft_noise)
 
 
-FACTS = TargetFacts(VOCAB, 6, 2, 32, 5, 64, 4, CPU, torch.float32)
+FACTS = TargetFacts(VOCAB, 6, 2, Sizes(32, 5, 64, 4), CPU, torch.float32)
 TINY = {
     "vocab_size": VOCAB,
     "hidden_size": 6,

@@ -26,6 +26,7 @@ from outrider.schedule.options import SchedulerOptions
 from outrider.schedule.queues import RequestQueues
 from outrider.schedule.running import RunningRequest
 from outrider.schedule.scheduler import Scheduler
+from workloads import scheduler_options
 
 VOCAB = 5
 NO_TOKEN = -1
@@ -70,7 +71,7 @@ class Device:
         self.options = options
         self.accuracy, self.always_k = accuracy, always_k
         self.slots: dict[int, Occupied] = {}
-        num_cells = options.num_blocks * options.block_size
+        num_cells = options.num_blocks * options.sizes.block_size
         self.keys: list[tuple[int, int] | None] = [None] * num_cells  # (position, token)
         self.draft_keys: list[tuple[int, ...] | None] = [None] * num_cells  # (position, token, the `rerun` after it)
         self.holders: Counter[int] = Counter()  # slots that hold a block
@@ -88,8 +89,8 @@ class Device:
 
     def _admit(self, admission: Admission) -> None:
         assert admission.slot not in self.slots, f"slot {admission.slot} is taken"
-        assert 0 <= admission.slot < self.options.max_num_seqs
-        assert admission.num_cached % self.options.block_size == 0
+        assert 0 <= admission.slot < self.options.sizes.max_num_seqs
+        assert admission.num_cached % self.options.sizes.block_size == 0
         num_left = len(admission.tokens) - admission.num_cached
         assert not admission.num_cached or num_left > self.options.rerun, "too little is left to run"
         self.slots[admission.slot] = Occupied(admission, list(admission.tokens), admission.num_cached)
@@ -98,18 +99,18 @@ class Device:
         state = self.slots[slot]
         assert blocks and start == len(state.blocks)
         state.blocks += blocks
-        num_shared = state.admission.num_cached // self.options.block_size
+        num_shared = state.admission.num_cached // self.options.sizes.block_size
         for index, block in enumerate(blocks, start):
             assert index < num_shared or not self.holders[block], f"block {block} is given away while it is held"
             self.holders[block] += 1
 
     def _cell(self, state: Occupied, position: int) -> int:
-        index, offset = divmod(position, self.options.block_size)
-        return state.blocks[index] * self.options.block_size + offset
+        index, offset = divmod(position, self.options.sizes.block_size)
+        return state.blocks[index] * self.options.sizes.block_size + offset
 
     def _write(self, cells: list, state: Occupied, position: int, value: tuple[int, ...]) -> None:
         cell = self._cell(state, position)
-        assert self.holders[cell // self.options.block_size] == 1, "a shared block is written to"
+        assert self.holders[cell // self.options.sizes.block_size] == 1, "a shared block is written to"
         cells[cell] = value
 
     def _row(self, row: Row, drafting: bool) -> tuple[tuple[int, ...], int]:
@@ -122,7 +123,7 @@ class Device:
             queries += drafts + [NO_TOKEN] * (row.num_drafts - len(drafts))
         else:
             assert row.num_tokens > 0 and row.num_drafts == 0 and row.ends_prompt == (end == length)
-        assert len(queries) == row.num_tokens and end <= self.options.max_model_len
+        assert len(queries) == row.num_tokens and end <= self.options.sizes.max_model_len
         for position, token in enumerate(queries, start):
             self._write(self.keys, state, position, (position, token))
         context = state.tokens[:start] + queries
@@ -132,7 +133,7 @@ class Device:
         state.tokens += yielded
         state.computed = len(state.tokens) - 1 if row.ends_prompt else end
         state.past_prompt = row.ends_prompt
-        assert len(state.tokens) <= self.options.max_model_len
+        assert len(state.tokens) <= self.options.sizes.max_model_len
         if drafting:
             self._run_drafter(state, start, end)
         state.drafts = self._propose(state) if drafting and row.ends_prompt else []
@@ -160,12 +161,12 @@ class Device:
         for position in range(state.computed - late if complete else 0):
             found = self.draft_keys[self._cell(state, position)]
             assert found == (position, *tokens[position : position + 1 + rerun]), f"stale draft entry {found}"
-        for position in range(state.computed, min(end + self.options.lookahead, self.options.max_model_len)):
+        for position in range(state.computed, min(end + self.options.lookahead, self.options.sizes.max_model_len)):
             self._write(self.draft_keys, state, position, (position, NO_TOKEN))
 
     def _propose(self, state: Occupied) -> list[int]:
         """Right or wrong by a rule, not by chance, so that a request's drafts do not depend on the schedule."""
-        most = self.options.num_drafts
+        most = self.options.sizes.num_drafts
         drafts: list[int] = []
         for _ in range(most if self.always_k else hash((1, *state.tokens)) % (most + 1)):
             right = self._next(state.tokens + drafts, state)
@@ -182,7 +183,7 @@ class Workload:
         self.options = options = random_options(rng, **fixed)
         self.scheduler = make(options)
         self.device = Device(options, accuracy=rng.choice([0.0, 0.5, 0.9, 1.0]), always_k=rng.random() < 0.5)
-        self.take(random_requests(rng, options.max_model_len))
+        self.take(random_requests(rng, options.sizes.max_model_len))
         self.abort_rate = rng.choice([0.0, 0.0, 0.02, 0.1])
         self.stop_string_rate = rng.choice([0.0, 0.0, 0.05])
         self.under_way: deque[tuple[StepPlan, StepResult]] = deque()
@@ -192,7 +193,7 @@ class Workload:
     def take(self, requests: list[Request]) -> None:
         self.requests = requests
         self.to_come = deque(requests)
-        self.expected = {request.id: reference(request, self.options.max_model_len) for request in requests}
+        self.expected = {request.id: reference(request, self.options.sizes.max_model_len) for request in requests}
         self.gained: dict[str, list[int]] = {request.id: [] for request in requests}
 
     def run(self) -> None:
@@ -240,8 +241,8 @@ class Workload:
         options, slots = self.options, self.device.slots
         assert plan.step == self.num_plans
         rows = {row.slot: row for row in plan.rows}
-        assert len(rows) == len(plan.rows) <= options.max_num_seqs
-        assert sum(row.num_tokens for row in plan.rows) <= options.max_num_batched_tokens
+        assert len(rows) == len(plan.rows) <= options.sizes.max_num_seqs
+        assert sum(row.num_tokens for row in plan.rows) <= options.sizes.max_num_batched_tokens
         written = {row.slot for earlier, _ in self.under_way for row in earlier.rows}
         assert not written & set(plan.release), "a slot is released while a plan under way writes to it"
         stays = slots.keys() - set(plan.release)
@@ -275,7 +276,7 @@ class Workload:
             self.ended[delta.request_id] = FinishReason.ABORT  # that is: not the reference's end
 
     def _check_outputs(self) -> None:
-        total = AcceptanceReport(per_position=(0,) * self.options.num_drafts)
+        total = AcceptanceReport(per_position=(0,) * self.options.sizes.num_drafts)
         for request in self.requests:
             tokens, reason = self.expected[request.id]
             gained = [*request.prompt, *self.gained[request.id]]
@@ -313,7 +314,7 @@ def random_options(rng: random.Random, **fixed: int) -> SchedulerOptions:
         "draft_cache": rng.random() < 0.5,
         "depth": rng.choice([1, 1, 2, 2, 3]),
     }
-    return SchedulerOptions(**(values | fixed))
+    return scheduler_options(**(values | fixed))
 
 
 def random_requests(rng: random.Random, max_model_len: int) -> list[Request]:
@@ -419,11 +420,11 @@ def with_cache(cache: type[CacheManager], index: type[PrefixIndex] = PrefixIndex
     def make(options: SchedulerOptions) -> Scheduler:
         manager = cache(
             options.num_blocks,
-            options.block_size,
+            options.sizes.block_size,
             enable_prefix_caching=options.enable_prefix_caching,
             rerun=options.rerun,
         )
-        manager.index = index(options.block_size, options.rerun)
+        manager.index = index(options.sizes.block_size, options.rerun)
         return Scheduler(options, manager)
 
     return make
@@ -538,7 +539,7 @@ def test_reusing_a_slot_under_a_plan_in_flight_is_found() -> None:
 def test_holding_up_decodes_is_found() -> None:
     class Hungry(Scheduler):
         def _plan_prefills(self, builder: PlanBuilder) -> None:
-            builder.budget = self.options.max_num_batched_tokens - sum(row.num_tokens for row in builder.rows)
+            builder.budget = self.options.sizes.max_num_batched_tokens - sum(row.num_tokens for row in builder.rows)
             super()._plan_prefills(builder)
 
     all_fail(Hungry, "prompts hold up the decodes")

@@ -26,6 +26,7 @@ from torch import Tensor
 from heads import head_tensors, standalone, write_head
 from outrider.capability import Feature
 from outrider.core.sampling import SamplingParams
+from outrider.core.sizes import Sizes
 from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
 from outrider.draft.eagle.base import HeadDrafter
 from outrider.draft.eagle.eagle3 import Eagle3
@@ -46,7 +47,7 @@ VOCAB, ROWS, NUM_TOKENS, K = 8, 30_000, 3, 3
 FIVE, WRONG = 5.0, 10.0
 PROMPT = (5, 2)
 CPU = torch.device("cpu")
-FACTS = TargetFacts(VOCAB, 1, 1, 64, ROWS, 64, 16, CPU, torch.float32)
+FACTS = TargetFacts(VOCAB, 1, 1, Sizes(64, ROWS, 64, 16), CPU, torch.float32)
 CHAIN = torch.randn((VOCAB, VOCAB), generator=torch.Generator().manual_seed(1)) * 1.3
 """The target: logits of the next token, by the last."""
 
@@ -114,7 +115,7 @@ WIDTH, BLOCK = 6, 16
 FEATURES = torch.randn((VOCAB, 3 * WIDTH), generator=torch.Generator().manual_seed(4))
 """What the target's tapped layers are made to say of each token."""
 
-HEAD_FACTS = TargetFacts(VOCAB, WIDTH, 2, 64, ROWS, 64, BLOCK, CPU, torch.float32)
+HEAD_FACTS = TargetFacts(VOCAB, WIDTH, 2, Sizes(64, ROWS, 64, BLOCK), CPU, torch.float32)
 HEAD_SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
+from typing import Any
 
 from checkpoints import Case
 from outrider import LLM, SamplingParams
+from outrider.core.sizes import Sizes
+from outrider.schedule.options import SchedulerOptions
 
 Tokens = dict[str, list[int]]
+
+
+def scheduler_options(**options: Any) -> SchedulerOptions:
+    """Options whose sizes are given beside the others."""
+    sizes = {entry.name: options.pop(entry.name) for entry in fields(Sizes) if entry.name in options}
+    return SchedulerOptions(sizes=Sizes(**sizes), **options)
 
 
 def random_cases(count: int, seed: int, vocab_size: int = 256) -> list[Case]:

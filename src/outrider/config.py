@@ -19,6 +19,7 @@ from outrider import env
 from outrider.capability import Feature, Part
 from outrider.core.option import option, wrong_types
 from outrider.core.sampling import MAX_STOP_IDS
+from outrider.core.sizes import Sizes
 from outrider.device import device_part, find_device
 from outrider.draft.base import Drafter, Footprint, TargetFacts
 from outrider.draft.registry import parse_speculative_config
@@ -142,38 +143,26 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     directory = checkpoint.directory
     model_config = ModelConfig.from_dict(checkpoint.config)
     model = find_model(model_config.architecture)
-    device = find_device(options.device)
     drafter, draft_options = parse_speculative_config(
         options.speculative_config, BUNDLED_HEADS if options.model is None else None
     )
-    num_drafts = draft_options.num_speculative_tokens
     verifier = build_verifier(options.verifier, synthetic_rates=options.synthetic_rates)
     mesh = Mesh(options.tensor_parallel_size, options.pipeline_parallel_size)
-    hardware = device_part(device)
-    parts = _parts(hardware, model, drafter, verifier, mesh)
+    target = _target(options, checkpoint, model_config, draft_options.num_speculative_tokens)
+    parts = _parts(target.device, model, drafter, verifier, mesh)
     verdict = _ask(options.runner, parts)
-    capture = _capture(options, num_drafts)
-    budget = _budget(options, device, num_drafts)
-    dtype = model_config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
-    max_model_len = _max_model_len(options.max_model_len, model_config.max_position_embeddings)
-    facts = _target_facts(options, checkpoint, model_config, max_model_len, budget, device, dtype)
-    footprint = drafter.footprint(draft_options, facts)
+    capture = _capture(options, target.sizes)
+    footprint = drafter.footprint(draft_options, target)
     demand = Demand(
         model=model,
         config=model_config,
-        dtype=dtype,
-        device=device,
-        block_size=BLOCK_SIZE,
-        max_model_len=max_model_len,
+        target=target,
         may_shorten=options.max_model_len is None,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=budget,
-        num_drafts=num_drafts,
         keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
         weighs_probabilities=Feature.DRAFT_LOGITS in verifier.needs,
         drafter=footprint,
         programs=verdict.runner.footprint(capture) if isinstance(verdict, Choice) else 0,
-        in_place=hardware.needs == {Feature.CUDA},
+        in_place=parts[0].needs == {Feature.CUDA},
         cache_bytes=options.kv_cache_memory,
         utilization=options.gpu_memory_utilization,
     )
@@ -181,18 +170,12 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     runner = RunnerConfig(
         model=model,
         model_config=model_config,
-        target=replace(facts, max_model_len=memory.max_model_len),
+        target=replace(target, sizes=replace(target.sizes, max_model_len=memory.max_model_len)),
         directory=None if options.load_format == "dummy" else directory,
-        dtype=dtype,
-        device=device,
         drafter=drafter,
         draft_options=draft_options,
         verifier=verifier,
         processors=PROCESSORS,
-        max_model_len=memory.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=budget,
-        block_size=BLOCK_SIZE,
         memory=memory,
         capture=capture,
         seed=options.seed,
@@ -202,9 +185,24 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     return Resolved(options, directory, *answers, _eos_token_ids(directory, model_config))
 
 
-def _capture(options: EngineOptions, num_drafts: int) -> CaptureOptions:
+def _target(options: EngineOptions, checkpoint: Checkpoint, config: ModelConfig, num_drafts: int) -> TargetFacts:
+    """The target with every "auto" of its sizes, its device and its type answered."""
+    device = find_device(options.device)
+    sizes = Sizes(
+        max_model_len=_max_model_len(options.max_model_len, config.max_position_embeddings),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=_budget(options, device, num_drafts),
+        block_size=BLOCK_SIZE,
+        num_drafts=num_drafts,
+    )
+    dtype = config.dtype if options.dtype == AUTO else DTYPES[options.dtype]
+    widths = config.vocab_size, config.hidden_size, config.num_layers
+    return TargetFacts(*widths, sizes, device, dtype, checkpoint, tokenizer=checkpoint.directory)
+
+
+def _capture(options: EngineOptions, sizes: Sizes) -> CaptureOptions:
     wanted = options.capture_sizes, options.capture_drafts
-    return CaptureOptions.resolve(*wanted, options.time_parts, options.max_num_seqs, num_drafts)
+    return CaptureOptions.resolve(*wanted, options.time_parts, sizes.max_num_seqs, sizes.num_drafts)
 
 
 def _with_layers(verdict: Choice | RefusedError, runner: RunnerConfig, drafter: Footprint) -> Choice | RefusedError:
@@ -216,44 +214,16 @@ def _with_layers(verdict: Choice | RefusedError, runner: RunnerConfig, drafter: 
     return replace(verdict, layers=layers, draft_layers=draft_layers)
 
 
-def _target_facts(
-    options: EngineOptions,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    max_model_len: int,
-    budget: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> TargetFacts:
-    return TargetFacts(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        max_model_len=max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=budget,
-        block_size=BLOCK_SIZE,
-        device=device,
-        dtype=dtype,
-        checkpoint=checkpoint,
-        tokenizer=checkpoint.directory,
-    )
-
-
 def _scheduler_options(runner: RunnerConfig, options: EngineOptions) -> SchedulerOptions:
-    num_drafts, drafter = runner.draft_options.num_speculative_tokens, runner.drafter
-    budget = runner.max_num_batched_tokens
+    drafter, sizes = runner.drafter, runner.sizes
+    budget = sizes.max_num_batched_tokens
     beside = options.max_prefill_tokens_beside_decodes or (budget if runner.device.type == "cpu" else 2048)
     return SchedulerOptions(
-        max_model_len=runner.max_model_len,
+        sizes=sizes,
         num_blocks=runner.memory.num_blocks,
-        block_size=runner.block_size,
-        max_num_seqs=runner.max_num_seqs,
-        max_num_batched_tokens=budget,
         max_prefill_tokens_beside_decodes=min(beside, budget),
         enable_prefix_caching=options.enable_prefix_caching,
-        num_drafts=num_drafts,
-        lookahead=num_drafts if drafter.writes_ahead else 0,
+        lookahead=sizes.num_drafts if drafter.writes_ahead else 0,
         rerun=drafter.rerun,
         draft_cache=Feature.DRAFT_CACHE in drafter.needs,
     )
@@ -276,7 +246,7 @@ def _plan(demand: Demand, verdict: Choice | RefusedError) -> MemoryPlan:
         if isinstance(verdict, RefusedError):
             raise verdict from error
         raise
-    asked, fits = demand.max_model_len, plan.max_model_len
+    asked, fits = demand.target.sizes.max_model_len, plan.max_model_len
     if fits < asked:
         logger.warning("max_model_len is lowered from %d to %d, which fits in memory", asked, fits)
     return plan
@@ -293,11 +263,11 @@ def _budget(options: EngineOptions, device: torch.device, num_drafts: int) -> in
 
 
 def _parts(
-    device: Part, model: type[Decoder], drafter: type[Drafter], verifier: Verifier, mesh: Mesh
+    device: torch.device, model: type[Decoder], drafter: type[Drafter], verifier: Verifier, mesh: Mesh
 ) -> tuple[Part, ...]:
-    """Everything the oracle has to place."""
+    """Everything the oracle has to place, the device first."""
     return (
-        device,
+        device_part(device),
         model.part(),
         drafter.part(),
         Part(f"verifier {verifier.name}", verifier.needs),

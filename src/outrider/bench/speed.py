@@ -94,12 +94,12 @@ class Workload:
 
     def check(self, llm: LLM, concurrencies: Sequence[int]) -> None:
         """OptionError if the engine cannot run it."""
-        runner, largest = llm.engine.resolved.runner, max(concurrencies)
-        if largest > runner.max_num_seqs:
-            raise OptionError(f"concurrency {largest} is more than max_num_seqs {runner.max_num_seqs}: raise that")
+        sizes, largest = llm.engine.resolved.runner.sizes, max(concurrencies)
+        if largest > sizes.max_num_seqs:
+            raise OptionError(f"concurrency {largest} is more than max_num_seqs {sizes.max_num_seqs}: raise that")
         whole = self.input_len + self.output_len
-        if whole > runner.max_model_len:
-            raise OptionError(f"{whole} tokens, input and output, do not fit in max_model_len {runner.max_model_len}")
+        if whole > sizes.max_model_len:
+            raise OptionError(f"{whole} tokens, input and output, do not fit in max_model_len {sizes.max_model_len}")
 
 
 def bench(
@@ -209,9 +209,9 @@ def configuration(llm: LLM, workload: Workload) -> dict[str, Any]:
         "output_len": workload.output_len,
         "max_steps": workload.max_steps,
         "prompts": workload.prompts.name if workload.prompts else "random tokens",
-        "max_num_seqs": runner.max_num_seqs,
-        "max_model_len": runner.max_model_len,
-        "max_num_batched_tokens": runner.max_num_batched_tokens,
+        "max_num_seqs": runner.sizes.max_num_seqs,
+        "max_model_len": runner.sizes.max_model_len,
+        "max_num_batched_tokens": runner.sizes.max_num_batched_tokens,
         "max_prefill_tokens_beside_decodes": resolved.scheduler.max_prefill_tokens_beside_decodes,
     }
 

@@ -113,7 +113,7 @@ def prefill(
     with loading(quiet=as_json) as told:
         llm = LLM.from_options(options, *told)
     with llm:
-        input_len = input_len or min(2048, llm.engine.resolved.runner.max_model_len - 1)
+        input_len = input_len or min(2048, llm.engine.resolved.runner.sizes.max_model_len - 1)
         _report(bench_prefill(llm, num_prompts, input_len, repeats), print_prefill, output, as_json)
 
 

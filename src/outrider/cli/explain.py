@@ -73,7 +73,7 @@ def _configuration(resolved: Resolved) -> dict[str, Any]:
         "architecture": runner.model_config.architecture,
         "dtype": str(runner.dtype).removeprefix("torch."),
         "device": str(runner.device),
-        "max_model_len": runner.max_model_len,
+        "max_model_len": runner.sizes.max_model_len,
         "parts": [
             {"part": part.name, "needs": sorted(feature.name.lower() for feature in part.needs)}
             for part in resolved.parts

@@ -14,6 +14,7 @@ from torch import Tensor
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
 from outrider.core.option import option
+from outrider.core.sizes import Sizes
 from outrider.errors import OptionError
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.spec import LayerSpec
@@ -51,10 +52,7 @@ class TargetFacts:
     vocab_size: int
     hidden_size: int
     num_layers: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int  # tokens a key/value block holds
+    sizes: Sizes
     device: torch.device
     dtype: torch.dtype  # of the weights
     checkpoint: Checkpoint | None = None  # the model's own, where methods such as MTP find their weights

@@ -11,6 +11,7 @@ import torch
 
 from outrider.capability import Offer
 from outrider.core.plan import StepPlan, StepResult
+from outrider.core.sizes import Sizes
 from outrider.draft.base import Drafter, DraftOptions, TargetFacts
 from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
@@ -26,23 +27,32 @@ class RunnerConfig:
 
     model: type[Decoder]
     model_config: ModelConfig
-    target: TargetFacts  # as the drafter is told of the model
+    target: TargetFacts  # the sizes, the device and what else a drafter is told
     directory: Path | None  # None: dummy weights
-    dtype: torch.dtype  # of the weights
-    device: torch.device
     drafter: type[Drafter]
     draft_options: DraftOptions
     verifier: Verifier
     processors: tuple[LogitsProcessor, ...]
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int
     memory: MemoryPlan
     capture: CaptureOptions  # for a runner that records its steps
     seed: int
     progress: Callable[[int, int], None] | None  # bytes loaded, bytes in all
     recording: Callable[[int, int], None] | None = None  # programs recorded, programs in all
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the drafter, the memory plan and the scheduler go by too."""
+        return self.target.sizes
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything runs."""
+        return self.target.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.target.dtype
 
     def count_loaded(self) -> Callable[[int], None]:
         """A function that adds up the bytes of weights loaded and reports them."""

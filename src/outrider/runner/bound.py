@@ -31,12 +31,12 @@ class Bound:
         count: Callable[[int], None] | None = None,  # called with the bytes of each weight loaded
     ) -> None:
         device = config.device
-        cache = model.cache_layout(config.block_size).allocate(config.memory.num_blocks, device)
+        cache = model.cache_layout(config.sizes.block_size).allocate(config.memory.num_blocks, device)
         drafter = _build_drafter(config, model, count)
         self.table = SlotTable(
             num_slots=num_slots,
-            max_len=config.max_model_len,
-            max_blocks=-(-config.max_model_len // config.block_size),
+            max_len=config.sizes.max_model_len,
+            max_blocks=config.sizes.max_blocks,
             drafter=drafter,
             verifier=config.verifier,
             processors=config.processors,
@@ -46,7 +46,7 @@ class Bound:
         declared = [column for part in (config.verifier, *config.processors) for column in part.columns]
         self.results = ResultLayout(drafter.num_drafts, declared, device)
         self.num_drafts = drafter.num_drafts
-        self._assemble, self._block_size = ASSEMBLE.on(device), config.block_size
+        self._assemble, self._block_size = ASSEMBLE.on(device), config.sizes.block_size
 
     def run(
         self,
@@ -69,7 +69,7 @@ class Bound:
 
 def build_model(config: RunnerConfig, count: Callable[[int], None]) -> Decoder:
     """The target with its weights, loaded or random. `count` is called with the bytes of each weight filled."""
-    model = config.model(config.model_config, config.max_model_len, Allocator.on(config.device, config.dtype))
+    model = config.model(config.model_config, config.sizes.max_model_len, Allocator.on(config.device, config.dtype))
 
     def ignores(name: str) -> bool:
         return model.ignores(name) or config.drafter.reads_from_target(name, config.target)

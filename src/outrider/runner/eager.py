@@ -57,7 +57,7 @@ class EagerRunner:
     def __init__(self, config: RunnerConfig, model: Decoder, count: Callable[[int], None] | None = None) -> None:
         """Binds a loaded model; use `build`. `count` as `load_weights` takes it."""
         self._device = config.device
-        self._bound = Bound(config, model, config.max_num_seqs, count)
+        self._bound = Bound(config, model, config.sizes.max_num_seqs, count)
 
     @classmethod
     def footprint(cls, capture: CaptureOptions) -> int:

@@ -32,6 +32,17 @@ from outrider.runner.timing import PartTimes
 from outrider.verify.base import LogitsProcessor
 
 _ONE_PROCESS = "the graph runner holds the whole model in one process; leave it at 1"
+_LACKS = {
+    Feature.HOST_CODE: "a recorded step has no Python in it; write the part with tensors alone, or take the "
+    "eager runner",
+    Feature.CPU: "a CPU has no CUDA graphs to record; the eager runner is the fast one there",
+    Feature.WITHOUT_TRITON: "the graph runner records Triton's kernels, and the plain torch ones would take "
+    "many times their memory in each program; install Triton (pip install triton), or take the eager runner",
+    Feature.OLD_CUDA: "the graph runner records Triton's kernels, which need a GPU of compute capability 8.0 "
+    "(A100) or later; take one, or the eager runner",
+    Feature.TENSOR: _ONE_PROCESS,
+    Feature.PIPELINE: _ONE_PROCESS,
+}
 
 
 class GraphPending:
@@ -62,25 +73,9 @@ class GraphRunner:
     depth: ClassVar[int] = 2
     offer: ClassVar[Offer] = Offer(
         has=frozenset(
-            {
-                Feature.TOKEN_HISTORY,
-                Feature.FEATURES,
-                Feature.DRAFT_CACHE,
-                Feature.DRAFT_LOGITS,
-                Feature.CUDA,
-            }
+            {Feature.TOKEN_HISTORY, Feature.FEATURES, Feature.DRAFT_CACHE, Feature.DRAFT_LOGITS, Feature.CUDA}
         ),
-        lacks={
-            Feature.HOST_CODE: "a recorded step has no Python in it; write the part with tensors alone, or take the "
-            "eager runner",
-            Feature.CPU: "a CPU has no CUDA graphs to record; the eager runner is the fast one there",
-            Feature.WITHOUT_TRITON: "the graph runner records Triton's kernels, and the plain torch ones would take "
-            "many times their memory in each program; install Triton (pip install triton), or take the eager runner",
-            Feature.OLD_CUDA: "the graph runner records Triton's kernels, which need a GPU of compute capability 8.0 "
-            "(A100) or later; take one, or the eager runner",
-            Feature.TENSOR: _ONE_PROCESS,
-            Feature.PIPELINE: _ONE_PROCESS,
-        },
+        lacks=_LACKS,
     )
     recorder: ClassVar[Callable[[torch.device], Recorder]] = CudaRecorder
 
@@ -88,8 +83,8 @@ class GraphRunner:
         """Binds a loaded model, tries prompts and records; use `build`."""
         self._config, self._device = config, config.device
         self._recorder = type(self).recorder(config.device)
-        self._spare = config.max_num_seqs  # the slot of rows that belong to no request
-        self._bound = Bound(config, model, config.max_num_seqs + 1, count)
+        self._spare = config.sizes.max_num_seqs  # the slot of rows that belong to no request
+        self._bound = Bound(config, model, config.sizes.max_num_seqs + 1, count)
         self._times = PartTimes()
         self._warm_up()
         self._programs = Programs(config, self._bound, self._recorder, self._spare, self.depth)
@@ -113,7 +108,7 @@ class GraphRunner:
         They are the spare slot's, whose keys and values go where no request's are yet.
         """
         config, slots, drafting = self._config, self._bound.table.slots, self._bound.num_drafts > 0
-        sizes = (config.max_num_batched_tokens, config.max_model_len - 1, config.max_num_seqs)
+        sizes = (config.sizes.max_num_batched_tokens, config.sizes.max_model_len - 1, config.sizes.max_num_seqs)
         warmup = device_file("cuda", "warmup")  # which imports Triton: a CPU has no graph runner
         for lengths in warmup.shapes(self._device, config.model_config.num_kv_heads, *sizes):
             for ends_prompt in (False, True):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from outrider.device import free_memory
-from outrider.draft.base import Footprint
+from outrider.draft.base import Footprint, TargetFacts
 from outrider.errors import CapacityError
 from outrider.layers.parameter import Allocator, activation_dtype
 from outrider.models.config import ModelConfig
@@ -28,14 +28,8 @@ class Demand:
 
     model: type[Decoder]
     config: ModelConfig
-    dtype: torch.dtype  # of the weights
-    device: torch.device
-    block_size: int
-    max_model_len: int
+    target: TargetFacts
     may_shorten: bool  # whether max_model_len was left to us
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    num_drafts: int
     keeps_draft_logits: bool
     weighs_probabilities: bool  # whether the verifier compares distributions, and not tokens
     drafter: Footprint
@@ -70,18 +64,18 @@ class MemoryPlan:
 
 def plan_memory(demand: Demand) -> MemoryPlan:
     """Sizes the cache before anything is loaded. CapacityError if one full sequence does not fit."""
-    activation = activation_dtype(demand.device, demand.dtype)
-    meta = Allocator(torch.device("meta"), demand.dtype, activation)
-    shape = demand.model(demand.config, demand.max_model_len, meta)
+    target, sizes = demand.target, demand.target.sizes
+    activation = activation_dtype(target.device, target.dtype)
+    meta = Allocator(torch.device("meta"), target.dtype, activation)
+    shape = demand.model(demand.config, sizes.max_model_len, meta)
     weights = sum(weight.nbytes for weight in shape.weights().values()) + demand.drafter.weights
     workspace = _workspace(demand, activation) + demand.drafter.workspace
-    per_block = shape.cache_layout(demand.block_size).bytes_per_block + demand.drafter.per_block
-    blocks_per_seq = -(-demand.max_model_len // demand.block_size)
+    per_block = shape.cache_layout(sizes.block_size).bytes_per_block + demand.drafter.per_block
     taken = weights + workspace + demand.programs
-    free = free_memory(demand.device)
+    free = free_memory(target.device)
     left = max(int(_usable(demand, free - taken)), 0)
     if demand.cache_bytes is None:
-        room = min(left, per_block * blocks_per_seq * demand.max_num_seqs)
+        room = min(left, per_block * sizes.max_blocks * sizes.max_num_seqs)
     else:
         room = demand.cache_bytes
         if room > free - taken:
@@ -90,17 +84,17 @@ def plan_memory(demand: Demand) -> MemoryPlan:
                 f"{max(free - taken, 0) / MIB:.1f} MiB are free: lower it"
             )
     num_blocks = room // per_block
-    max_model_len = demand.max_model_len
-    fits = num_blocks * demand.block_size
+    max_model_len = sizes.max_model_len
+    fits = num_blocks * sizes.block_size
     if fits < max_model_len and demand.may_shorten and fits >= SHORTEST:
         max_model_len = fits
     if fits < max_model_len:
-        needed = f"one sequence of max_model_len {max_model_len} needs {blocks_per_seq * per_block / MIB:.1f} MiB of"
+        needed = f"one sequence of max_model_len {max_model_len} needs {sizes.max_blocks * per_block / MIB:.1f} MiB of"
         found = f"key/value cache, there is room for {room / MIB:.1f} MiB, or {fits} tokens"
         if demand.cache_bytes is not None:
             raise CapacityError(f"{needed} {found}: lower max_model_len or raise kv_cache_memory")
         raise CapacityError(
-            f"{needed} {found}, of {free / MIB:.1f} MiB free on {demand.device}: weights take {weights / MIB:.1f}, a "
+            f"{needed} {found}, of {free / MIB:.1f} MiB free on {target.device}: weights take {weights / MIB:.1f}, a "
             f"step's workspace {workspace / MIB:.1f}, recorded programs {demand.programs / MIB:.1f}; lower "
             "max_model_len, max_num_seqs or max_num_batched_tokens, or free memory there"
         )
@@ -111,24 +105,25 @@ def plan_memory(demand: Demand) -> MemoryPlan:
         cache=num_blocks * per_block,
         bytes_per_block=per_block,
         num_blocks=num_blocks,
-        block_size=demand.block_size,
+        block_size=sizes.block_size,
         max_model_len=max_model_len,
     )
 
 
 def _workspace(demand: Demand, activation: torch.dtype) -> int:
-    config, slots = demand.config, demand.max_num_seqs
+    config, sizes = demand.config, demand.target.sizes
+    slots = sizes.max_num_seqs
     # widest live tensors of a layer: residual, its norm, qkv or gate_up, and what comes of it
     width = 4 * config.hidden_size + 3 * max(config.intermediate_size, config.num_heads * config.head_dim)
-    activations = demand.max_num_batched_tokens * width * activation.itemsize
+    activations = sizes.max_num_batched_tokens * width * activation.itemsize
     # logits; where nothing is in place, what processors make of them and noise too; probabilities of both models
     copies = (1 if demand.in_place else 3) + (5 if demand.weighs_probabilities else 0)
-    logits = copies * min(slots * (demand.num_drafts + 1), demand.max_num_batched_tokens) * config.vocab_size * 4
-    history = slots * demand.max_model_len * 8
-    draft_logits = slots * demand.num_drafts * config.vocab_size * 4 if demand.keeps_draft_logits else 0
-    rope = demand.max_model_len * config.head_dim * 4
+    logits = copies * min(slots * (sizes.num_drafts + 1), sizes.max_num_batched_tokens) * config.vocab_size * 4
+    history = slots * sizes.max_model_len * 8
+    draft_logits = slots * sizes.num_drafts * config.vocab_size * 4 if demand.keeps_draft_logits else 0
+    rope = sizes.max_model_len * config.head_dim * 4
     return activations + logits + history + draft_logits + rope
 
 
 def _usable(demand: Demand, left: int) -> float:
-    return left * (demand.utilization if demand.device.type == "cuda" else HOST_SHARE)
+    return left * (demand.utilization if demand.target.device.type == "cuda" else HOST_SHARE)

@@ -106,7 +106,7 @@ class Programs:
         rows = torch.tensor([[self._spare, 0, 0, 0]] * size, dtype=torch.int64, device=device)
         out = bound.results.table(size, device)
         # No plan asks for more tokens, of all rows together, than a step may run.
-        num_tokens = min(size * (kind.num_drafts + 1), self._config.max_num_batched_tokens)
+        num_tokens = min(size * (kind.num_drafts + 1), self._config.sizes.max_num_batched_tokens)
         processors: tuple[LogitsProcessor, ...] = self._config.processors if kind.processed else ()
         copies: list[tuple[Callable[[], None], Marks | None]] = []
         for _ in range(self._num_copies):

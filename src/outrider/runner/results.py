@@ -43,7 +43,8 @@ class ResultLayout:
 
     def table(self, num_rows: int, device: torch.device) -> Tensor:
         """[B, W] int64 on the device, to `pack` into. Columns of parts that do not run stay zero."""
-        return torch.zeros(num_rows, self._width, dtype=torch.int64, device=device)
+        make = torch.zeros if self._declared else torch.empty
+        return make(num_rows, self._width, dtype=torch.int64, device=device)
 
     def pack(self, output: StepOutput, table: Tensor) -> None:
         """Writes a step's output into the table, so that the host needs one copy for all of it."""

@@ -26,7 +26,7 @@ class RequestQueues:
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: list[RunningRequest] = []
         self.running_by_id: dict[str, RunningRequest] = {}  # those of `running`, by request id
-        self.free_slots = list(range(options.max_num_seqs - 1, -1, -1))
+        self.free_slots = list(range(options.sizes.max_num_seqs - 1, -1, -1))
         self.released: list[int] = []  # slots freed since the last plan
         self.num_closing = 0
         self.num_prefilling = 0  # running, with known tokens not yet planned
@@ -58,8 +58,8 @@ class RequestQueues:
             num_computed=table.num_cached,
             min_length=len(request.tokens),
             max_length=len(request.tokens),
-            end=request.max_length(self.options.max_model_len),
-            room=len(table.blocks) * self.options.block_size,
+            end=request.max_length(self.options.sizes.max_model_len),
+            room=len(table.blocks) * self.options.sizes.block_size,
             max_drafts=self._max_drafts(request),
         )
         self.running.append(running)
@@ -115,7 +115,8 @@ class RequestQueues:
         closing = {one for one in in_flight if one.closed}
         holders = {*self.running, *closing}
         slots = sorted([*self.free_slots, *(one.slot for one in holders)])
-        assert slots == list(range(self.options.max_num_seqs)), f"free and taken slots are not all, each once: {slots}"
+        num_slots = self.options.sizes.max_num_seqs
+        assert slots == list(range(num_slots)), f"free and taken slots are not all, each once: {slots}"
         assert len(closing) == self.num_closing, f"{len(closing)} ended requests hold slots, not {self.num_closing}"
         for running in holders:
             assert running.num_in_flight == in_flight[running], (
@@ -141,7 +142,7 @@ class RequestQueues:
         return f"{request.cache_salt}\0without drafts" if apart else request.cache_salt
 
     def _max_drafts(self, request: Request) -> int:
-        most = self.options.num_drafts
+        most = self.options.sizes.num_drafts
         return most if request.max_drafts is None else min(most, request.max_drafts)
 
     def _vacate(self, running: RunningRequest) -> None:

@@ -41,11 +41,11 @@ class Scheduler:
         self.options = options
         self.cache = cache or CacheManager(
             options.num_blocks,
-            options.block_size,
+            options.sizes.block_size,
             enable_prefix_caching=options.enable_prefix_caching,
             rerun=options.rerun,
         )
-        self.acceptance = AcceptanceTally(options.num_drafts)  # over all requests
+        self.acceptance = AcceptanceTally(options.sizes.num_drafts)  # over all requests
         self.num_preemptions = 0
         self._queues = RequestQueues(options, self.cache)
         self._step = 0
@@ -71,11 +71,11 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a new request. PromptError, naming the numbers, if it can never be run."""
-        check_prompt_length(request.num_prompt, self.options.max_model_len)
+        check_prompt_length(request.num_prompt, self.options.sizes.max_model_len)
         if request.id in self._queues.waiting or request.id in self._queues.running_by_id:
             raise InputError(f"request id is already in use: {request.id!r}; give each request its own")
         assert request.status is RequestStatus.NEW, f"request {request.id!r} was added before"
-        request.acceptance = AcceptanceTally(self.options.num_drafts)
+        request.acceptance = AcceptanceTally(self.options.sizes.num_drafts)
         self._queues.enqueue(request)
 
     def abort(self, request_id: str) -> bool:
@@ -117,7 +117,7 @@ class Scheduler:
         """
         options, queues = self.options, self._queues
         assert len(self._in_flight) < options.depth, f"depth {options.depth}: apply the oldest plan first"
-        builder = PlanBuilder(options.max_num_batched_tokens)
+        builder = PlanBuilder(options.sizes.max_num_batched_tokens)
         self._plan_decodes(builder)
         if builder.rows:
             builder.budget = min(builder.budget, options.max_prefill_tokens_beside_decodes)
@@ -162,7 +162,7 @@ class Scheduler:
         """Commit what a row yielded, and end the request if that ends it."""
         request, count = running.request, len(tokens)
         assert 1 <= count <= row.num_drafts + 1, f"slot {row.slot} gave {count} tokens for {row.num_drafts} drafts"
-        assert 0 <= num_drafted <= self.options.num_drafts, f"slot {row.slot} has {num_drafted} drafts waiting"
+        assert 0 <= num_drafted <= self.options.sizes.num_drafts, f"slot {row.slot} has {num_drafted} drafts waiting"
         # Planned ahead, a row may run more drafts than came: what lies behind those is right by chance, if it is.
         num_verified = min(row.num_drafts, running.num_drafts)
         num_accepted = min(count - 1, num_verified)
@@ -191,7 +191,7 @@ class Scheduler:
 
     def _plan_decodes(self, builder: PlanBuilder) -> None:
         """One token and the waiting drafts for every request past its prompt, oldest first."""
-        limit, lookahead = self.options.max_model_len, self.options.lookahead
+        limit, lookahead = self.options.sizes.max_model_len, self.options.lookahead
         all_running = self._queues.running
         budget = self._draft_budget()
         index = 0
@@ -223,7 +223,7 @@ class Scheduler:
 
     def _plan_admissions(self, builder: PlanBuilder) -> None:
         """Slots, blocks and what is left of the budget to those who wait, oldest first and nobody past another."""
-        queues, cache, limit = self._queues, self.cache, self.options.max_model_len
+        queues, cache, limit = self._queues, self.cache, self.options.sizes.max_model_len
         while queues.waiting and queues.free_slots and builder.budget:
             reserve = len(queues.running)  # a block in hand for each, or starting one more is soon undone
             if reserve and cache.num_free - reserve <= self._refused:
@@ -262,7 +262,7 @@ class Scheduler:
 
     def _draft_budget(self) -> int:
         """How many drafts the step may verify once every request past its prompt has its one token."""
-        queues, total = self._queues, self.options.max_num_batched_tokens
+        queues, total = self._queues, self.options.sizes.max_num_batched_tokens
         left = total - (len(queues.running) - queues.num_prefilling)
         if queues.num_prefilling or (queues.waiting and queues.free_slots):
             left -= max(1, min(total // PREFILL_SHARE, self.options.max_prefill_tokens_beside_decodes))
@@ -290,10 +290,10 @@ class Scheduler:
 
     def _grow(self, running: RunningRequest, num_positions: int, builder: PlanBuilder) -> bool:
         start = len(running.table.blocks)
-        blocks = self.cache.grow(running.table, min(num_positions, self.options.max_model_len))
+        blocks = self.cache.grow(running.table, min(num_positions, self.options.sizes.max_model_len))
         if blocks:
             builder.grow.append(Growth(running.slot, start, blocks))
-            running.room += len(blocks) * self.options.block_size
+            running.room += len(blocks) * self.options.sizes.block_size
         return blocks is not None
 
     # Integrity.

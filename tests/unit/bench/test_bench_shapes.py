@@ -11,6 +11,7 @@ import torch
 
 from heads import read_head, tiny_head
 from outrider import LLM, SamplingParams
+from outrider.core.sizes import Sizes
 from outrider.draft.base import TargetFacts
 from outrider.draft.eagle.checkpoint import dummy_vocabulary_map
 from outrider.draft.registry import METHODS, parse_speculative_config, resolve_options
@@ -32,7 +33,8 @@ def config_of(name: str) -> ModelConfig:
 
 def facts_of(name: str) -> TargetFacts:
     config = config_of(name)
-    return TargetFacts(config.vocab_size, config.hidden_size, config.num_layers, 1024, 8, 2048, 16, CPU, config.dtype)
+    sizes = Sizes(1024, 8, 2048, 16)
+    return TargetFacts(config.vocab_size, config.hidden_size, config.num_layers, sizes, CPU, config.dtype)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -63,7 +65,7 @@ def test_what_a_round_of_drafts_reads() -> None:
 def test_a_borrowed_head_is_read_too() -> None:
     """What a head does not hold itself, it reads all the same."""
     drafter, options = parse_speculative_config({"model": tiny_head(True), "num_speculative_tokens": 3})
-    network = drafter(options, TargetFacts(260, 48, 2, 64, 2, 64, 16, CPU, torch.float32)).network
+    network = drafter(options, TargetFacts(260, 48, 2, Sizes(64, 2, 64, 16), CPU, torch.float32)).network
     whole = network.weights_read(1)
     network.head = None
     assert network.weights_read(1) == whole

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.core.sizes import Sizes
 from outrider.draft.base import DraftOptions, TargetFacts
 from outrider.draft.host import HostDrafter
 from outrider.errors import OptionError
 from outrider.tensors import Draft
 
-FACTS = TargetFacts(10, 1, 1, 64, 4, 64, 16, torch.device("cpu"), torch.float32)
+FACTS = TargetFacts(10, 1, 1, Sizes(64, 4, 64, 16), torch.device("cpu"), torch.float32)
 
 
 class Saying(HostDrafter):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outrider.core.sizes import Sizes
 from outrider.draft.base import DraftOptions, TargetFacts
 from outrider.draft.ngram import Ngram, NgramOptions
 from outrider.draft.none import NoDrafter
@@ -22,7 +23,7 @@ INTERPRETED = pytest.mark.skipif(
     not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
 )
 IMPLEMENTATIONS = pytest.mark.parametrize("lookup", [ngram_lookup_reference, ngram_lookup_cpu])
-FACTS = TargetFacts(10, 1, 1, 64, 4, 64, 16, torch.device("cpu"), torch.float32)
+FACTS = TargetFacts(10, 1, 1, Sizes(64, 4, 64, 16), torch.device("cpu"), torch.float32)
 
 
 def search(text: list[int], num_drafts: int, shortest: int, longest: int) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 
 from outrider.core.plan import Admission, Growth, Row, StepPlan
 from outrider.core.sampling import SamplingParams
+from outrider.core.sizes import Sizes
 from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
 from outrider.runner.slots import SlotTable
 from outrider.tensors import Draft
@@ -19,7 +20,7 @@ from outrider.verify.processors import PROCESSORS
 from outrider.verify.rejection import Rejection
 
 CPU = torch.device("cpu")
-FACTS = TargetFacts(9, 8, 1, 32, 4, 64, 16, CPU, torch.float32)
+FACTS = TargetFacts(9, 8, 1, Sizes(32, 4, 64, 16), CPU, torch.float32)
 
 
 class Witness(Drafter):

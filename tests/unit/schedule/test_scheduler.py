@@ -11,15 +11,15 @@ from outrider.core.plan import Growth, Row, StepPlan, StepResult
 from outrider.core.request import Request, RequestStatus
 from outrider.core.sampling import SamplingParams
 from outrider.errors import InputError, PromptError
-from outrider.schedule.options import SchedulerOptions
 from outrider.schedule.scheduler import Scheduler
+from workloads import scheduler_options
 
 EOS = 99
 
 
 def make(**options: int) -> Scheduler:
     shape = {"max_model_len": 32, "num_blocks": 32, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16}
-    return Scheduler(SchedulerOptions(**(shape | options)))
+    return Scheduler(scheduler_options(**(shape | options)))
 
 
 def add(scheduler: Scheduler, name: str, num_prompt: int, max_tokens: int | None = None, first: int = 0) -> Request:

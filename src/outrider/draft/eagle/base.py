@@ -95,7 +95,7 @@ class HeadDrafter(Drafter):
         assert isinstance(options.description, HeadConfig)
         self.checkpoint, self.config = options.checkpoint, options.description
         self._check(options)
-        self.limit = min(target.max_model_len, self.config.layer.max_position_embeddings)
+        self.limit = min(target.sizes.max_model_len, self.config.layer.max_position_embeddings)
         if self.num_drafts > self.limit:
             raise OptionError(
                 f"num_speculative_tokens {self.num_drafts} is more than the {self.limit} positions of the draft head "
@@ -174,7 +174,7 @@ class HeadDrafter(Drafter):
     def footprint(cls, options: DraftOptions, target: TargetFacts) -> Footprint:
         drafter = cls(options, replace(target, device=torch.device("meta")))
         layer, vocab = drafter.config.layer, drafter.config.draft_vocab_size
-        seqs, drafts = target.max_num_seqs, options.num_speculative_tokens
+        seqs, drafts = target.sizes.max_num_seqs, options.num_speculative_tokens
         allocator = Allocator.on(target.device, target.dtype)  # the meta device's would be of other types
         # the features, the first layer's input, then what any layer holds
         width = (
@@ -183,7 +183,7 @@ class HeadDrafter(Drafter):
             + 3 * layer.intermediate_size
             + 3 * layer.num_heads * layer.head_dim
         )
-        rows = target.max_num_batched_tokens + seqs * drafts
+        rows = target.sizes.max_num_batched_tokens + seqs * drafts
         layouts = [replace(layout, dtype=allocator.cache_dtype) for layout in drafter.cache_layouts()]
         return Footprint(
             weights=sum(weight.nbytes for weight in drafter.network.weights().values()),
@@ -208,7 +208,7 @@ class HeadDrafter(Drafter):
         return self.config.aux_layers(self.target.num_layers)
 
     def cache_layouts(self) -> Sequence[CacheLayout]:
-        return (self.network.cache_layout(self.target.block_size),)
+        return (self.network.cache_layout(self.target.sizes.block_size),)
 
     def prepare(
         self,
@@ -246,7 +246,7 @@ class HeadDrafter(Drafter):
             num_masks,
             self.limit,
             self.config.mask_token_id or 0,
-            self.target.block_size,
+            self.target.sizes.block_size,
         )
         own = replace(
             batch,

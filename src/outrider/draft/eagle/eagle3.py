@@ -64,7 +64,7 @@ class Eagle3(HeadDrafter):
         """Of the first pass the rows that guess, [B]; of each pass the guesses' positions, [B]; each further batch."""
         batch = context.batch
         query_start, bonus, guessed, *by_pass = SINGLE_ROWS.on(batch.slot.device)(
-            rows.guesses, rows.position, rows.length, batch.block_table, self.num_drafts, self.target.block_size
+            rows.guesses, rows.position, rows.length, batch.block_table, self.num_drafts, self.target.sizes.block_size
         )
         singles = [
             replace(batch, query_start=query_start, seq_lens=lens, positions=places, cache_slot=slots)

@@ -97,7 +97,7 @@ def _warm_up(engine: Engine) -> None:
 
     One text is greedy, one is sampled in every way there is.
     """
-    prompt = [0] * min(4, engine.resolved.runner.max_model_len - 1)
+    prompt = [0] * min(4, engine.resolved.runner.sizes.max_model_len - 1)
     greedy = SamplingParams(temperature=0.0, max_tokens=WARM_UP_TOKENS, ignore_eos=True)
     sampled = replace(greedy, temperature=1.0, top_p=0.9, top_k=5, min_p=0.01)
     for number, params in enumerate((greedy, sampled)):
@@ -208,12 +208,12 @@ def _facts(engine: Engine) -> Facts:
     runner = resolved.runner
     verdict = choice.to_dict()
     return Facts(
-        max_model_len=runner.max_model_len,
-        max_num_seqs=runner.max_num_seqs,
+        max_model_len=runner.sizes.max_model_len,
+        max_num_seqs=runner.sizes.max_num_seqs,
         vocab_size=runner.model_config.vocab_size,
         eos_token_ids=list(resolved.eos_token_ids),
         num_blocks=runner.memory.num_blocks,
-        block_size=runner.block_size,
+        block_size=runner.sizes.block_size,
         method=resolved.method,
         num_speculative_tokens=runner.draft_options.num_speculative_tokens,
         verifier=runner.verifier.name,
