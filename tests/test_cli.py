@@ -24,6 +24,7 @@ from outrider.engine.engine import Engine
 from outrider.load.hub import BUNDLED
 from outrider.runner.memory import MIB
 from outrider.server import serve as server
+from outrider.workers.base import WorkerStats
 
 SHORT = ["--max-tokens", "12"]
 
@@ -242,8 +243,8 @@ def test_numbers_of_a_flag_may_stand_with_commas(outrider: Any) -> None:
 
 def test_bench_prints_a_page(outrider: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parts = {"inputs": 0.01, "target": 0.6, "verify": 0.04, "draft": 0.25, "gap": 0.1}
-    monkeypatch.setattr(Engine, "part_times", lambda engine: parts)
-    monkeypatch.setattr(Engine, "recorded", lambda engine: {"seconds": 3.14, "bytes": 5 << 20})
+    stats = WorkerStats(parts, {"seconds": 3.14, "bytes": 5 << 20}, 0)
+    monkeypatch.setattr(Engine, "worker_stats", lambda engine: stats)
     written = tmp_path / "result.json"
     flags = ("--input-len", "8", "--output-len", "32", "--parts", "--output", str(written))
     code, out, _ = outrider("bench", "throughput", "-k", "3", "--concurrency", "1,2", *flags)

@@ -60,6 +60,7 @@ NGRAM = {"method": "ngram", "prompt_lookup_min": 1}
 SMALL = {"max_num_batched_tokens": 9, "max_num_seqs": 5}
 TIGHT = {"kv_cache_memory": cache_bytes(6)}
 TIGHT_WITH_HEAD = {"kv_cache_memory": cache_bytes(6, num_hidden_layers=SIZES["num_hidden_layers"] + HEAD_LAYERS)}
+OTHER_PROCESS = {"distributed_executor_backend": "mp"}
 WAYS: dict[str, dict[str, Any]] = {
     "alone": {"max_num_seqs": 1},
     "batched": {},
@@ -79,6 +80,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "right-everything": {"speculative_config": plugin(Right, 6), **SMALL, **TIGHT},
     "wrong": {"speculative_config": plugin(Wrong, 6)},
     "wrong-preempted": {"speculative_config": plugin(Wrong, 2), **TIGHT},
+    "ngram-process": {"speculative_config": {**NGRAM, "num_speculative_tokens": 4}, **SMALL, **OTHER_PROCESS},
+    "peagle-preempted-process": {"speculative_config": head_drafting("peagle", 4), **TIGHT_WITH_HEAD, **OTHER_PROCESS},
     "eagle3-3": {"speculative_config": head_drafting("eagle3", 3)},
     "eagle3-chunked": {"speculative_config": head_drafting("eagle3", 5), **SMALL},
     "eagle3-preempted": {"speculative_config": head_drafting("eagle3", 2), **TIGHT_WITH_HEAD},

@@ -43,6 +43,9 @@ from outrider.verify.registry import DEFAULT_VERIFIER, VERIFIERS, build_verifier
 
 logger = logging.getLogger("outrider")
 
+EXECUTOR_BACKENDS = ("uni", "mp")
+"""What may host the runner, by vLLM's names."""
+
 BLOCK_SIZE = 16
 """Tokens a key/value block holds."""
 
@@ -71,6 +74,9 @@ class EngineOptions:
     enable_prefix_caching: bool = option(True, "reuse keys and values of prompts that begin alike")
     tensor_parallel_size: int = option(1, "ranks that split each matrix")
     pipeline_parallel_size: int = option(1, "ranks that split the layers")
+    distributed_executor_backend: str = option(
+        "uni", "what hosts the runner: uni, the engine's own process; mp, a process of its own"
+    )
     capture_sizes: Sequence[int] | None = option(
         None,
         "batch sizes the graph runner records, a step takes the next larger; left out: 1, 2, 3, 4, 6, 8 ...",
@@ -123,7 +129,7 @@ class Resolved:
         """The runner that serves, and why not the others. RefusedError, with every reason, if none does."""
         if isinstance(self.verdict, RefusedError):
             raise self.verdict
-        return self.verdict
+        return replace(self.verdict, distributed_executor_backend=self.options.distributed_executor_backend)
 
     @property
     def method(self) -> str:
@@ -288,6 +294,9 @@ def _check_values(options: EngineOptions) -> None:
         raise OptionError(f"seed must be a whole number of 0 or more: {options.seed}")
     if options.dtype != AUTO and options.dtype not in DTYPES:
         raise OptionError(f"unknown dtype: {options.dtype} ({nearest(options.dtype, [AUTO, *DTYPES])})")
+    backend = options.distributed_executor_backend
+    if backend not in EXECUTOR_BACKENDS:
+        raise OptionError(f"unknown distributed_executor_backend: {backend} ({nearest(backend, EXECUTOR_BACKENDS)})")
     if options.load_format not in (AUTO, "dummy"):
         raise OptionError(f"unknown load_format: {options.load_format} (known: auto, dummy)")
 

@@ -98,6 +98,20 @@ class OverloadError(OutriderError, RuntimeError):
         self.retry_after = retry_after
 
 
+def class_name(error: BaseException) -> str:
+    """The name of the class of this module that an exception is, for another process; others are EngineDeadError."""
+    return next(
+        (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__), EngineDeadError.__name__
+    )
+
+
+def rebuilt(name: str, message: str, field: str | None = None) -> OutriderError:
+    """The exception of another process, from the name that `class_name` gave it."""
+    kind = globals()[name]
+    error: OutriderError = kind(message, field) if issubclass(kind, InputError) else kind(message)
+    return error
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     known = sorted(known)

@@ -38,12 +38,14 @@ class Choice:
     forced: bool = False
     layers: LayerChoice | None = None  # what runs the model's layers; None: not asked yet
     draft_layers: LayerChoice | None = None  # the same for the drafter's; None: it has none
+    distributed_executor_backend: str = "uni"  # what hosts the runner, as the options say
 
     def to_dict(self) -> Mapping[str, Any]:
         """The verdict as `explain --json` prints it."""
         return {
             "runner": self.runner.name,
             "forced": self.forced,
+            "distributed_executor_backend": self.distributed_executor_backend,
             "passed_over": [entry for runner in self.passed_over for entry in runner.to_list()],
             "layers": self.layers and self.layers.to_dict(),
             "draft_layers": self.draft_layers and self.draft_layers.to_dict(),

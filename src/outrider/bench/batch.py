@@ -48,14 +48,14 @@ class _Stretch:
         self._end = time.perf_counter()
         self.steps += 1
         if self.steps == 1:  # the device's gap before this step held the prompts: it is timed from the next on
-            self._engine.part_times()
+            self._engine.worker_stats()
         self._tokens += sum(gains)
         self._rounds += len(gains)
 
     def close(self) -> Steady | None:
         """The figures; None if there was no such step."""
         engine = self._engine
-        host, parts = engine.times.since(self._host), engine.part_times()
+        host, parts = engine.times.since(self._host), engine.worker_stats().part_times
         if not self.steps:
             return None
         seconds = self._end - self._start

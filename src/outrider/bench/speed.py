@@ -224,7 +224,7 @@ def memory(llm: LLM, free_before: int) -> dict[str, Any]:
     plan = llm.engine.resolved.runner.memory
     device = llm.engine.resolved.runner.device
     told: dict[str, Any] = {"plan": plan.to_dict(), "used": None, "beside_weights_and_cache": None}
-    told["recorded"] = llm.engine.recorded()
+    told["recorded"] = llm.engine.worker_stats().recorded
     if device.type == "cuda":
         torch.cuda.empty_cache()
         told["used"] = free_before - free_memory(device)

@@ -32,6 +32,9 @@ Table = Annotated[
 ]
 
 
+_HOSTS = {"uni": "in the engine's own process", "mp": "in a process of its own"}
+
+
 @engine_flags
 @drafting_flags
 def explain(
@@ -97,7 +100,7 @@ def _memory(resolved: Resolved) -> dict[str, Any]:
 def _print(resolved: Resolved, choice: Choice) -> None:
     runner, memory = resolved.runner, resolved.runner.memory
     asked = "as asked" if choice.forced else "the fastest that offers all this configuration needs"
-    out.print(f"runner [bold green]{choice.runner.name}[/], {asked}")
+    out.print(f"runner [bold green]{choice.runner.name}[/], {asked}; {_HOSTS[choice.distributed_executor_backend]}")
     for entry in choice.passed_over:
         for gap in entry.gaps:
             out.print(f"  [yellow]not {entry.runner}[/]: {gap}")

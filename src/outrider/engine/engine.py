@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from outrider.acceptance.watchdog import Watchdog
-from outrider.config import EngineOptions, resolve
+from outrider.config import Resolved
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.plan import StepPlan
 from outrider.core.request import Request
@@ -18,9 +17,7 @@ from outrider.engine.prompts import check_stop_ids, check_token_ids
 from outrider.errors import EngineDeadError
 from outrider.runner.base import Pending
 from outrider.schedule.scheduler import Scheduler
-from outrider.workers.local import LocalWorker
-
-logger = logging.getLogger("outrider")
+from outrider.workers.base import Worker, WorkerStats
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd and irregular, so that the n-th seedless requests of engines with neighbouring seeds share no noise."""
@@ -67,24 +64,10 @@ class _Flight:
 class Engine:
     """Runs requests to their end. Not thread-safe: one thread adds, steps and aborts."""
 
-    def __init__(
-        self,
-        options: EngineOptions,
-        progress: Callable[[int, int], None] | None = None,  # bytes of weights loaded, and in all
-        recording: Callable[[int, int], None] | None = None,  # programs recorded, and in all
-    ) -> None:
-        """Resolves the options and loads the model. Raises what that raises; RefusedError if no runner serves."""
-        self.resolved = resolve(options, progress)
-        self.choice = self.resolved.served_by()
-        runner = replace(self.resolved.runner, recording=recording)
-        for name in ("capture_sizes", "capture_drafts"):
-            if getattr(options, name) is not None and not runner.memory.programs:
-                logger.warning("%s is not used: runner %s records nothing", name, self.choice.runner.name)
-        for what, layers in (("model", self.choice.layers), ("drafter", self.choice.draft_layers)):
-            if layers is not None:
-                for reason in layers.reasons():
-                    logger.warning("layers of the %s run %s, %s", what, layers.backend.name, reason)
-        self._worker = LocalWorker(self.choice.runner, runner, self.resolved.mesh)
+    def __init__(self, resolved: Resolved, worker: Worker) -> None:
+        """Schedules for this worker, which was built from the same configuration; `build_engine` makes both."""
+        self.resolved, self.choice = resolved, resolved.served_by()
+        self._worker = worker
         self._scheduler_options = replace(self.resolved.scheduler, depth=self._worker.depth)
         self._scheduler = Scheduler(self._scheduler_options)
         self._requests: dict[str, Request] = {}
@@ -188,16 +171,9 @@ class Engine:
             acceptance=self.acceptance(),
         )
 
-    def part_times(self) -> dict[str, float] | None:
-        """Mean milliseconds that each part of a decode step took the device since the last call.
-
-        None without the option `time_parts`, or if the runner cannot tell.
-        """
-        return self._worker.part_times()
-
-    def recorded(self) -> dict[str, float] | None:
-        """The "seconds" that recording took and "bytes" of the device it left taken; None if nothing is recorded."""
-        return self._worker.recorded()
+    def worker_stats(self) -> WorkerStats:
+        """The worker at this moment. The times of a step's parts are counted anew from here on."""
+        return self._worker.stats()
 
     def step(self) -> list[tuple[TokenDelta, Request]]:
         """Submits a step and reads the oldest one due; what each request gained, and its record.

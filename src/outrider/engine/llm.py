@@ -12,6 +12,7 @@ from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
+from outrider.engine.build import build_engine
 from outrider.engine.completion import Completion, Inbox
 from outrider.engine.detokenize import Detokenizer
 from outrider.engine.engine import Engine
@@ -62,7 +63,7 @@ class LLM:
         return llm
 
     def _open(self, options: EngineOptions, progress: Progress | None, recording: Progress | None) -> None:
-        self._engine = Engine(options, progress, recording)
+        self._engine = build_engine(options, progress, recording)
         self._tokenizer: Tokenizer | None = None
         self._num_requests = 0
         self._completions: dict[str, Completion] = {}  # under way, whoever waits for them

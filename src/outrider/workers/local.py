@@ -1,19 +1,21 @@
-"""A worker in this process: the seam behind which other processes and hosts will stand."""
+"""A worker in the engine's own process."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import psutil
 import torch
 
 from outrider.core.plan import StepPlan
 from outrider.errors import CapacityError
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import Pending, Records, Runner, RunnerConfig, TimesParts
+from outrider.workers.base import WorkerStats
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a CUDA device the thread's own: kernels are launched on that one, wherever their tensors are."""
+    """Makes a CUDA device the current one of this thread: Triton launches kernels on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -21,7 +23,7 @@ class LocalWorker:
     """Hosts one runner in the calling process."""
 
     def __init__(self, runner: type[Runner], config: RunnerConfig, mesh: Mesh) -> None:
-        """Builds the runner. Whatever it raises is the caller's to report; CapacityError if memory runs out."""
+        """Builds the runner. Raises what the runner raises, and CapacityError if memory runs out."""
         self._device = config.device
         with on_device(self._device):
             try:
@@ -40,19 +42,21 @@ class LocalWorker:
         with on_device(self._device):
             return self._runner.submit(plan)
 
-    def part_times(self) -> dict[str, float] | None:
-        """As `TimesParts.part_times`; None if the runner cannot."""
-        return self._runner.part_times() if isinstance(self._runner, TimesParts) else None
-
-    def recorded(self) -> dict[str, float] | None:
-        """As `Records.recorded`; None if the runner records nothing."""
-        return self._runner.recorded() if isinstance(self._runner, Records) else None
-
     def reset(self) -> None:
         """Forgets every request, as after an interrupted step."""
         assert self._runner is not None, "the worker is closed"
         with on_device(self._device):
             self._runner.reset()
+
+    def stats(self) -> WorkerStats:
+        """As `Worker.stats`."""
+        runner = self._runner
+        on_gpu = self._device.type == "cuda"
+        return WorkerStats(
+            part_times=runner.part_times() if isinstance(runner, TimesParts) else None,
+            recorded=runner.recorded() if isinstance(runner, Records) else None,
+            memory=torch.cuda.memory_reserved(self._device) if on_gpu else psutil.Process().memory_info().rss,
+        )
 
     def close(self) -> None:
         """Gives back the runner's memory. Idempotent."""

@@ -14,6 +14,7 @@ from outrider.core.output import FinishReason, TokenDelta
 from outrider.core.sampling import SamplingParams
 from outrider.engine.engine import StepTimes
 from outrider.parallel.mesh import Mesh
+from outrider.workers.base import WorkerStats
 from outrider.workers.local import LocalWorker
 
 SAMPLING = SamplingParams(max_tokens=100, ignore_eos=True, detokenize=False)
@@ -62,9 +63,9 @@ class ScriptedEngine:
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
-    def part_times(self) -> dict[str, float]:
+    def worker_stats(self) -> WorkerStats:
         self.asked_for_parts += 1
-        return {"gap": float(self.asked_for_parts)}
+        return WorkerStats({"gap": float(self.asked_for_parts)}, None, 0)
 
 
 @pytest.fixture
@@ -113,8 +114,9 @@ class TimingRunner(Runner):
 
 def test_a_worker_passes_on_what_its_runner_timed() -> None:
     config: Any = SimpleNamespace(device=torch.device("cpu"))
-    assert LocalWorker(Runner, config, Mesh()).part_times() is None  # type: ignore[arg-type]
+    plain = LocalWorker(Runner, config, Mesh()).stats()  # type: ignore[arg-type]
+    assert plain.part_times is None and plain.memory > 1 << 20
     timing = LocalWorker(TimingRunner, config, Mesh())  # type: ignore[arg-type]
-    assert timing.part_times() == {"target": 1.5}
+    assert timing.stats().part_times == {"target": 1.5}
     timing.close()
-    assert timing.part_times() is None
+    assert timing.stats().part_times is None

@@ -19,6 +19,7 @@ from outrider.engine.engine import Engine
 from outrider.errors import OptionError
 from outrider.load.checkpoint import read_json
 from outrider.models.config import ModelConfig
+from outrider.workers.base import WorkerStats
 
 SHAPES = Path(__file__).parents[3] / "benchmarks" / "shapes"
 PARTS = {"inputs": 0.01, "target": 0.6, "verify": 0.04, "draft": 0.25, "gap": 0.1}
@@ -65,7 +66,11 @@ def test_floors_are_counted_apart() -> None:
 
 
 def test_parts_that_the_device_timed_replace_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "part_times", lambda engine: PARTS if engine.resolved.options.time_parts else None)
+    monkeypatch.setattr(
+        Engine,
+        "worker_stats",
+        lambda engine: WorkerStats(PARTS if engine.resolved.options.time_parts else None, None, 0),
+    )
     result = bench(options(), Workload(16, 64, max_steps=3), [1], 1, parts=True)
     (row,) = result["rows"]
     assert row["parts_ms"] == PARTS and row["parts_on"] == "device" and result["parts_error"] is None

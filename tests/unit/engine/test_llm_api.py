@@ -21,9 +21,9 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def llm(tiny: Callable[..., Path]) -> Iterator[LLM]:
-    with LLM(str(tiny("qwen3")), max_model_len=64) as llm:
+@pytest.fixture(scope="module", params=["uni", "mp"])
+def llm(tiny: Callable[..., Path], request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(str(tiny("qwen3")), max_model_len=64, distributed_executor_backend=request.param) as llm:
         yield llm
 
 
@@ -103,8 +103,12 @@ def test_no_sampling_params_are_the_defaults(llm: LLM) -> None:
 
 def test_options_as_a_record_and_as_keywords(llm: LLM, tiny: Callable[..., Path]) -> None:
     path = str(tiny("qwen3"))
-    with LLM.from_options(EngineOptions(model=path, max_model_len=64)) as other:
-        assert other.engine.resolved.options == llm.engine.resolved.options
+    options = llm.engine.resolved.options
+    record = EngineOptions(
+        model=path, max_model_len=64, distributed_executor_backend=options.distributed_executor_backend
+    )
+    with LLM.from_options(record) as other:
+        assert other.engine.resolved.options == options
     with pytest.raises(OptionError, match="unknown option: modle"):
         EngineOptions.from_kwargs(modle=path)
 

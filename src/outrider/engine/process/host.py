@@ -17,6 +17,7 @@ import zmq
 from outrider.config import EngineOptions
 from outrider.core.output import FinishReason
 from outrider.core.sampling import SamplingParams
+from outrider.engine.build import build_engine
 from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.process.logs import write_logs
 from outrider.engine.process.messages import (
@@ -89,7 +90,7 @@ def build(options: EngineOptions, socket: zmq.Socket[bytes]) -> Engine:
     def tell(what: Literal["weights", "programs"]) -> Callable[[int, int], None]:
         return lambda done, total: socket.send(msgspec.msgpack.encode(Building(what, done, total)))
 
-    return Engine(options, tell("weights"), tell("programs"))
+    return build_engine(options, tell("weights"), tell("programs"))
 
 
 def _warm_up(engine: Engine) -> None:

@@ -16,6 +16,7 @@ import zmq
 from outrider import LLM, SamplingParams
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport, FinishReason
+from outrider.engine.build import build_engine
 from outrider.engine.engine import Engine
 from outrider.engine.process import host as process
 from outrider.engine.process.host import EngineProcess, connected
@@ -78,7 +79,7 @@ def path(tiny: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def wire(path: Path, tmp_path: Path) -> Iterator[Wire]:
-    engine = Engine(EngineOptions(model=str(path), speculative_config=NGRAM))
+    engine = build_engine(EngineOptions(model=str(path), speculative_config=NGRAM))
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     address = f"ipc://{tmp_path}/w"
@@ -102,15 +103,14 @@ def wire(path: Path, tmp_path: Path) -> Iterator[Wire]:
 def test_the_client_is_told_of_weights_and_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
-    class Recording(Engine):
+    def recording(options: EngineOptions, progress: Any, recorded: Any) -> Engine:
         """Records, where there is nothing to record programs of."""
+        engine = build_engine(options, progress, recorded)
+        recorded(1, 2)
+        recorded(2, 2)
+        return engine
 
-        def __init__(self, options: EngineOptions, progress: Any, recording: Any) -> None:
-            super().__init__(options, progress, recording)
-            recording(1, 2)
-            recording(2, 2)
-
-    monkeypatch.setattr(process, "Engine", Recording)
+    monkeypatch.setattr(process, "build_engine", recording)
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     address = f"ipc://{tmp_path}/w"

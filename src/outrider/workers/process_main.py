@@ -1,0 +1,115 @@
+"""The worker's process: builds a runner, runs the plans that come, and sends back what they gave."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import logging.handlers
+import os
+import pickle
+import select
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from queue import Queue
+from typing import Any, TypeAlias
+
+import torch
+
+from outrider.core.plan import StepPlan
+from outrider.workers.local import LocalWorker
+from outrider.workers.messages import Ask, Build, Built, Call, Failed, Progress, Quit, Reply
+
+Replies: TypeAlias = "Queue[Callable[[], object]]"
+"""Functions that give what is to be sent, in order. One of them waits for its step."""
+
+
+def main(descriptor: int) -> None:
+    """The process's whole life. It ends when told to, when the runner fails, or when the engine's process is gone.
+
+    `descriptor`: of this end of a socket pair. What the runner raises is sent; the exit code is 1 then.
+    """
+    faulthandler.enable()
+    connection = Connection(descriptor)
+    replies: Replies = Queue()
+    threading.Thread(target=_end_with_the_engine, args=(descriptor,), daemon=True).start()
+    threading.Thread(target=_send, args=(connection, replies), daemon=True).start()
+    try:
+        _serve(connection, replies)
+    except EOFError:
+        raise SystemExit(1) from None
+    except Exception as error:
+        replies.put(partial(Failed.of, error))
+        replies.join()
+        raise SystemExit(1) from None
+
+
+def _serve(connection: Connection, replies: Replies) -> None:
+    with contextlib.closing(_build(pickle.loads(connection.recv_bytes()), replies)) as worker:
+        replies.put(Built)
+        while True:
+            message = pickle.loads(connection.recv_bytes())
+            if isinstance(message, StepPlan):
+                replies.put(worker.submit(message).result)
+            elif isinstance(message, Quit):
+                return
+            else:
+                assert isinstance(message, Ask)
+                # Results of earlier plans come first, so that nobody reads the runner meanwhile.
+                replies.join()
+                replies.put(partial(Reply, message.number, _answer(worker, message.call)))
+
+
+def _answer(worker: LocalWorker, call: Call) -> Any:
+    return worker.stats() if call is Call.STATS else worker.reset()
+
+
+def _build(message: Build, replies: Replies) -> LocalWorker:
+    logging.getLogger().addHandler(_LogsSent(replies))
+    logging.getLogger("outrider").setLevel(message.log_level)
+    torch.set_num_threads(message.num_threads)
+
+    def report(what: str) -> Callable[[int, int], None]:
+        return lambda done, total: replies.put(partial(Progress, what, done, total))
+
+    config = replace(message.config, progress=report("progress"), recording=report("recording"))
+    return LocalWorker(message.runner, config, message.mesh)
+
+
+class _LogsSent(logging.handlers.QueueHandler):
+    """Hands log records to the engine's process, which writes them as its own."""
+
+    def __init__(self, replies: Replies) -> None:
+        super().__init__(replies)
+        self._replies = replies
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Puts a record among the replies."""
+        self._replies.put(lambda: record)
+
+
+def _send(connection: Connection, replies: Replies) -> None:
+    """Sends each reply once it is there. Waiting here leaves the main thread free to submit the next plan."""
+    failed = False
+    while True:
+        make = replies.get()
+        try:
+            if not failed:
+                connection.send_bytes(pickle.dumps(make()))
+        except Exception as error:
+            failed = True
+            with contextlib.suppress(OSError):  # the engine's process is gone
+                connection.send_bytes(pickle.dumps(Failed.of(error)))
+        finally:
+            replies.task_done()
+
+
+def _end_with_the_engine(descriptor: int) -> None:
+    """Ends this process, whatever it does, when the other end of the socket is closed."""
+    poller = select.poll()
+    poller.register(descriptor, 0)
+    poller.poll()
+    os._exit(1)
