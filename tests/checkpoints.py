@@ -24,6 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from outrider import LLM, HostDrafter, SamplingParams
+from outrider.draft.eagle.network import HeadNetwork
+from outrider.layers.weight import TensorSlot
+from outrider.models.decoder import Decoder
 from outrider.runner.step import StepProgram
 
 FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -98,6 +101,13 @@ def program(llm: LLM) -> StepProgram:
     """What the engine runs, to look into it or to break it."""
     running: StepProgram = llm.engine._worker._runner._bound.program  # type: ignore[union-attr]
     return running
+
+
+def parameters(model: Decoder | HeadNetwork) -> dict[str, Tensor]:
+    """Every parameter by its name in the checkpoint."""
+    slots = model.slots()
+    assert all(isinstance(slot, TensorSlot) for slot in slots.values())
+    return {name: slot.tensor for name, slot in slots.items()}  # type: ignore[attr-defined]
 
 
 def prompt(length: int, salt: int = 0, vocab_size: int = 256) -> list[int]:

@@ -18,7 +18,7 @@ env capability core tensors
 kernels parallel cache
 device layers verify schedule
 models
-load
+load modelling
 draft
 runner
 oracle

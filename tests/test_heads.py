@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints import SIZES, Case, program, run
+from checkpoints import SIZES, Case, parameters, program, run
 from heads import LAYOUTS, MASK_TOKEN, TAPS, head_tensors, read_head, vocabulary_map, write_head
 from outrider import LLM, CheckpointError, OptionError
 from outrider.cli import main as cli
@@ -104,7 +104,7 @@ def test_every_parameter_is_filled_in_the_engine_s_type(method: str, tiny: Calla
     for dtype in (torch.float32, torch.bfloat16):
         seen: list[tuple[int, int]] = []
         with serve(tiny("qwen3"), head, dtype=dtype, progress=lambda *done, seen=seen: seen.append(done)) as llm:
-            weights = program(llm)._drafter.network.weights()
+            weights = parameters(program(llm)._drafter.network)
         stored = load_file(head / "model.safetensors")
         assert weights.keys() == stored.keys()
         assert all(torch.equal(weight, stored[name].to(dtype)) for name, weight in weights.items())
@@ -535,8 +535,8 @@ def test_the_memory_plan_counts_the_head(
         held = sum(each.nbytes for layer in layers for each in (layer.key, layer.value))
         assert llm.engine.resolved.runner.memory.num_blocks == 8 and held == 8 * ours.bytes_per_block
         weights = {
-            **running._model.weights(),
-            **{f"head.{k}": v for k, v in running._drafter.network.weights().items()},
+            **parameters(running._model),
+            **{f"head.{k}": v for k, v in parameters(running._drafter.network).items()},
         }
         storages = {
             weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()

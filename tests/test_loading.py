@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints import Case, program, run, write, write_tokenizer
+from checkpoints import Case, parameters, program, run, write, write_tokenizer
 from outrider import LLM, CheckpointError
+from outrider.layers.weight import WeightSlot, WeightSlots, dense_tensor
 from outrider.load import checkpoint
 from outrider.load.hub import FILES, locate
 from outrider.models.decoder import Decoder
@@ -62,14 +63,14 @@ def test_names_values_types_and_bytes(saved: Callable[..., Path], name: str, dty
     seen: list[tuple[int, int]] = []
     with LLM(str(path), max_model_len=64, progress=lambda done, total: seen.append((done, total))) as llm:
         model, memory = program(llm)._model, llm.engine.resolved.runner.memory
-    weights = model.weights()
+    weights = parameters(model)
     assert weights.keys() == files.keys()
     for key, weight in weights.items():
         assert weight.dtype == files[key].dtype == DTYPES[dtype]
         assert torch.equal(weight, files[key]), key
     size = sum(tensor.nbytes for tensor in files.values())
-    parameters = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()}
-    assert sum(parameters.values()) == size == memory.weights, "held twice, widened, or planned for wrongly"
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()}
+    assert sum(storages.values()) == size == memory.weights, "held twice, widened, or planned for wrongly"
     assert model.num_parameters == sum(tensor.numel() for tensor in files.values())
     assert [total for _, total in seen] == [size] * len(files) and seen[-1][0] == size
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -79,7 +80,7 @@ def test_names_values_types_and_bytes(saved: Callable[..., Path], name: str, dty
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_casting(saved: Callable[..., Path], dtype: str, to: str) -> None:
     path = saved("qwen3", dtype)
-    weights = open_model(path, dtype=to).weights()
+    weights = parameters(open_model(path, dtype=to))
     for key, tensor in stored(path).items():
         assert weights[key].dtype == DTYPES[to] and torch.equal(weights[key], tensor.to(DTYPES[to]))
 
@@ -89,16 +90,16 @@ def test_files_of_another_type_than_the_config_says(saved: Callable[..., Path], 
     tensors = stored(path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.bfloat16)
     save_file(tensors, path / "model.safetensors")
-    weights = open_model(path).weights()
+    weights = parameters(open_model(path))
     assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_tied_heads_are_one_matrix(saved: Callable[..., Path], family: str, tmp_path: Path) -> None:
     model = open_model(saved(f"{family}-tied"))
-    assert model.head.weight is model.embedding.weight and "lm_head.weight" not in model.weights()
+    assert model.head.weight is model.embedding.weight and "lm_head.weight" not in model.slots()
     model = open_model(saved(family))
-    assert model.head.weight is not model.embedding.weight and "lm_head.weight" in model.weights()
+    assert model.head.weight is not model.embedding.weight and "lm_head.weight" in model.slots()
     # a copy of the tied head in the files is known, and not read
     path = write(tmp_path / "copied", family, tie_word_embeddings=True)
     tensors = stored(path)
@@ -106,13 +107,12 @@ def test_tied_heads_are_one_matrix(saved: Callable[..., Path], family: str, tmp_
     tensors["lm_head.weight"] = torch.full_like(tensors["model.embed_tokens.weight"], 5.0)
     save_file(tensors, path / "model.safetensors")
     model = open_model(path)
-    assert torch.equal(model.head.weight, tensors["model.embed_tokens.weight"])
+    assert torch.equal(dense_tensor(model.head.weight), tensors["model.embed_tokens.weight"])
 
 
 def assert_no_nan(model: Decoder) -> None:
-    for owner in (model.embedding, model.head, model.norm, *model.layers):
-        for weight in owner.weights("").values():
-            assert not weight.isnan().any(), "a parameter was not filled"
+    for weight in parameters(model).values():
+        assert not weight.isnan().any(), "a parameter was not filled"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -123,9 +123,9 @@ def test_nothing_stays_as_it_was_made(saved: Callable[..., Path], name: str) -> 
 def test_a_skipped_tensor_would_show(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     fill = checkpoint._fill
 
-    def skip(parameter: Tensor, tensor: Tensor, name: str, file: Path) -> None:
+    def skip(slot: WeightSlot, tensor: Tensor, name: str, file: Path) -> None:
         if name != "model.layers.1.self_attn.k_proj.weight":
-            fill(parameter, tensor, name, file)
+            fill(slot, tensor, name, file)
 
     monkeypatch.setattr(checkpoint, "_fill", skip)
     with pytest.raises(AssertionError, match="was not filled"):
@@ -137,15 +137,15 @@ def test_swapped_parts_would_show(saved: Callable[..., Path], monkeypatch: pytes
     (case,) = cases = [Case.of(9, 1, temperature=0.0)]
     with LLM(str(path), max_model_len=64) as llm:
         expected = run(llm, cases)
-    whole = Decoder.weights
+    whole = Decoder.slots
 
-    def swapped(self: Decoder) -> dict[str, Tensor]:
+    def swapped(self: Decoder) -> WeightSlots:
         weights = whole(self)
         gate, up = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
         weights[gate], weights[up] = weights[up], weights[gate]
         return weights
 
-    monkeypatch.setattr(Decoder, "weights", swapped)
+    monkeypatch.setattr(Decoder, "slots", swapped)
     with LLM(str(path), max_model_len=64) as llm:
         assert run(llm, [case]) != expected
 
@@ -159,10 +159,10 @@ def test_dummy_weights_need_no_files(tmp_path: Path) -> None:
     with LLM(str(path), max_model_len=64, load_format="dummy") as llm:
         assert_no_nan(program(llm)._model)
         first = run(llm, cases)
-        weights = program(llm)._model.weights()
+        weights = parameters(program(llm)._model)
     with LLM(str(path), max_model_len=64, load_format="dummy") as llm:
         assert run(llm, cases) == first, "the same seed draws the same weights"
-    other = open_model(path, load_format="dummy", seed=1).weights()
+    other = parameters(open_model(path, load_format="dummy", seed=1))
     assert not torch.equal(weights["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
     assert all(bool((weight == 1).all()) for name, weight in weights.items() if name.endswith("norm.weight"))
 

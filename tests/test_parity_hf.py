@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from checkpoints import Knowing, Sometimes, cache_bytes, plugin, program, prompt, reference, write
 from outrider import LLM, SamplingParams
 from outrider.layers.rope import Rope
+from outrider.layers.weight import dense_tensor
 from outrider.load.checkpoint import read_json
 from outrider.models.config import ModelConfig
 from outrider.tensors import Draft, Slots, StepBatch, Verdict
@@ -239,7 +240,7 @@ def take_default_epsilon(llm: LLM) -> None:
 
 
 def swap_key_heads(llm: LLM) -> None:
-    qkv = program(llm)._model.layers[0].attention.qkv.weight
+    qkv = dense_tensor(program(llm)._model.layers[0].attention.qkv.weight)
     start, width = 4 * 16, 16
     key = qkv[start : start + 2 * width].clone()
     qkv[start : start + 2 * width] = key.roll(width, 0)

@@ -55,6 +55,7 @@ class EngineOptions:
     """Everything `LLM` takes. Names follow vLLM where the meaning is the same."""
 
     model: str | None = option(None, "local directory or Hugging Face id; left out: the bundled model")
+    model_class: str | None = option(None, "module:Class of a model family of your own; left out: the checkpoint's")
     speculative_config: Mapping[str, Any] | None = option(None, "drafting method and its options, as in vLLM")
     runner: str = option(AUTO, "auto takes the fastest runner that can serve; a name is taken or refused")
     dtype: str = option(AUTO, "auto (the checkpoint's), float32, bfloat16 or float16")
@@ -148,7 +149,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     checkpoint = Checkpoint.open(locate(options.model))
     directory = checkpoint.directory
     model_config = ModelConfig.from_dict(checkpoint.config)
-    model = find_model(model_config.architecture)
+    model = find_model(model_config.architecture, options.model_class)
     drafter, draft_options = parse_speculative_config(
         options.speculative_config, BUNDLED_HEADS if options.model is None else None
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import torch
+
 from outrider.config import Resolved
+from outrider.layers.parameter import Allocator
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +23,13 @@ class Reads:
     def of(cls, resolved: Resolved) -> Self:
         """Of a resolved configuration."""
         runner = resolved.runner
-        config, memory = runner.model_config, runner.memory
+        memory = runner.memory
+        shape = runner.model(
+            runner.model_config, memory.max_model_len, Allocator.on(torch.device("meta"), runner.dtype)
+        )
         drafter = runner.drafter.footprint(runner.draft_options, runner.target)
-        embedding = config.vocab_size * config.hidden_size * runner.dtype.itemsize
         return cls(
-            target=memory.weights - drafter.weights - (0 if config.tie_word_embeddings else embedding),
+            target=sum(slot.nbytes_read for slot in shape.slots().values()),
             draft=drafter.weights_read,
             cache_per_token=(memory.bytes_per_block - drafter.per_block) // memory.block_size,
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from outrider.core.option import option_names, wrong_types
+from outrider.core.plugin import import_class
 from outrider.draft.base import Drafter, DraftOptions, Match, Mismatch
 from outrider.draft.eagle.eagle3 import Eagle3
 from outrider.draft.eagle.peagle import PEagle
@@ -42,27 +41,12 @@ def find_drafter(method: str) -> type[Drafter]:
     """A method of ours by name, or a user's class by `module:Class`. OptionError if there is none."""
     if method in METHODS:
         return METHODS[method]
-    module_name, colon, class_name = method.partition(":")
-    if not colon:
+    if ":" not in method:
         raise OptionError(
             f"unknown drafting method: {method} ({nearest(method, METHODS)}, or module:Class for your own)"
         )
-    if not module_name or not class_name:
-        raise OptionError(f"drafter {method} names no class: give module:Class")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: anything may go wrong in it
-        raise OptionError(f"cannot import drafter {method}: {type(error).__name__}: {error}") from error
-    found = getattr(module, class_name, None)
-    if found is None:
-        raise OptionError(f"cannot import drafter {method}: module {module_name} has no class {class_name}")
-    if not (isinstance(found, type) and issubclass(found, Drafter)):
-        raise OptionError(f"drafter {method} must be a subclass of outrider.Drafter")
-    missing = sorted(found.__abstractmethods__) if inspect.isabstract(found) else []
-    missing += [fact for fact in ("name", "needs") if not hasattr(found, fact)]
-    if missing:
-        raise OptionError(f"drafter {method} is not complete: it lacks {', '.join(missing)}")
-    return found
+    facts = ("name", "needs")
+    return import_class("drafter", method, Drafter, "outrider.Drafter", facts)  # type: ignore[type-abstract]
 
 
 def parse_speculative_config(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from outrider.layers.linear import Linear
 from outrider.layers.norm import RMSNorm
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator
 from outrider.layers.spec import AttentionSpec
+from outrider.layers.weight import WeightSlots
 
 
 class Attention:
@@ -25,8 +26,8 @@ class Attention:
         self.q_norm = RMSNorm(spec.head_dim, eps, allocator) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, eps, allocator) if spec.qk_norm else None
 
-    def weights(self, prefix: str) -> Weights:
-        found = self.qkv.weights(prefix) | self.out.weights(prefix)
+    def slots(self, prefix: str) -> WeightSlots:
+        found = self.qkv.slots(prefix) | self.out.slots(prefix)
         if self.q_norm and self.k_norm:
-            found |= self.q_norm.weights(f"{prefix}q_norm.") | self.k_norm.weights(f"{prefix}k_norm.")
+            found |= self.q_norm.slots(f"{prefix}q_norm.") | self.k_norm.slots(f"{prefix}k_norm.")
         return found

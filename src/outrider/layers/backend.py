@@ -16,7 +16,9 @@ from outrider.kernels.records import LayerStack, LayerWeights
 from outrider.layers.by_ops import ByOpsStack
 from outrider.layers.layer import DecoderLayer
 from outrider.layers.mlp import GatedMLP, GatedMlpSpec
+from outrider.layers.parameter import dense
 from outrider.layers.spec import LayerFeature, LayerSpec
+from outrider.layers.weight import dense_tensor
 from outrider.tensors import StepBatch
 
 
@@ -71,6 +73,8 @@ def needs(spec: LayerSpec) -> dict[LayerFeature, str]:
         found[LayerFeature.OTHER_MLP] = type(spec.mlp).__name__
     elif spec.mlp.bias:
         found[LayerFeature.MLP_BIAS] = "mlp"
+    if spec.form is not dense:
+        found[LayerFeature.OTHER_WEIGHTS] = getattr(spec.form, "__name__", "weights")
     return found
 
 
@@ -94,6 +98,7 @@ class _Fused:
         LayerFeature.OUT_BIAS: "its kernel adds no bias to attention's output; layers without one run fused",
         LayerFeature.MLP_BIAS: "its kernel adds no biases in the MLP; layers without them run fused",
         LayerFeature.OTHER_MLP: "its kernel knows the gated MLP with silu only; other MLPs run by ops",
+        LayerFeature.OTHER_WEIGHTS: "its kernel multiplies with dense matrices only; other forms run by ops",
     }
 
     @classmethod
@@ -160,11 +165,11 @@ def _fused_weights(layer: DecoderLayer) -> LayerWeights:
     """A layer's parameters as the kernels take them, which know no biases but those of q, k and v."""
     given, mlp = layer.parameters(), layer.mlp
     assert given.out_bias is None and isinstance(mlp, GatedMLP) and mlp.down.bias is None
-    norms = given.q_norm, given.k_norm
-    return LayerWeights(
-        *(given.input_norm, given.qkv, given.qkv_bias, *norms, given.out, given.post_norm),
-        *(mlp.gate_up.weight, mlp.down.weight),
+    qkv, out, gate_up, down = (
+        dense_tensor(weight) for weight in (given.qkv, given.out, mlp.gate_up.weight, mlp.down.weight)
     )
+    norms = given.q_norm, given.k_norm
+    return LayerWeights(given.input_norm, qkv, given.qkv_bias, *norms, out, given.post_norm, gate_up, down)
 
 
 BACKENDS: tuple[type[Backend], ...] = (FusedCpu, FusedGpu, ByOps)

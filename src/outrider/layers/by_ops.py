@@ -11,28 +11,29 @@ from outrider.cache.layout import LayerCache
 from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
 from outrider.kernels.layer_by_ops import LayerOps, decoder_layer
-from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.records import take_taps
 from outrider.kernels.rope import ROPE_STORE
 from outrider.layers.layer import DecoderLayer
+from outrider.layers.weight import Weight
 from outrider.tensors import StepBatch
 
 
 def device_ops(device: torch.device) -> LayerOps:
     """The kernels of a device. The residual stream is written in place."""
-    multiply, silu_mul = LINEAR.on(device), SILU_MUL.on(device)
     rms_norm, add_rms_norm = RMS_NORM.on(device), ADD_RMS_NORM.on(device)
 
-    def project(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        product: Tensor = multiply(x, weight, bias)
-        return product
+    def multiply(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        return weight.multiply(x, bias)
+
+    def project(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor) -> Tensor:
+        return weight.multiply(x, bias)
 
     def norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         normed = rms_norm(residual, weight, eps) if x is None else add_rms_norm(x, residual, weight, eps)
         return residual, normed
 
-    return LayerOps(multiply, project, norm, silu_mul)
+    return LayerOps(multiply, project, norm, SILU_MUL.on(device))
 
 
 class ByOpsStack:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from outrider.kernels.layer_by_ops import LayerParameters
 from outrider.layers.attention import Attention
 from outrider.layers.norm import RMSNorm
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator
 from outrider.layers.spec import LayerSpec
+from outrider.layers.weight import WeightSlots
 
 
 class DecoderLayer:
     """The parameters of a layer. A backend runs it: see `layers.stack`."""
 
     def __init__(self, spec: LayerSpec, allocator: Allocator) -> None:
-        """Parameters are NaN until `weights()` is filled."""
-        size, eps = spec.hidden_size, spec.eps
+        """Parameters are NaN until `slots()` is filled."""
+        size, eps, allocator = spec.hidden_size, spec.eps, replace(allocator, form=spec.form)
         self.spec = spec
         self.input_norm = RMSNorm(size, eps, allocator)  # a joined input's: of the embedding
         self.hidden_norm = RMSNorm(size, eps, allocator) if spec.joined else None
@@ -36,13 +39,13 @@ class DecoderLayer:
             self.post_norm.weight,
         )
 
-    def weights(self, prefix: str) -> Weights:
+    def slots(self, prefix: str) -> WeightSlots:
         """The checkpoint's names for every parameter."""
-        hidden = self.hidden_norm.weights(f"{prefix}hidden_norm.") if self.hidden_norm else {}
+        hidden = self.hidden_norm.slots(f"{prefix}hidden_norm.") if self.hidden_norm else {}
         return (
-            self.input_norm.weights(f"{prefix}input_layernorm.")
+            self.input_norm.slots(f"{prefix}input_layernorm.")
             | hidden
-            | self.attention.weights(f"{prefix}self_attn.")
-            | self.post_norm.weights(f"{prefix}post_attention_layernorm.")
-            | self.mlp.weights(f"{prefix}mlp.")
+            | self.attention.slots(f"{prefix}self_attn.")
+            | self.post_norm.slots(f"{prefix}post_attention_layernorm.")
+            | self.mlp.slots(f"{prefix}mlp.")
         )

@@ -1,4 +1,4 @@
-"""Matrix products with the weight stored as checkpoints store it: [out, in]."""
+"""Matrix products whose weight may be several of the checkpoint's, stacked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from outrider.kernels.linear import LINEAR
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator
+from outrider.layers.weight import TensorSlot, WeightSlots
 
 
 class Linear:
@@ -17,22 +17,21 @@ class Linear:
         """`parts` maps each projection's name in the checkpoint to its number of outputs, in order."""
         out_features = sum(parts.values())
         self.parts = dict(parts)
-        self.weight = allocator.parameter(out_features, in_features)
+        self.weight = allocator.weight(out_features, in_features)
         self.bias = allocator.parameter(out_features) if bias else None
-        self._linear = LINEAR.on(allocator.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
-        out: Tensor = self._linear(x, self.weight, self.bias)
-        return out
+        return self.weight.multiply(x, self.bias)
 
-    def weights(self, prefix: str) -> Weights:
+    def slots(self, prefix: str) -> WeightSlots:
         """Each part's slice under `prefix` + its name."""
-        found: Weights = {}
+        found: WeightSlots = {}
         start = 0
         for name, size in self.parts.items():
-            found[f"{prefix}{name}.weight"] = self.weight[start : start + size]
+            for what, slot in self.weight.slots(start, start + size).items():
+                found[f"{prefix}{name}.{what}"] = slot
             if self.bias is not None:
-                found[f"{prefix}{name}.bias"] = self.bias[start : start + size]
+                found[f"{prefix}{name}.bias"] = TensorSlot(self.bias[start : start + size])
             start += size
         return found

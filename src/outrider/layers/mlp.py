@@ -8,7 +8,8 @@ from torch import Tensor
 
 from outrider.kernels.layer_by_ops import GatedMlp, LayerOps
 from outrider.layers.linear import Linear
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator
+from outrider.layers.weight import WeightSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,5 +35,5 @@ class GatedMLP:
         gate_up, down = self.gate_up, self.down
         return GatedMlp(gate_up.weight, gate_up.bias, down.weight, down.bias).apply(ops, x, residual)
 
-    def weights(self, prefix: str) -> Weights:
-        return self.gate_up.weights(prefix) | self.down.weights(prefix)
+    def slots(self, prefix: str) -> WeightSlots:
+        return self.gate_up.slots(prefix) | self.down.slots(prefix)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator
+from outrider.layers.weight import TensorSlot, WeightSlots
 
 
 class RMSNorm:
@@ -27,5 +28,5 @@ class RMSNorm:
         out: Tensor = self._add_norm(x, residual, self.weight, self.eps)
         return out
 
-    def weights(self, prefix: str) -> Weights:
-        return {f"{prefix}weight": self.weight}
+    def slots(self, prefix: str) -> WeightSlots:
+        return {f"{prefix}weight": TensorSlot(self.weight, is_norm=True)}

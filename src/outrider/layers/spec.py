@@ -7,7 +7,8 @@ from enum import Enum, auto
 from typing import Protocol
 
 from outrider.kernels.layer_by_ops import Mlp
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator, WeightForm, dense
+from outrider.layers.weight import WeightSlots
 
 
 class LayerFeature(Enum):
@@ -16,12 +17,13 @@ class LayerFeature(Enum):
     OUT_BIAS = auto()  # a bias on attention's output product
     MLP_BIAS = auto()  # biases on the MLP's products
     OTHER_MLP = auto()  # an MLP that is not the gated one
+    OTHER_WEIGHTS = auto()  # matrices in a form that is not one tensor
 
 
 class MlpModule(Mlp, Protocol):
     """An MLP with its parameters."""
 
-    def weights(self, prefix: str) -> Weights:
+    def slots(self, prefix: str) -> WeightSlots:
         """The checkpoint's names for its parameters."""
 
 
@@ -68,3 +70,4 @@ class LayerSpec:
     attention: AttentionSpec
     mlp: MlpSpec
     joined: JoinedInput | None = None  # None: it reads the residual stream
+    form: WeightForm = dense  # of its matrices

@@ -10,8 +10,9 @@ from torch import Tensor
 from outrider.cache.layout import LayerCache
 from outrider.layers.backend import BoundLayers, choose_backend
 from outrider.layers.layer import DecoderLayer
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator
 from outrider.layers.spec import LayerSpec
+from outrider.layers.weight import WeightSlots
 from outrider.tensors import StepBatch
 
 
@@ -19,7 +20,7 @@ class DecoderStack(Sequence[DecoderLayer]):
     """Layers built from their specs."""
 
     def __init__(self, specs: Sequence[LayerSpec], allocator: Allocator) -> None:
-        """Parameters are NaN until `weights()` is filled."""
+        """Parameters are NaN until `slots()` is filled."""
         self._layers = [DecoderLayer(spec, allocator) for spec in specs]
         self.choice = choose_backend(specs, allocator.device)
         self._bound: BoundLayers | None = None  # the layers on the cache of the last step
@@ -46,11 +47,11 @@ class DecoderStack(Sequence[DecoderLayer]):
             self._bound, self._cache = self.choice.backend.bind(self._layers, cache), cache
         return self._bound(first, len(self) if last is None else last, x, residual, rope, batch, taps, features)
 
-    def weights(self, prefix: str) -> Weights:
+    def slots(self, prefix: str) -> WeightSlots:
         """The checkpoint's names for every parameter; `prefix` as "model.layers."."""
-        found: Weights = {}
+        found: WeightSlots = {}
         for index, layer in enumerate(self):
-            found |= layer.weights(f"{prefix}{index}.")
+            found |= layer.slots(f"{prefix}{index}.")
         return found
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from outrider.errors import CheckpointError
+from outrider.layers.weight import WeightSlot
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -173,10 +174,10 @@ def fingerprint(directory: Path) -> str:
 
 def load_weights(
     directory: Path,
-    weights: Mapping[str, Tensor],  # checkpoint name -> what it fills
+    slots: Mapping[str, WeightSlot],  # checkpoint name -> what it fills
     ignores: Callable[[str], bool] = lambda name: False,  # names the checkpoint may hold that nothing reads
     progress: Callable[[int], None] | None = None,  # called with the bytes of each tensor as it is filled
-    rename: Callable[[str], str] = lambda name: name,  # from the file's name to the one in `weights`
+    rename: Callable[[str], str] = lambda name: name,  # from the file's name to the one in `slots`
     pickled: bool = False,  # as `weight_files` takes it
 ) -> None:
     """Fills every parameter from the checkpoint, one tensor in memory at a time, casting as needed.
@@ -193,28 +194,25 @@ def load_weights(
                 name = rename(given)
                 if name in filled:
                     raise CheckpointError(f"{file} holds {name} twice, once as {given}")
-                if name in weights:
-                    _fill(weights[name], shard.read(given), given, file)
+                if name in slots:
+                    _fill(slots[name], shard.read(given), given, file)
                     filled.add(name)
                     if progress:
-                        progress(weights[name].nbytes)
+                        progress(slots[name].nbytes)
                 elif not ignores(name):
                     unexpected.append(given)
-    missing = sorted(set(weights) - filled)
+    missing = sorted(set(slots) - filled)
     if missing or unexpected:
         complaints = [f"lacks {some(missing)}"] if missing else []
         complaints += [f"holds weights the model does not have: {some(sorted(unexpected))}"] if unexpected else []
         raise CheckpointError(f"checkpoint {directory} {' and '.join(complaints)}")
 
 
-def _fill(parameter: Tensor, tensor: Tensor, name: str, file: Path) -> None:
-    if parameter.shape != tensor.shape:
-        raise CheckpointError(
-            f"{name} in {file} has shape {list(tensor.shape)}, the config promises {list(parameter.shape)}"
-        )
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name} in {file} is {tensor.dtype}: quantised weights are not supported")
-    parameter.copy_(tensor)
+def _fill(slot: WeightSlot, tensor: Tensor, name: str, file: Path) -> None:
+    try:
+        slot.fill(tensor)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} in {file} {error}") from None
 
 
 def some(names: list[str], count: int = 8) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
@@ -15,9 +14,10 @@ from outrider.kernels.records import take_taps
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMlpSpec
 from outrider.layers.norm import RMSNorm
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator
 from outrider.layers.spec import AttentionSpec, JoinedInput, LayerSpec, MlpSpec
 from outrider.layers.stack import DecoderStack
+from outrider.layers.weight import WeightSlots, fill_dummy, num_parameters
 from outrider.models.config import ModelConfig
 from outrider.tensors import StepBatch
 
@@ -59,13 +59,13 @@ class Decoder:
     needs: ClassVar[frozenset[Feature]] = frozenset()
 
     def __init__(self, config: ModelConfig, max_len: int, allocator: Allocator) -> None:
-        """Parameters are NaN until `weights()` is filled. `max_len` bounds the positions."""
+        """Parameters are NaN until `slots()` is filled. `max_len` bounds the positions."""
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, allocator)
+        is_tied = config.tie_word_embeddings
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, allocator, is_head=is_tied)
         self.layers = DecoderStack(self.layer_specs(config), allocator)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, allocator)
-        tied = self.embedding if config.tie_word_embeddings else None
-        self.head = Head(config.vocab_size, config.hidden_size, allocator, tied)
+        self.head = Head(config.vocab_size, config.hidden_size, allocator, self.embedding if is_tied else None)
         self.rope = config.rope.table(max_len, config.head_dim, allocator.device)
         self.cache_dtype = allocator.cache_dtype
 
@@ -108,10 +108,10 @@ class Decoder:
         """[L, H] -> [L, V] float32."""
         return self.head(hidden)
 
-    def weights(self) -> Weights:
-        """The checkpoint's names for every parameter."""
-        outer = self.embedding.weights("model.embed_tokens.") | self.norm.weights("model.norm.")
-        return outer | self.layers.weights("model.layers.") | self.head.weights("lm_head.")
+    def slots(self) -> WeightSlots:
+        """The checkpoint's name for every parameter."""
+        outer = self.embedding.slots("model.embed_tokens.") | self.norm.slots("model.norm.")
+        return outer | self.layers.slots("model.layers.") | self.head.slots("lm_head.")
 
     def ignores(self, name: str) -> bool:
         """What a checkpoint may hold and this model does not read: a copy of the tied head, rotary frequencies."""
@@ -120,14 +120,8 @@ class Decoder:
     @property
     def num_parameters(self) -> int:
         """Parameters held, a tied head counted once."""
-        return sum(weight.numel() for weight in self.weights().values())
+        return num_parameters(self.slots())
 
     def fill_dummy(self, seed: int) -> None:
         """Random weights of a plausible size, for benchmarks without a checkpoint."""
-        weights = self.weights()
-        generator = torch.Generator(next(iter(weights.values())).device).manual_seed(seed)
-        for name, weight in weights.items():
-            if name.endswith("norm.weight"):
-                weight.fill_(1.0)
-            else:
-                weight.normal_(0.0, 0.02, generator=generator)
+        fill_dummy(self.slots(), self.rope.device, seed)

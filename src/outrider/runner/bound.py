@@ -77,7 +77,7 @@ def build_model(config: RunnerConfig, count: Callable[[int], None]) -> Decoder:
     if config.directory is None:
         model.fill_dummy(config.seed)
     else:
-        load_weights(config.directory, model.weights(), ignores, count)
+        load_weights(config.directory, model.slots(), ignores, count)
     return model
 
 

@@ -68,7 +68,7 @@ def plan_memory(demand: Demand) -> MemoryPlan:
     activation = activation_dtype(target.device, target.dtype)
     meta = Allocator(torch.device("meta"), target.dtype, activation)
     shape = demand.model(demand.config, sizes.max_model_len, meta)
-    weights = sum(weight.nbytes for weight in shape.weights().values()) + demand.drafter.weights
+    weights = sum(slot.nbytes for slot in shape.slots().values()) + demand.drafter.weights
     workspace = _workspace(demand, activation) + demand.drafter.workspace
     per_block = shape.cache_layout(sizes.block_size).bytes_per_block + demand.drafter.per_block
     taken = weights + workspace + demand.programs

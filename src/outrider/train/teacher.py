@@ -15,6 +15,7 @@ from outrider.errors import OptionError
 from outrider.layers.layer import DecoderLayer
 from outrider.layers.mlp import GatedMLP
 from outrider.layers.parameter import Allocator
+from outrider.layers.weight import dense_tensor
 from outrider.load.checkpoint import load_weights, read_json
 from outrider.models.config import ModelConfig
 from outrider.models.registry import find_model
@@ -80,16 +81,16 @@ class _Weights(NamedTuple):
         assert isinstance(mlp, GatedMLP)
         return cls(
             layer.input_norm.weight,
-            attention.qkv.weight,
+            dense_tensor(attention.qkv.weight),
             attention.qkv.bias,
             attention.q_norm.weight if attention.q_norm else None,
             attention.k_norm.weight if attention.k_norm else None,
-            attention.out.weight,
+            dense_tensor(attention.out.weight),
             attention.out.bias,
             layer.post_norm.weight,
-            mlp.gate_up.weight,
+            dense_tensor(mlp.gate_up.weight),
             mlp.gate_up.bias,
-            mlp.down.weight,
+            dense_tensor(mlp.down.weight),
             mlp.down.bias,
         )
 
@@ -133,9 +134,10 @@ class Teacher:
         self.taps = check_taps(taps, config.num_layers)
         self.dtype = config.dtype if device.type == "cuda" else torch.float32
         model = find_model(config.architecture)(config, max_length, Allocator(device, self.dtype, self.dtype))
-        load_weights(directory, model.weights(), model.ignores)
+        load_weights(directory, model.slots(), model.ignores)
         self.has_qk_norm = model.qk_norm
-        self.embedding, self.head, self.norm = model.embedding.weight, model.head.weight, model.norm.weight
+        self.embedding, self.head = dense_tensor(model.embedding.weight), dense_tensor(model.head.weight)
+        self.norm = model.norm.weight
         self._rope = model.rope
         self._layers = [_Weights.of(layer) for layer in model.layers]
         wrap = compiler(compiled)

@@ -69,6 +69,13 @@ def test_a_device_without_the_kernel_is_a_reason_too() -> None:
     assert "fused_cpu has no kernel" in str(gap)
 
 
+def draw(stack: DecoderStack) -> None:
+    """Random parameters, large enough that each layer matters."""
+    generator = torch.Generator().manual_seed(0)
+    for slot in stack.slots("").values():
+        slot.fill(0.2 * torch.randn(tuple(slot.shape), generator=generator))
+
+
 def _step() -> StepBatch:
     """One prompt of LENGTH tokens, at the start of its own blocks."""
     positions, whole = torch.arange(LENGTH), torch.zeros(1, dtype=torch.int32)
@@ -106,9 +113,7 @@ def _cut(stack: DecoderStack, cuts: list[int]) -> tuple[Tensor, list[LayerCache]
 @pytest.mark.parametrize("spec", [PLAIN, OUT_BIAS], ids=["fused", "by-ops"])
 def test_a_range_of_layers_can_be_run(spec: LayerSpec) -> None:
     stack = DecoderStack([spec] * 4, Allocator.on(CPU, torch.float32))
-    generator = torch.Generator().manual_seed(0)
-    for weight in stack.weights("").values():
-        weight.normal_(0.0, 0.2, generator=generator)
+    draw(stack)
     whole, cache, features = _cut(stack, [])
     for cuts in ([2], [1, 3], [1, 2, 3]):
         found, own_cache, own_features = _cut(stack, cuts)
@@ -129,9 +134,7 @@ def stack_without_the_last(stack: DecoderStack) -> Tensor:
 def test_layers_of_two_shapes_run_fused_in_one_stack() -> None:
     wide = replace(PLAIN, mlp=GatedMlpSpec(96))
     stack = DecoderStack([PLAIN, PLAIN, wide, wide], Allocator.on(CPU, torch.float32))
-    generator = torch.Generator().manual_seed(0)
-    for weight in stack.weights("").values():
-        weight.normal_(0.0, 0.2, generator=generator)
+    draw(stack)
     assert stack.choice.backend is FusedCpu
     fused, _, features = _cut(stack, [3])
     stack.choice, stack._bound = replace(stack.choice, backend=ByOps), None

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from checkpoints import parameters
 from outrider.layers.parameter import Allocator
 from outrider.layers.rope import LinearScaling, Llama3Scaling, Rope
 from outrider.models.config import ModelConfig, token_ids
@@ -93,12 +94,12 @@ def test_rope_scalings_change_what_they_should() -> None:
 def test_every_parameter_has_one_name(architecture: str, config: dict[str, Any]) -> None:
     read = ModelConfig.from_dict({**config, "architectures": [architecture]})
     model = find_model(architecture)(read, 32, Allocator.on(CPU, torch.float32))
-    weights = model.weights()
+    weights = parameters(model)
     for weight in weights.values():
         assert weight.isnan().all(), "NaN until it is loaded"
         weight.zero_()
     for owner in (model.embedding, model.norm, model.head, *model.layers):
-        assert not any(weight.isnan().any() for weight in owner.weights("").values())
+        assert not any(slot.tensor.isnan().any() for slot in owner.slots("").values())  # type: ignore[attr-defined]
     assert ("model.layers.0.self_attn.q_norm.weight" in weights) == (architecture == "Qwen3ForCausalLM")
     layout = model.cache_layout(16)
     assert layout.bytes_per_block == 2 * 2 * 2 * 16 * 16 * 4

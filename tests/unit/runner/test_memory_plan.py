@@ -97,7 +97,7 @@ def test_what_is_planned_is_what_is_held(path: Path, dtype: torch.dtype) -> None
     with LLM(str(path), max_model_len=64, dtype=dtype, kv_cache_memory=room, device="cpu") as llm:
         planned, running = llm.engine.resolved.runner.memory, program(llm)
         assert sum(layer.key.nbytes + layer.value.nbytes for layer in running._cache) == planned.cache
-        assert sum(weight.nbytes for weight in running._model.weights().values()) == planned.weights
+        assert sum(slot.nbytes for slot in running._model.slots().values()) == planned.weights
         assert llm.engine._scheduler.cache.num_blocks == planned.num_blocks == 7
 
 

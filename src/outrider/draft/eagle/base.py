@@ -186,7 +186,7 @@ class HeadDrafter(Drafter):
         rows = target.sizes.max_num_batched_tokens + seqs * drafts
         layouts = [replace(layout, dtype=allocator.cache_dtype) for layout in drafter.cache_layouts()]
         return Footprint(
-            weights=sum(weight.nbytes for weight in drafter.network.weights().values()),
+            weights=sum(slot.nbytes for slot in drafter.network.slots().values()),
             per_block=sum(layout.bytes_per_block for layout in layouts),
             workspace=rows * width * allocator.activation_dtype.itemsize + 3 * seqs * drafts * vocab * 4,
             weights_read=drafter.network.weights_read(1 if cls.parallel else drafts),
@@ -224,7 +224,7 @@ class HeadDrafter(Drafter):
         else:
             load_weights(
                 self.checkpoint.directory,
-                network.weights(),
+                network.slots(),
                 ignores=lambda name: name in ("d2t", "t2d") or name.endswith(".rotary_emb.inv_freq"),
                 progress=progress,
                 rename=canonical,

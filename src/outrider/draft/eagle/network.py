@@ -20,9 +20,10 @@ from outrider.kernels.join_input import JOIN_INPUT
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.linear import Linear
 from outrider.layers.norm import RMSNorm
-from outrider.layers.parameter import Allocator, Weights
+from outrider.layers.parameter import Allocator
 from outrider.layers.spec import JoinedInput, LayerSpec
 from outrider.layers.stack import DecoderStack
+from outrider.layers.weight import TensorSlot, WeightSlots, fill_dummy
 from outrider.models.decoder import gated_mlp, layer_spec
 from outrider.tensors import StepBatch
 
@@ -35,7 +36,7 @@ def layer_specs(config: HeadConfig) -> list[LayerSpec]:
 
 
 class HeadNetwork:
-    """Parameters are NaN until `weights()` is filled; what the checkpoint lacks is borrowed of the target."""
+    """Parameters are NaN until `slots()` is filled; what the checkpoint lacks is borrowed of the target."""
 
     def __init__(self, config: HeadConfig, max_len: int, allocator: Allocator) -> None:
         layer, wide = config.layer, config.num_aux_layers * config.target_hidden_size
@@ -52,6 +53,7 @@ class HeadNetwork:
         self.mask_hidden = allocator.parameter(1, 1, wide) if config.parallel else None
         self.embedding = Embedding(layer.vocab_size, layer.hidden_size, allocator) if config.own_embedding else None
         self.head = Head(config.draft_vocab_size, layer.hidden_size, allocator, None) if config.own_head else None
+        self._dtype = allocator.dtype
         self._join = JOIN_INPUT.on(allocator.device)
         self._activation_dtype, self._cache_dtype = allocator.activation_dtype, allocator.cache_dtype
 
@@ -60,30 +62,32 @@ class HeadNetwork:
         layer = self.config.layer
         return CacheLayout(layer.num_layers, layer.num_kv_heads, layer.head_dim, block_size, self._cache_dtype)
 
-    def weights(self) -> Weights:
+    def slots(self) -> WeightSlots:
         """The speculators layout's name for every parameter."""
-        found = self.fc.weights("") | self.layers.weights("layers.") | self.norm.weights("norm.")
-        for index, norm in enumerate(self.aux_norms):
-            found |= norm.weights(f"fc_norm.{index}.")
-        if self.input_norm is not None:
-            found |= self.input_norm.weights("input_norm.")
+        found = self._projection_slots() | self.layers.slots("layers.") | self.norm.slots("norm.")
         if self.mask_hidden is not None:
-            found["mask_hidden"] = self.mask_hidden
+            found["mask_hidden"] = TensorSlot(self.mask_hidden, is_read=False)
         if self.embedding is not None:
-            found |= self.embedding.weights("embed_tokens.")
-        return found | (self.head.weights("lm_head.") if self.head is not None else {})
+            found |= self.embedding.slots("embed_tokens.")
+        return found | (self.head.slots("lm_head.") if self.head is not None else {})
+
+    def _projection_slots(self) -> WeightSlots:
+        """Of `project`, which runs once a round."""
+        found = self.fc.slots("")
+        for index, norm in enumerate(self.aux_norms):
+            found |= norm.slots(f"fc_norm.{index}.")
+        return found | (self.input_norm.slots("input_norm.") if self.input_norm is not None else {})
 
     def weights_read(self, num_passes: int) -> int:
         """Bytes that a round reads: features projected once, layers and head in every pass, no embedding.
 
         A head that the target lends is read as one's own would be.
         """
-        sizes = {name: weight.nbytes for name, weight in self.weights().items()}
-        layer, width = self.config.layer, self.fc.weight.dtype.itemsize
-        sizes.setdefault("lm_head.weight", self.config.draft_vocab_size * layer.hidden_size * width)
-        once = sum(size for name, size in sizes.items() if name.startswith(("fc", "input_norm")))
-        not_read = sum(sizes.get(name, 0) for name in ("embed_tokens.weight", "mask_hidden"))
-        return once + num_passes * (sum(sizes.values()) - once - not_read)
+        once = sum(slot.nbytes_read for slot in self._projection_slots().values())
+        every_pass = sum(slot.nbytes_read for slot in self.slots().values()) - once
+        if self.head is None:
+            every_pass += self.config.draft_vocab_size * self.config.layer.hidden_size * self._dtype.itemsize
+        return once + num_passes * every_pass
 
     def borrow(self, target: TargetParts) -> None:
         """Takes the target's embedding and head where the checkpoint has none."""
@@ -116,7 +120,7 @@ class HeadNetwork:
         token_norm, hidden_norm = self.layers[0].input_norm, self.layers[0].hidden_norm
         assert hidden_norm is not None
         norms = token_norm.weight, hidden_norm.weight, hidden_norm.eps
-        joined: Tensor = self._join(ids, self.embedding.weight, hidden, *norms)
+        joined: Tensor = self._join(ids, self.embedding.weight.tensor, hidden, *norms)
         residual = joined[:, hidden.shape[1] :].contiguous() if self.config.norm_before_residual else hidden
         x = self.layers.run(joined, residual, batch, self.rope, cache)
         normed = self.norm(residual) if x is None else self.norm.add(x, residual)
@@ -129,9 +133,4 @@ class HeadNetwork:
 
     def fill_dummy(self, seed: int) -> None:
         """Random weights of a plausible size, for benchmarks without a checkpoint."""
-        generator = torch.Generator(self.fc.weight.device).manual_seed(seed)
-        for name, weight in self.weights().items():
-            if "norm" in name:
-                weight.fill_(1.0)
-            else:
-                weight.normal_(0.0, 0.02, generator=generator)
+        fill_dummy(self.slots(), self.rope.device, seed)
