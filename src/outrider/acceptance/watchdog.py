@@ -7,12 +7,12 @@ which of its drafts are accepted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import accumulate
 from typing import Any
 
-from outrider.acceptance.bands import DEVIATIONS, Departure, deviation, ratio_trials
+from outrider.acceptance.bands import DEVIATIONS, Departure, deviation
 from outrider.acceptance.diagnosis import suspect
 from outrider.acceptance.records import Expectation, Setting, mismatches, read_records
 from outrider.acceptance.setting import record_file, setting_of
@@ -118,43 +118,73 @@ class Watch:
         self._drafter = drafter
         self._window = window
         self._num_drafts = expected.setting.num_drafts
-        self._accepted = bytearray(window)  # drafts accepted in each of the last rounds: a ring buffer
-        self._counts = [0] * (self._num_drafts + 1)  # of those rounds, by drafts accepted
+        width = self._num_drafts + 1
+        self._rounds = array(
+            "H", [0] * window
+        )  # a ring buffer: drafted * (K + 1) + accepted of each of the last rounds
+        self._counts = [0] * (width * width)  # of those rounds, by that number
         self._num_rounds = 0
         self._next_check = window
         self._since: int | None = None  # round of the first sign of a change not yet reported
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
-        """One round. Those that verified fewer than K drafts, for want of room in a step, are left out."""
-        if num_drafted != self._num_drafts:
-            return
+        """One round, which may have verified fewer than K drafts: it says nothing of the positions past its own."""
         index = self._num_rounds % self._window
         if self._num_rounds >= self._window:
-            self._counts[self._accepted[index]] -= 1
-        self._accepted[index] = num_accepted
-        self._counts[num_accepted] += 1
+            self._counts[self._rounds[index]] -= 1
+        code = num_drafted * (self._num_drafts + 1) + num_accepted
+        self._rounds[index] = code
+        self._counts[code] += 1
         self._num_rounds += 1
 
     def measured(self) -> AcceptanceReport:
         """The rounds in the window."""
-        at_least = list(accumulate(reversed(self._counts)))[::-1]
-        return AcceptanceReport(at_least[0], at_least[0] * self._num_drafts, sum(at_least[1:]), tuple(at_least[1:]))
+        found = list(self._found())
+        per_position = tuple(sum(n for _, got, n in found if got > position) for position in range(self._num_drafts))
+        drafted = sum(drafted * number for drafted, _, number in found)
+        return AcceptanceReport(sum(number for *_, number in found), drafted, sum(per_position), per_position)
+
+    def _found(self) -> Iterator[tuple[int, int, int]]:
+        """How many rounds of the window drafted and accepted so many: (drafted, accepted, rounds)."""
+        for code, number in enumerate(self._counts):
+            if number:
+                yield *divmod(code, self._num_drafts + 1), number
+
+    def _as_if_of_k(self) -> AcceptanceReport:
+        """What rounds of K drafts would have come to: each ratio as rounds show it that verified both its drafts."""
+        found, report = list(self._found()), self.measured()
+        per_position, share = [], float(report.drafts)
+        for position in range(self._num_drafts):
+            before = sum(n for drafted, accepted, n in found if drafted > position and accepted >= position)
+            after = sum(n for _, accepted, n in found if accepted > position)
+            share *= after / before if before else 0.0
+            per_position.append(round(share))
+        drafted = report.drafts * self._num_drafts
+        return AcceptanceReport(report.drafts, drafted, sum(per_position), tuple(per_position))
 
     def falls(self) -> list[Departure]:
         """The figures that are under their bands now: each rate, and each ratio to the one before.
 
-        A rate is the product of the first and the ratios up to it, so it may lose as much as all of them. Only falls
-        are reported: other text than was recorded may well be easier.
+        A figure is measured by the rounds that verified a draft at its position. A rate is the product of the first
+        and the ratios up to it, so it may lose as much as all of them. Only falls are reported: other text than was
+        recorded may well be easier.
         """
-        expected, report = self.expected, self.measured()
-        found: list[Departure] = []
-        rounds = (expected.drafts, report.drafts)
-        for position, (then, now) in enumerate(zip(expected.rates, report.rates, strict=True)):
-            found += _under("rate", position, then, now, rounds, (1 - TOLERANCE) ** (position + 1))
-        of = zip(expected.ratios, report.ratios, ratio_trials(expected, report), strict=True)
-        for position, (then, now, trials) in enumerate(of, start=1):
-            found += _under("ratio", position, then, now, trials, 1 - TOLERANCE)
-        return found
+        expected, rounds = self.expected, list(self._found())
+        rates: list[Departure] = []
+        ratios: list[Departure] = []
+        for position, then in enumerate(expected.rates):
+            reached = [(accepted, number) for drafted, accepted, number in rounds if drafted > position]
+            trials = sum(number for _, number in reached)
+            accepted = sum(number for accepted, number in reached if accepted > position)
+            before = sum(number for accepted, number in reached if accepted >= position)
+            if trials:
+                lowest = (1 - TOLERANCE) ** (position + 1)
+                rates += _under("rate", position, then, accepted / trials, (expected.drafts, trials), lowest)
+            if trials and position:
+                recorded = round(expected.rates[position - 1] * expected.drafts)
+                now, of = accepted / before if before else 0.0, (recorded, before)
+                ratios += _under("ratio", position, expected.ratios[position - 1], now, of, 1 - TOLERANCE)
+        return rates + ratios
 
     def check(self) -> None:
         """Looks at the figures if it is time. Logs a fall that has lasted a window, once, and its end.
@@ -178,7 +208,7 @@ class Watch:
         setting = self.expected.setting
         what = f"{setting.method} (K={setting.num_drafts}, temperature {setting.temperature:g})"
         self.departures = tuple(found)
-        self._suspect = suspect(found, self.expected, self.measured(), self._drafter) if found else None
+        self._suspect = suspect(found, self.expected, self._as_if_of_k(), self._drafter) if found else None
         if not found:
             logger.info("acceptance of %s is as recorded again: %s", what, _figures(self.measured()))
             return

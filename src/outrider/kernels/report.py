@@ -1,7 +1,8 @@
-"""What the host is told of a step, side by side, so that it takes one copy.
+"""Packs a step's results into one tensor, for a single copy from the device to the host.
 
 tokens [B, K+1] int64, count [B] int32 of a `Verdict`; drafted [B] int32, how many drafts are waiting, None for none.
-out [B, K+3] int64, written: the tokens, their count, the drafts waiting.
+out [B, K+3] int64, written: the tokens, their count, the drafts waiting. Its rows may lie in a wider table, whose
+further columns stay as they are.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
         }
         yield {**example, "drafted": counts[1]}
         yield {**example, "drafted": None}
+        table = torch.full((rows, drafts + 8), -7, device=device)
+        yield {**example, "drafted": counts[1], "out": table[:, : drafts + 3]}
 
 
 REPORT = Op(

@@ -134,7 +134,35 @@ def test_figures_are_those_of_the_last_rounds() -> None:
         per_position = tuple(sum(one > position for one in last) for position in range(2))
         assert watch.measured() == AcceptanceReport(len(last), 2 * len(last), sum(last), per_position)
     watch.record(1, 1)
-    assert watch.measured().drafts == window and sum(watch.measured().per_position) == sum(last), "a round cut short"
+    last = [*last[1:], 1]
+    assert watch.measured() == AcceptanceReport(window, 2 * window - 1, sum(last), (7, 3)), "a round of one draft"
+
+
+@pytest.mark.parametrize("verified", [1, 2, 3])
+def test_rounds_that_verify_fewer_drafts_count_at_their_own_positions(
+    verified: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rounds of several K are held against the record at the positions that they reach, and at no other."""
+    rng = random.Random(verified)
+    watch = Watch(expectation(), PEagle)
+    for _ in range(200):
+        serve(watch, RATES[:verified], 15, rng)
+        serve(watch, RATES, 5, rng)
+    assert not caplog.records
+    assert min(watch.measured().rates) < 0.084 * 0.75, "divided by all rounds, the last rate would have fallen"
+    for _ in range(300):
+        serve(watch, SEQUENTIAL[:verified], 15, rng)
+        serve(watch, SEQUENTIAL, 5, rng)
+    (told,) = warnings(caplog)
+    assert "ratio at positions 0 to 1" in told
+
+
+def test_traffic_of_few_drafts_alone_is_watched(caplog: pytest.LogCaptureFixture) -> None:
+    watch, rng = Watch(expectation(), PEagle), random.Random(1)
+    serve(watch, RATES[:2], 4 * WINDOW, rng)
+    assert not caplog.records
+    serve(watch, SEQUENTIAL[:2], 4 * WINDOW, rng)
+    assert len(warnings(caplog)) == 1
 
 
 # On an engine.

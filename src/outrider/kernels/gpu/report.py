@@ -8,22 +8,24 @@ from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, ove
 
 
 @jit
-def _report_kernel(tokens, count, drafted, out, width, DRAFTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _report_kernel(
+    tokens, count, drafted, out, width, stride, DRAFTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     begin(PDL)
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     wait(PDL)
     token = tl.load(tokens + row * width + column, mask=column < width)
-    tl.store(out + row * (width + 2) + column, token, mask=column < width)
-    tl.store(out + row * (width + 2) + width, tl.load(count + row).to(tl.int64))
+    tl.store(out + row * stride + column, token, mask=column < width)
+    tl.store(out + row * stride + width, tl.load(count + row).to(tl.int64))
     waiting = tl.load(drafted + row).to(tl.int64) if DRAFTS else 0
-    tl.store(out + row * (width + 2) + width + 1, waiting)
+    tl.store(out + row * stride + width + 1, waiting)
 
 
 def report_gpu(tokens: Tensor, count: Tensor, drafted: Tensor | None, out: Tensor) -> None:
     """`report` in one kernel."""
     rows, width = tokens.shape
-    assert tokens.is_contiguous() and out.is_contiguous() and out.shape == (rows, width + 2)
+    assert tokens.is_contiguous() and out.stride(1) == 1 and out.shape == (rows, width + 2)
     overlap = overlaps(out)
     _report_kernel[(rows,)](
         tokens,
@@ -31,6 +33,7 @@ def report_gpu(tokens: Tensor, count: Tensor, drafted: Tensor | None, out: Tenso
         drafted,
         out,
         width,
+        out.stride(0),
         DRAFTS=drafted is not None,
         BLOCK=next_power_of_2(width),
         PDL=overlap,
