@@ -6,12 +6,6 @@ from collections.abc import Sequence
 
 from outrider.load.tokenizer import Tokenizer
 
-CONTEXT = 4
-"""Tokens of the prompt that the first token is decoded after."""
-
-CUT_SHORT = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for bytes that are no whole character."""
-
 
 class Detokenizer:
     """One completion's text. Several tokens may arrive in one step; each is decoded on its own."""
@@ -25,15 +19,7 @@ class Detokenizer:
         skip_special_tokens: bool,
     ) -> None:
         """`prompt` gives the first token its context: some tokenizers write it differently at a start."""
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer = tokenizer
-        context = list(prompt[-CONTEXT:])
-        if tokenizer.decode(context).endswith(CUT_SHORT):
-            context = []  # the stream would write the prompt's part of the character again
-        self._stream = DecodeStream(ids=context, skip_special_tokens=skip_special_tokens)
-        self._skip_special_tokens = skip_special_tokens
-        self._pending: list[int] = []  # tokens of a character that is not complete yet
+        self._decoder = tokenizer.text_decoder(prompt, skip_special_tokens)
         self._stop, self._include_stop = tuple(stop), include_stop
         self._longest_stop = max(map(len, self._stop), default=0)
         self.text = ""
@@ -46,19 +32,14 @@ class Detokenizer:
 
         Until `may_stop` (a request's `min_tokens`), stop strings are text like any other.
         """
-        piece = self._stream.step(self._tokenizer.backend, token)
-        self._pending.append(token)
-        if piece is None:
-            return False
-        self._pending.clear()
+        piece = self._decoder.step(token)
         self.text += piece
-        return may_stop and self._cut_at_stop(len(piece))
+        return bool(piece) and may_stop and self._cut_at_stop(len(piece))
 
     def finish(self) -> None:
         """No token follows: a character that was cut short is written as the replacement character."""
-        if self._pending and self.stop_reason is None:
-            self.text += self._tokenizer.decode(self._pending, self._skip_special_tokens)
-            self._pending.clear()
+        if self.stop_reason is None:
+            self.text += self._decoder.finish()
 
     def stream(self, finished: bool) -> str:
         """Text not handed out before. What may yet become a stop string is held back until `finished`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.errors import CheckpointError, PromptError
+from outrider.load.text_decoder import TextDecoder, Vocabulary, decode_all
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of these makes a tokenizer; transformers makes up an empty one where there is none."""
@@ -29,12 +30,13 @@ class Tokenizer:
             raise CheckpointError(f"no tokenizer in {directory}: {first}") from error
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"the tokenizer in {directory} has no tokenizer.json; convert it to a fast one")
+        self._vocabulary = Vocabulary(self._tokenizer.backend_tokenizer)
         applying = inspect.signature(self._tokenizer.apply_chat_template).parameters
         self._reserved = frozenset(applying) - {"tools"}  # a template of the caller's own would be run, for one
 
     @property
     def backend(self) -> Any:
-        """The `tokenizers.Tokenizer` underneath, for incremental decoding."""
+        """The `tokenizers.Tokenizer` underneath."""
         return self._tokenizer.backend_tokenizer
 
     @property
@@ -48,9 +50,12 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of some tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        """The text of some tokens. A byte that belongs to no character is U+FFFD."""
+        return decode_all(self._vocabulary, list(ids), skip_special_tokens)
+
+    def text_decoder(self, prompt: Sequence[int], skip_special_tokens: bool = True) -> TextDecoder:
+        """What turns the tokens that follow a prompt to text as they come."""
+        return TextDecoder(self._vocabulary, prompt, skip_special_tokens)
 
     def render_chat(self, messages: Sequence[dict[str, Any]], /, **template_arguments: Any) -> list[int]:
         """Token ids of a conversation under the checkpoint's chat template, ready for the reply.
