@@ -12,59 +12,81 @@ gate_up and down are weights as `linear` takes them; input_norm and post_norm as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from outrider.kernels import activation, attention, linear, norm, rope
+from outrider.kernels.layer_by_ops import Attend, BoundLayer, GatedMlp, LayerOps, LayerParameters, LayersByOps
 from outrider.kernels.op import Example, Op
-from outrider.kernels.records import LayerStack, LayerWeights
+from outrider.kernels.records import LayerStack, LayerWeights, one_layer
+
+On = Callable[[Op[..., Any]], Callable[..., Any]]
+"""Which implementation of an op to take."""
 
 
-def decoder_layer_by_ops(on: Callable[[Op[..., Any]], Callable[..., Any]]) -> Callable[..., Tensor]:
-    """The layer as a sequence of the smaller ops, each as `on` gives it."""
-    multiply, rms_norm, add_rms_norm = on(linear.LINEAR), on(norm.RMS_NORM), on(norm.ADD_RMS_NORM)
-    silu_mul, rope_store, attend = on(activation.SILU_MUL), on(rope.ROPE_STORE), on(attention.PAGED_ATTENTION)
+def layer_ops(on: On, multiply: Callable[[Tensor, Any, Tensor | None], Tensor] | None = None) -> LayerOps:
+    """The smaller ops for weights that are tensors, or for those that `multiply` understands.
 
-    def decoder_layer(
-        x: Tensor | None,
-        residual: Tensor,
-        input_norm: Tensor | None,
-        qkv: Tensor,
-        qkv_bias: Tensor | None,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        out: Tensor,
-        post_norm: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        eps: float,
-        rope: Tensor,
-        positions: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        cache_slot: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        num_heads: int,
-        scale: float,
-    ) -> Tensor:
-        if input_norm is None:
-            assert x is not None, "a layer without input_norm is given what it reads"
-            normed = x
-        else:
-            normed = rms_norm(residual, input_norm, eps) if x is None else add_rms_norm(x, residual, input_norm, eps)
-        cache = key_cache, value_cache
-        heads = multiply(normed, qkv, qkv_bias)
-        query = rope_store(
-            heads, q_norm, k_norm, eps, rope, positions, *cache, cache_slot, num_heads, key_cache.shape[1]
-        )
-        mixed = attend(query, *cache, block_table, query_start, seq_lens, scale).flatten(1)
-        normed = add_rms_norm(multiply(mixed, out), residual, post_norm, eps)
-        gated: Tensor = multiply(silu_mul(multiply(normed, gate_up)), down)
-        return gated
+    They write the residual stream in place.
+    """
+    product = multiply or on(linear.LINEAR)
+    rms_norm, add_rms_norm = on(norm.RMS_NORM), on(norm.ADD_RMS_NORM)
+
+    def project(x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor) -> Tensor:
+        return product(x, weight, bias)
+
+    def normalise(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed = rms_norm(residual, weight, eps) if x is None else add_rms_norm(x, residual, weight, eps)
+        return residual, normed
+
+    return LayerOps(product, project, normalise, on(activation.SILU_MUL))
+
+
+def attend_by_ops(on: On) -> Attend:
+    """Attention over the paged cache in two ops."""
+    rope_store, paged_attention = on(rope.ROPE_STORE), on(attention.PAGED_ATTENTION)
+
+    def attend(heads: Tensor, layer: BoundLayer, where: tuple[Tensor, ...]) -> Tensor:
+        (table, positions, cache_slot, *rows), cache = where, layer.cache
+        norms = layer.parameters.q_norm, layer.parameters.k_norm, layer.eps
+        counts = layer.num_heads, cache[0].shape[1]
+        query = rope_store(heads, *norms, table, positions, *cache, cache_slot, *counts)
+        mixed: Tensor = paged_attention(query, *cache, *rows, layer.scale)
+        return mixed.flatten(1)
+
+    return attend
+
+
+def bind(weights: LayerWeights, cache: tuple[Tensor, Tensor], eps: float, num_heads: int, scale: float) -> BoundLayer:
+    """A layer of dense weights with its cache."""
+    _, _, _, _, _, out, post_norm, gate_up, down = weights
+    parameters = LayerParameters(*weights[:5], out, None, post_norm)
+    return BoundLayer(parameters, GatedMlp(gate_up, None, down, None), cache, eps, num_heads, scale)
+
+
+def layers_by_ops(
+    on: On,
+    layers: Sequence[LayerWeights],
+    caches: Sequence[tuple[Tensor, Tensor]],  # keys and values
+    eps: float,
+    num_heads: int,
+    scale: float,
+) -> LayersByOps:
+    """Layers of dense weights as sequences of ops, each as `on` gives it."""
+    bound = [bind(weights, cache, eps, num_heads, scale) for weights, cache in zip(layers, caches, strict=True)]
+    return LayersByOps(bound, layer_ops(on), attend_by_ops(on))
+
+
+def decoder_layer_by_ops(on: On) -> Callable[..., Tensor | None]:
+    """One layer as a sequence of ops."""
+    layer = one_layer(partial(layers_by_ops, on))
+
+    # a function of this file, since an op's kernels are looked for by the name of its reference's file
+    def decoder_layer(*given: Any, **named: Any) -> Tensor | None:
+        return layer(*given, **named)
 
     return decoder_layer
 

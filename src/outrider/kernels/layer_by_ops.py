@@ -7,10 +7,12 @@ fused kernels is this function too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from outrider.kernels.records import take_taps
 
 
 class LayerOps(NamedTuple):
@@ -83,15 +85,51 @@ def after_attention(
     return residual, mlp.apply(ops, normed, residual)
 
 
-def decoder_layer(
-    ops: LayerOps,
-    layer: LayerParameters,
-    mlp: Mlp,
-    x: Tensor | None,
-    residual: Tensor,
-    eps: float,
-    attend: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor | None]:
-    """The whole layer. `attend` norms q and k if the layer does, turns them, and attends: -> [T, Hq * D]."""
-    residual, heads = before_attention(ops, layer, x, residual, eps)
-    return after_attention(ops, layer, mlp, attend(heads), residual, eps)
+class BoundLayer(NamedTuple):
+    """A layer with its cache."""
+
+    parameters: LayerParameters
+    mlp: Mlp
+    cache: tuple[Tensor, Tensor]  # keys and values
+    eps: float
+    num_heads: int
+    scale: float
+
+
+Attend = Callable[[Tensor, BoundLayer, tuple[Tensor, ...]], Tensor]
+"""heads [T, (Hq + 2*Hkv) * D], of a layer, at rope and the step's rows -> [T, Hq * D].
+
+Norms q and k if the layer does, turns them, writes keys and values into the cache, and attends.
+"""
+
+
+class LayersByOps:
+    """Layers as sequences of ops; see `records.LayerStack`."""
+
+    def __init__(self, layers: Sequence[BoundLayer], ops: LayerOps, attend: Attend) -> None:
+        self._layers, self._ops, self._attend = layers, ops, attend
+
+    def __call__(
+        self,
+        first: int,
+        last: int,
+        x: Tensor | None,
+        residual: Tensor,
+        rope: Tensor,
+        positions: Tensor,
+        cache_slot: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        taps: Sequence[int] = (),
+        features: Tensor | None = None,
+    ) -> Tensor | None:
+        """Runs layers first:last with ops that write the residual stream in place."""
+        where = rope, positions, cache_slot, block_table, query_start, seq_lens
+        for index in range(first, last):
+            layer = self._layers[index]
+            take_taps(index, None if layer.parameters.input_norm is None else x, residual, taps, features)
+            residual, heads = before_attention(self._ops, layer.parameters, x, residual, layer.eps)
+            mixed = self._attend(heads, layer, where)
+            residual, x = after_attention(self._ops, layer.parameters, layer.mlp, mixed, residual, layer.eps)
+        return x

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
 
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature, Gap
 from outrider.kernels.decoder_layer import DECODER_LAYER, layer_stack
 from outrider.kernels.records import LayerStack, LayerWeights
-from outrider.layers.by_ops import ByOpsStack
+from outrider.layers.by_ops import layers_by_ops
 from outrider.layers.layer import DecoderLayer
 from outrider.layers.mlp import GatedMLP, GatedMlpSpec
 from outrider.layers.parameter import dense
 from outrider.layers.spec import LayerFeature, LayerSpec
 from outrider.layers.weight import dense_tensor
-from outrider.tensors import StepBatch
 
-
-class BoundLayers(Protocol):
-    """Layers with the cache that they write to."""
-
-    def __call__(
-        self,
-        first: int,
-        last: int,
-        x: Tensor | None,
-        residual: Tensor,
-        rope: Tensor,
-        batch: StepBatch,
-        taps: Sequence[int],
-        features: Tensor | None,
-    ) -> Tensor | None:
-        """Runs layers first:last, at least one; see `DecoderStack.run`."""
+BoundLayers = tuple[int, int, LayerStack]
+"""First layer, end, and these layers with the caches that they write to."""
 
 
 class Backend(Protocol):
@@ -48,8 +33,8 @@ class Backend(Protocol):
     lacks: ClassVar[Mapping[LayerFeature, str]]
 
     @classmethod
-    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> BoundLayers:
-        """The layers on a cache. Parameters may be written afterwards, but not replaced."""
+    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> list[BoundLayers]:
+        """The layers on a cache, one stack for each run of them. Parameters may be written afterwards, not replaced."""
 
 
 def declines(backend: type[Backend], specs: Sequence[LayerSpec], device: torch.device) -> list[Gap]:
@@ -87,8 +72,8 @@ class ByOps:
     lacks: ClassVar[Mapping[LayerFeature, str]] = {}
 
     @classmethod
-    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> BoundLayers:
-        return ByOpsStack(layers, caches)
+    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> list[BoundLayers]:
+        return [(0, len(layers), layers_by_ops(layers, caches))]
 
 
 class _Fused:
@@ -102,8 +87,8 @@ class _Fused:
     }
 
     @classmethod
-    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> BoundLayers:
-        return _FusedStack(layers, caches)
+    def bind(cls, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> list[BoundLayers]:
+        return list(_kernel_stacks(layers, caches))
 
 
 class FusedCpu(_Fused):
@@ -124,41 +109,15 @@ class FusedGpu(_Fused):
     devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
 
 
-class _FusedStack:
-    """One kernel stack for each run of layers of one shape."""
-
-    def __init__(self, layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> None:
-        starts = [index for index in range(len(layers)) if index == 0 or layers[index].spec != layers[index - 1].spec]
-        ends = [*starts[1:], len(layers)]
-        self._stacks = [
-            (start, end, _kernel_stack(layers[start:end], caches[start:end]))
-            for start, end in zip(starts, ends, strict=True)
-        ]
-
-    def __call__(
-        self,
-        first: int,
-        last: int,
-        x: Tensor | None,
-        residual: Tensor,
-        rope: Tensor,
-        batch: StepBatch,
-        taps: Sequence[int],
-        features: Tensor | None,
-    ) -> Tensor | None:
-        where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
-        for start, end, stack in self._stacks:
-            begin, stop = max(first, start), min(last, end)
-            if begin < stop:
-                own = [tap - start for tap in taps] if start else taps
-                x = stack(begin - start, stop - start, x, residual, rope, *where, own, features)
-        return x
-
-
-def _kernel_stack(layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> LayerStack:
-    spec = layers[0].spec
-    weights = [_fused_weights(layer) for layer in layers]
-    return layer_stack(weights, caches, spec.eps, spec.attention.num_heads, spec.attention.scale)
+def _kernel_stacks(layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) -> Iterator[BoundLayers]:
+    """A stack for each run of layers of one shape."""
+    start = 0
+    for spec, group in groupby(layers, key=lambda layer: layer.spec):
+        weights = [_fused_weights(layer) for layer in group]
+        end = start + len(weights)
+        heads = spec.attention.num_heads
+        yield start, end, layer_stack(weights, caches[start:end], spec.eps, heads, spec.attention.scale)
+        start = end
 
 
 def _fused_weights(layer: DecoderLayer) -> LayerWeights:

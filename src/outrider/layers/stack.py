@@ -23,7 +23,7 @@ class DecoderStack(Sequence[DecoderLayer]):
         """Parameters are NaN until `slots()` is filled."""
         self._layers = [DecoderLayer(spec, allocator) for spec in specs]
         self.choice = choose_backend(specs, allocator.device)
-        self._bound: BoundLayers | None = None  # the layers on the cache of the last step
+        self._bound: list[BoundLayers] | None = None  # the layers on the cache of the last step
         self._cache: Sequence[LayerCache] = ()
 
     def run(
@@ -45,7 +45,14 @@ class DecoderStack(Sequence[DecoderLayer]):
         """
         if self._bound is None or self._cache is not cache:
             self._bound, self._cache = self.choice.backend.bind(self._layers, cache), cache
-        return self._bound(first, len(self) if last is None else last, x, residual, rope, batch, taps, features)
+        last = len(self) if last is None else last
+        where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
+        for start, end, stack in self._bound:
+            begin, stop = max(first, start) - start, min(last, end) - start
+            if begin < stop:
+                own = [tap - start for tap in taps] if start else taps
+                x = stack(begin, stop, x, residual, rope, *where, own, features)
+        return x
 
     def slots(self, prefix: str) -> WeightSlots:
         """The checkpoint's names for every parameter; `prefix` as "model.layers."."""

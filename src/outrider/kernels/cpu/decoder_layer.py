@@ -13,8 +13,8 @@ from outrider.kernels.cpu.emit import BFLOAT16, CACHES, KIND, LANES
 from outrider.kernels.cpu.layer_phases import whole
 from outrider.kernels.cpu.layer_stack import layers_kernel
 from outrider.kernels.cpu.threads import num_threads
-from outrider.kernels.decoder_layer import decoder_layer_by_ops
-from outrider.kernels.records import LayerWeights, one_layer, take_taps
+from outrider.kernels.decoder_layer import layers_by_ops
+from outrider.kernels.records import LayerWeights, one_layer
 
 
 class DeviceLayerStack:
@@ -38,7 +38,7 @@ class DeviceLayerStack:
             for given, other in zip(one, self._layers[0], strict=True):
                 assert given is None or other is None or (given.shape == other.shape and given.dtype == other.dtype)
                 assert given is None or given.is_contiguous()
-        self._by_ops = decoder_layer_by_ops(lambda op: op.on("cpu"))
+        self._by_ops = layers_by_ops(lambda op: op.on("cpu"), layers, caches, eps, num_heads, scale)
         self._eps, self._num_heads, self._scale = eps, num_heads, scale
         self._table = np.array(
             [[*(0 if tensor is None else tensor.data_ptr() for tensor in one), 0] for one in self._layers], np.int64
@@ -64,7 +64,7 @@ class DeviceLayerStack:
         seq_lens: Tensor,
         taps: Sequence[int] = (),
         features: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Runs layers first:last, at least one. x is what the layer before gave; see `decoder_layer`.
 
         `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
@@ -72,12 +72,8 @@ class DeviceLayerStack:
         (tokens, hidden), (rows, max_blocks) = residual.shape, block_table.shape
         tiles = amx.AVAILABLE and self._kind == BFLOAT16
         if not whole(tiles, tokens, self._inputs, hidden, self._num_heads * self._head_dim, self._heads, self._width):
-            for index, (*weights, keys, values) in enumerate(self._layers[first:last], start=first):
-                take_taps(index, x, residual, taps, features)
-                at = (rope, positions, keys, values, cache_slot, block_table, query_start, seq_lens)
-                x = self._by_ops(x, residual, *weights, self._eps, *at, self._num_heads, self._scale)
-            assert x is not None
-            return x
+            where = rope, positions, cache_slot, block_table, query_start, seq_lens
+            return self._by_ops(first, last, x, residual, *where, taps, features)
         assert residual.is_contiguous() and (x is None or x.is_contiguous()) and block_table.is_contiguous()
         result = torch.empty_like(residual)
         stride = 0

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from outrider.kernels import activation, attention, linear, norm, rope
+from outrider.kernels.decoder_layer import attend_by_ops, bind, layer_ops
 from outrider.kernels.gpu.attention import multiprocessors
 from outrider.kernels.gpu.linear import FEW, TICKETS, few_rows
 from outrider.kernels.gpu.partial_norm import Rows, scale_rows
 from outrider.kernels.gpu.rope_attention import is_short, new_counters, rope_attention_gpu
+from outrider.kernels.layer_by_ops import BoundLayer, LayersByOps
 from outrider.kernels.records import LayerWeights, one_layer, take_taps
 
 
@@ -29,11 +30,13 @@ class DeviceLayerStack:
         num_heads: int,
         scale: float,
     ) -> None:
-        self._layers = list(zip(layers, caches, strict=True))
-        self._eps, self._num_heads, self._scale = eps, num_heads, scale
-        self._rms_norm, self._add_rms_norm = norm.RMS_NORM.on("cuda"), norm.ADD_RMS_NORM.on("cuda")
-        self._silu_mul, self._multiply = activation.SILU_MUL.on("cuda"), linear.LINEAR.on("cuda")
-        self._rope_store, self._attend = rope.ROPE_STORE.on("cuda"), attention.PAGED_ATTENTION.on("cuda")
+        self._weights, self._eps, self._num_heads = layers, eps, num_heads
+        self._layers = [
+            bind(weights, cache, eps, num_heads, scale) for weights, cache in zip(layers, caches, strict=True)
+        ]
+        ops = layer_ops(lambda op: op.on("cuda"))._replace(project=_project)
+        self._many = LayersByOps(self._layers, ops, self._attend_late)
+        self._attend = attend_by_ops(lambda op: op.on("cuda"))
         self._num_kv_heads = caches[0][0].shape[1]
         device = caches[0][0].device
         self._processors = multiprocessors(device)
@@ -57,21 +60,22 @@ class DeviceLayerStack:
     ) -> None:
         """Runs layers first:last, at least one; see `LayerStack`."""
         where = rope, positions, cache_slot, block_table, query_start, seq_lens
-        run = self._few if len(residual) <= FEW else self._many
-        run(first, last, x, residual, where, taps, features)
+        if len(residual) <= FEW:
+            self._few(first, last, x, residual, where, taps, features)
+        else:
+            self._many(first, last, x, residual, *where, taps, features)
 
-    def _mix(self, index: int, heads: Tensor, where: tuple[Tensor, ...], ahead: bool) -> Tensor:
+    def _mix(self, heads: Tensor, layer: BoundLayer, where: tuple[Tensor, ...], ahead: bool) -> Tensor:
         """What attention makes of heads [T, (Hq + 2*Hkv) * D]: [T, Hq * D]. `ahead` as in `rope_attend`: in `_few`."""
         rope, positions, cache_slot, block_table, query_start, seq_lens = where
-        weights, cache = self._layers[index]
+        weights, cache = layer.parameters, layer.cache
         norms = weights.q_norm, weights.k_norm, self._eps
         counts, rows = (self._num_heads, self._num_kv_heads), (block_table, query_start, seq_lens)
         group = self._num_heads // self._num_kv_heads
         if is_short(len(heads), len(block_table), group, self._num_kv_heads, self._processors):
-            given = (heads, *norms, rope, positions, *cache, cache_slot, *rows, *counts, self._scale)
+            given = (heads, *norms, rope, positions, *cache, cache_slot, *rows, *counts, layer.scale)
             return rope_attention_gpu(*given, self._counters, ahead, weights.out if ahead else None).flatten(1)
-        query = self._rope_store(heads, *norms, rope, positions, *cache, cache_slot, *counts)
-        return self._attend(query, *cache, *rows, self._scale).flatten(1)
+        return self._attend(heads, layer, where)
 
     def _few(
         self,
@@ -83,58 +87,41 @@ class DeviceLayerStack:
         taps: Sequence[int],
         features: Tensor | None,
     ) -> None:
-        entry = self._layers[first][0].input_norm
+        entry = self._weights[first].input_norm
         source: Tensor | Rows | None = x
         if entry is not None:
             source = scale_rows(x, residual, entry, self._eps)
         for index in range(first, last):
-            weights = self._layers[index][0]
+            weights = self._weights[index]
             take_taps(index, None, residual, taps, features)
             assert source is not None, "a layer without input_norm is given what it reads"
             heads = self._empty(residual, weights.qkv.shape[0])
             few_rows(source, weights.qkv, heads, bias=weights.qkv_bias, tickets=self._tickets, late=True)
-            mixed = self._mix(index, heads, where, ahead=True)  # nothing may be launched between the two
+            mixed = self._mix(heads, self._layers[index], where, ahead=True)  # nothing may be launched between the two
             normed = self._add(mixed, weights.out, residual, weights.post_norm)
             assert normed is not None
             gated = self._empty(residual, weights.down.shape[1])
             few_rows(normed, weights.gate_up, gated, gate=True, tickets=self._tickets)
-            after = self._layers[index + 1][0].input_norm if index + 1 < last else None
+            after = self._weights[index + 1].input_norm if index + 1 < last else None
             source = self._add(gated, weights.down, residual, after)
 
     def _add(self, x: Tensor, weight: Tensor, residual: Tensor, next_norm: Tensor | None) -> Rows | None:
         """Adds a product to the residual stream, and norms that in part."""
         return few_rows(x, weight, residual, add=True, next_norm=next_norm, eps=self._eps, tickets=self._tickets)
 
-    def _many(
-        self,
-        first: int,
-        last: int,
-        x: Tensor | None,
-        residual: Tensor,
-        where: tuple[Tensor, ...],
-        taps: Sequence[int],
-        features: Tensor | None,
-    ) -> None:
-        for index in range(first, last):
-            weights = self._layers[index][0]
-            if weights.input_norm is None:
-                assert x is not None, "a layer without input_norm is given what it reads"
-                source = x
-            elif x is None:
-                source = self._rms_norm(residual, weights.input_norm, self._eps)
-            else:
-                source = self._add_rms_norm(x, residual, weights.input_norm, self._eps)
-            x = None
-            take_taps(index, None, residual, taps, features)
-            mixed = self._mix(index, self._multiply(source, weights.qkv, weights.qkv_bias), where, ahead=False)
-            residual.addmm_(mixed, weights.out.t())
-            normed = self._rms_norm(residual, weights.post_norm, self._eps)
-            gated = self._silu_mul(self._multiply(normed, weights.gate_up))
-            residual.addmm_(gated, weights.down.t())
+    def _attend_late(self, heads: Tensor, layer: BoundLayer, where: tuple[Tensor, ...]) -> Tensor:
+        """For many rows: no product asks for its weights ahead."""
+        return self._mix(heads, layer, where, ahead=False)
 
     @staticmethod
     def _empty(like: Tensor, width: int) -> Tensor:
         return torch.empty(like.shape[0], width, dtype=like.dtype, device=like.device)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """A product that cuBLAS adds to the residual stream itself."""
+    assert bias is None, "layers with this bias are declined"
+    residual.addmm_(x, weight.t())
 
 
 decoder_layer_gpu = one_layer(DeviceLayerStack)
