@@ -16,14 +16,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from outrider.core.output import AcceptanceTally, FinishReason
-from outrider.core.request import Request
+from outrider.engine.completion import Completion
+from outrider.engine.generation import AsyncGeneration
 from outrider.engine.process.messages import Delta, Facts, Snapshot, WatchedRates
 from outrider.errors import EngineDeadError
 from outrider.server.app import build
-from outrider.server.generation import Generation
 from outrider.server.http.metrics import Metrics
 from outrider.server.service import Service
-from outrider.server.tokenizer_service import Texts
+from outrider.server.tokenizer_service import TokenizerService
 
 EOS = "<eos>"
 
@@ -89,9 +89,9 @@ class FakeClient:
         watched=(WatchedRates(0.0, (0.8, 0.6), (0.4, 0.1), True),),
     )
 
-    def __init__(self, texts: Texts) -> None:
-        self._texts = texts
-        self._tasks: dict[Generation, asyncio.Task[None]] = {}
+    def __init__(self, tokenizer: TokenizerService) -> None:
+        self._tokenizer = tokenizer
+        self._tasks: dict[AsyncGeneration, asyncio.Task[None]] = {}
         self.restarting = False
         self.says: list[str] = []
         """One a completion; the last is said again and again."""
@@ -99,45 +99,47 @@ class FakeClient:
         """Tokens a step."""
         self.fails_after: int | None = None
         """Steps after which the engine dies."""
-        self.asked: list[Request] = []
+        self.asked: list[Completion] = []
         """Every completion it was to write, newest last."""
         self.prompts: list[str] = []
         """Their prompts as text, special tokens included."""
 
     @property
-    def num_under_way(self) -> int:
+    def num_in_flight(self) -> int:
         """Completions that run."""
         return len(self._tasks)
 
     def check_alive(self) -> None:
         """It lives, until a test has it fail."""
 
-    async def run(self, generation: Generation) -> None:
+    async def run(self, generation: AsyncGeneration) -> None:
         """Begins to write."""
         self._tasks[generation] = asyncio.get_running_loop().create_task(self._write(generation))
 
-    def abort(self, generation: Generation) -> None:
+    def abort(self, generation: AsyncGeneration) -> None:
         """Writes no more."""
         task = self._tasks.pop(generation, None)
         if task is not None:
             task.cancel()
 
-    async def _write(self, generation: Generation) -> None:
-        tokenizer = self._texts.decoder
+    async def _write(self, generation: AsyncGeneration) -> None:
+        tokenizer = self._tokenizer.decoder
         eos = tokenizer.wrapped.eos_token_id
         for number, completion in enumerate(generation.completions):
-            request = completion.request
-            self.asked.append(request)
-            self.prompts.append(tokenizer.decode(request.prompt, skip_special_tokens=False))
+            self.asked.append(completion)
+            prompt = completion.parent.prompt_token_ids
+            self.prompts.append(tokenizer.decode(prompt, skip_special_tokens=False))
             said = self.says[min(number, len(self.says) - 1)]
             tokens = [*tokenizer.wrapped.encode(said, add_special_tokens=False), eos]
-            most = request.sampling.max_tokens or len(tokens)
+            most = completion.sampling.max_tokens or len(tokens)
             for start in range(0, len(tokens), self.step):
                 await asyncio.sleep(0)
                 if self.fails_after is not None and start // self.step >= self.fails_after:
                     generation.fail(EngineDeadError("the engine failed: the request cannot be finished"))
                     return
-                if generation.take(self._delta(number, tokens[:most], start, eos)) or start + self.step >= most:
+                delta = self._delta(number, tokens[:most], start, eos)
+                stopped = generation.take(completion, delta.tokens_gained(), delta.tally(), delta.num_cached)
+                if stopped or start + self.step >= most:
                     break
 
     def _delta(self, number: int, tokens: list[int], start: int, eos: int) -> Delta:
@@ -171,11 +173,11 @@ FACTS = Facts(
 @contextmanager
 def fake_server(directory: Path, *parsers: str | None) -> Iterator[tuple[str, FakeClient]]:
     """The address of a server over a fake engine, and the engine. `parsers`: of calls and of reasoning."""
-    texts = Texts(directory, *parsers)
-    engine = FakeClient(texts)
+    tokenizer = TokenizerService(directory, *parsers)
+    engine = FakeClient(tokenizer)
     client: Any = engine
-    facts = msgspec.structs.replace(FACTS, eos_token_ids=[texts.decoder.wrapped.eos_token_id])
-    service = Service(client, facts, texts, Metrics(client, facts, "fake"), "fake", 8)
+    facts = msgspec.structs.replace(FACTS, eos_token_ids=[tokenizer.decoder.wrapped.eos_token_id])
+    service = Service(client, facts, tokenizer, Metrics(client, facts, "fake"), "fake", 8)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(build(service, [], 1 << 20, ""), lifespan="off", log_config=None, access_log=False)
         server = uvicorn.Server(config)
@@ -186,5 +188,5 @@ def fake_server(directory: Path, *parsers: str | None) -> Iterator[tuple[str, Fa
         finally:
             server.should_exit = True
             thread.join(20)
-            texts.close()
+            tokenizer.close()
             assert not thread.is_alive()

@@ -178,6 +178,14 @@ def test_rooms_stay_small(path: Path) -> None:
             assert parameters <= limit, f"{node.name} in {path} takes {parameters} parameters"
 
 
+def test_endpoints_do_not_import_each_other() -> None:
+    endpoints = [PACKAGE / "server" / "openai" / f"{name}.py" for name in ("completions", "chat", "responses")]
+    modules = {"outrider.server.openai." + path.stem for path in endpoints}
+    for path in endpoints:
+        names = {name for name, _ in imports(ast.parse(path.read_text()))}
+        assert not [name for name in names if any(name == m or name.startswith(m + ".") for m in modules)], path
+
+
 def test_no_unfinished_marks() -> None:
     for path in sources():
         assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", path.read_text()), path

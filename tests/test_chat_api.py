@@ -13,7 +13,7 @@ import pytest
 
 from fake_engine import HERMES_TEMPLATE, LLAMA_TEMPLATE, FakeClient, fake_server, write_tokenizer
 from outrider.errors import OptionError
-from outrider.server.tokenizer_service import Texts
+from outrider.server.tokenizer_service import TokenizerService
 
 USER: list[Any] = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -403,10 +403,13 @@ def test_which_parser_fits_is_read_off_the_template(tmp_path_factory: pytest.Tem
         (None, None),
     ):
         path = write_tokenizer(tmp_path_factory.mktemp("template"), template)
-        assert Texts(path).dialect.tool_call_parser == parser
-    assert Texts(write_tokenizer(tmp_path_factory.mktemp("xml"), XML), "llama").dialect.tool_call_parser == "llama"
+        assert TokenizerService(path).output_parsers.tool_call_parser == parser
+    assert (
+        TokenizerService(write_tokenizer(tmp_path_factory.mktemp("xml"), XML), "llama").output_parsers.tool_call_parser
+        == "llama"
+    )
     with pytest.raises(OptionError, match="needs a chat template that shows tools"):
-        Texts(write_tokenizer(tmp_path_factory.mktemp("plain"), PLAIN), "hermes")
+        TokenizerService(write_tokenizer(tmp_path_factory.mktemp("plain"), PLAIN), "hermes")
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from outrider.config import EngineOptions
+from outrider.engine.process.client import EngineClient
 from outrider.errors import OptionError
 from outrider.server.app import build
-from outrider.server.client import EngineClient
 from outrider.server.http.metrics import Metrics
 from outrider.server.http.tracing import Tracing
 from outrider.server.service import Service
-from outrider.server.tokenizer_service import Texts
+from outrider.server.tokenizer_service import TokenizerService
 
 TEXT = "/v1/completions"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -64,8 +64,8 @@ def traced(tiny: Callable[..., Path]) -> dict[str, tuple[httpx.Response, Readabl
         client = EngineClient(options, 120.0)
         try:
             facts = await client.start()
-            texts, metrics = Texts(directory), Metrics(client, facts, "tiny")
-            service = Service(client, facts, texts, metrics, "tiny", 256, tracing=Tracing(provider, "tiny"))
+            tokenizer, metrics = TokenizerService(directory), Metrics(client, facts, "tiny")
+            service = Service(client, facts, tokenizer, metrics, "tiny", 256, tracing=Tracing(provider, "tiny"))
             transport = httpx.ASGITransport(app=build(service, (), 1 << 20, "/api"))
             found = {}
             async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60.0) as http:
@@ -75,7 +75,7 @@ def traced(tiny: Callable[..., Path]) -> dict[str, tuple[httpx.Response, Readabl
                     spans = exporter.get_finished_spans()
                     assert len(spans) <= 1
                     found[name] = (answer, spans[0] if spans else None)
-            texts.close()
+            tokenizer.close()
             return found
         finally:
             await client.close()

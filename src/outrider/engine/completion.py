@@ -1,4 +1,4 @@
-"""One completion under way: tokens in, text and pieces out, and how it ended."""
+"""One completion in progress: tokens in, text and pieces out, and how it ended."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from outrider.core.output import FinishReason, TokenDelta
-from outrider.core.request import Request
+from outrider.core.output import AcceptanceTally, FinishReason, TokenDelta
+from outrider.core.sampling import SamplingParams
 from outrider.engine.detokenize import Detokenizer
 from outrider.engine.outputs import CompletionOutput, Piece, RequestOutput
 
 
 @dataclass(slots=True)
 class Inbox:
-    """What came for whoever waits for some completions, until it is taken."""
+    """What came for the owner of some completions, until it is taken."""
 
     keeps_pieces: bool
     pieces: deque[Piece] = field(default_factory=deque)
@@ -25,12 +25,16 @@ class Inbox:
 class Completion:
     """One completion of a prompt: what a request of the engine yields, as text and for its owner."""
 
-    request: Request
+    index: int  # over all prompts of the generation; that of `output` is within its prompt
+    sampling: SamplingParams  # of this completion alone: n is 1
     parent: RequestOutput
     output: CompletionOutput
     inbox: Inbox
-    eos_token_ids: Collection[int]  # stop tokens that are not told as the reason
+    eos_token_ids: Collection[int]  # stop tokens that are not reported as the reason
+    id: str = ""  # of the engine's request
     detokenizer: Detokenizer | None = None
+    acceptance: AcceptanceTally = field(default_factory=AcceptanceTally)
+    num_cached: int = 0  # prompt tokens found in the prefix cache
     error: Exception | None = None  # what went wrong with this completion alone; its owner raises it
 
     @property
@@ -38,20 +42,23 @@ class Completion:
         """Whether nothing more comes."""
         return self.output.finish_reason is not None
 
-    def take(self, delta: TokenDelta) -> bool:
-        """Adds a step's tokens. True if a stop string ended it, which the engine cannot know."""
-        sampling = self.request.sampling
+    def take(self, delta: TokenDelta, acceptance: AcceptanceTally, num_cached: int) -> bool:
+        """Adds a step's tokens. True if a stop string ended it, which the engine cannot know.
+
+        `acceptance`, `num_cached`: the request's, up to and with this step.
+        """
+        self.acceptance, self.num_cached = acceptance, num_cached
         output, detokenizer = self.output, self.detokenizer
         taken: list[tuple[int, str]] = []
         reason = delta.finish_reason
         stopped = False
-        for place, token in enumerate(delta.tokens, start=1):
+        for count, token in enumerate(delta.tokens, start=1):
             output.token_ids.append(token)
             text = ""
             if detokenizer is not None:
-                ends = delta.stop_token is not None and place == len(delta.tokens)
-                if not ends or sampling.include_stop_str_in_output:
-                    stopped = detokenizer.append(token, len(output.token_ids) > sampling.min_tokens)
+                ends = delta.stop_token is not None and count == len(delta.tokens)
+                if not ends or self.sampling.include_stop_str_in_output:
+                    stopped = detokenizer.append(token, len(output.token_ids) > self.sampling.min_tokens)
                 text = detokenizer.stream(finished=stopped)
             taken.append((token, text))
             if stopped:
@@ -85,12 +92,12 @@ class Completion:
     def _put_pieces(self, taken: list[tuple[int, str]], num_accepted: int, reason: FinishReason | None) -> None:
         last = len(taken) - 1
         finish = None if reason is None else reason.value
-        for place, (token, text) in enumerate(taken):
-            drafted = place if place < num_accepted else None
-            self.inbox.pieces.append(Piece(self.output.index, token, text, drafted, finish if place == last else None))
+        for number, (token, text) in enumerate(taken):
+            drafted = number if number < num_accepted else None
+            self.inbox.pieces.append(Piece(self.index, token, text, drafted, finish if number == last else None))
 
     def _end(self, reason: FinishReason) -> None:
         self.output.finish_reason = reason.value
-        self.parent.acceptance += self.request.acceptance.report()
-        self.parent.num_cached_tokens = max(self.parent.num_cached_tokens, self.request.num_cached)
+        self.parent.acceptance += self.acceptance.report()
+        self.parent.num_cached_tokens = max(self.parent.num_cached_tokens, self.num_cached)
         self.inbox.ended.append(self)

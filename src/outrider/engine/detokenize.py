@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from outrider.core.sampling import SamplingParams
 from outrider.load.tokenizer import Tokenizer
 
 
@@ -26,6 +27,12 @@ class Detokenizer:
         self.stop_reason: str | None = None
         """The stop string that ended the text, once one did."""
         self._num_streamed = 0
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams) -> Detokenizer:
+        """For a completion of this prompt with these parameters."""
+        assert isinstance(params.stop, tuple)
+        return cls(tokenizer, prompt, params.stop, params.include_stop_str_in_output, params.skip_special_tokens)
 
     def append(self, token: int, may_stop: bool = True) -> bool:
         """Decodes one token; True if it completed a stop string, after which none may follow.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from outrider.engine.completion import Inbox
-from outrider.engine.outputs import Piece, RequestOutput
+from outrider.engine.completion import Completion
+from outrider.engine.generation import Generation
+from outrider.engine.outputs import Piece
 
 
 class Stream(Iterator[Piece]):
@@ -17,33 +18,27 @@ class Stream(Iterator[Piece]):
 
     def __init__(
         self,
-        output: RequestOutput,
-        inbox: Inbox,
-        request_ids: Iterable[str],
-        advance: Callable[[], None],  # runs a step
-        release: Callable[[Iterable[str]], None],  # aborts requests; must be safe in a finalizer
+        generation: Generation,
+        step: Callable[[], None],  # waits for the next tokens of anybody
+        release: Callable[[Sequence[Completion]], None],  # aborts completions; must be safe in a finalizer
     ) -> None:
         """`LLM.stream` makes it."""
-        self.output = output
-        self._inbox = inbox
-        self._request_ids = tuple(request_ids)
-        self._advance, self._release = advance, release
+        (self.output,) = generation.outputs
+        self._generation = generation
+        self._step, self._release = step, release
 
     def __next__(self) -> Piece:
-        inbox = self._inbox
-        while not inbox.pieces:
-            while inbox.ended:
-                completion = inbox.ended.popleft()
-                if completion.error is not None:
-                    raise completion.error
+        pieces = self._generation.inbox.pieces
+        while not pieces:
+            self._generation.ended()
             if self.output.finished:
                 raise StopIteration
-            self._advance()
-        return inbox.pieces.popleft()
+            self._step()
+        return pieces.popleft()
 
     def close(self) -> None:
         """Aborts what is not finished; pieces that came before can still be taken. Idempotent."""
-        self._release(self._request_ids)
+        self._release(self._generation.completions)
 
     def __del__(self) -> None:
         self.close()

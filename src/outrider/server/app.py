@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from outrider import __version__
 from outrider.errors import FieldError
-from outrider.server.http.access_log import REQUEST_ID, Access
-from outrider.server.http.auth import Guard
+from outrider.server.http.access_log import REQUEST_ID, AccessLogMiddleware
+from outrider.server.http.auth import AuthMiddleware
 from outrider.server.http.deadline import HEADER, Deadline, seconds_asked
 from outrider.server.http.metrics import CONTENT_TYPE
 from outrider.server.http.responses import error_record, error_response, in_time, json_response
@@ -41,7 +41,7 @@ def build(
         docs_url=None,  # the page would load its code from elsewhere
         redoc_url=None,
     )
-    app.add_middleware(Guard, keys=keys, max_body_bytes=max_body_bytes)
+    app.add_middleware(AuthMiddleware, keys=keys, max_body_bytes=max_body_bytes)
     if allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -51,7 +51,7 @@ def build(
             expose_headers=(REQUEST_ID, "retry-after"),
         )
     app.add_middleware(  # the outermost
-        Access, counted=service.metrics.answered, tracing=service.tracing, root_path=root_path
+        AccessLogMiddleware, counted=service.metrics.answered, tracing=service.tracing, root_path=root_path
     )
     app.add_exception_handler(HTTPException, _failed)
     posts: tuple[tuple[str, Answer, type[BaseModel]], ...] = (
@@ -134,13 +134,13 @@ async def _tokenize(service: Service, request: Request) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise FieldError("give either prompt or messages", "prompt")
     if asked.prompt is not None:
-        ids = await service.texts.encode(asked.prompt, asked.add_special_tokens is not False)
+        ids = await service.tokenizer.encode(asked.prompt, asked.add_special_tokens is not False)
     else:
         if asked.add_special_tokens is not None:
             said = "add_special_tokens is for a prompt, a conversation has its template's: leave it out"
             raise FieldError(said, "add_special_tokens")
-        ids = await service.texts.conversation(asked.messages)
-    pieces = {"token_strs": await service.texts.pieces(ids)} if asked.return_token_strs else {}
+        ids = await service.tokenizer.conversation(asked.messages)
+    pieces = {"token_strs": await service.tokenizer.pieces(ids)} if asked.return_token_strs else {}
     return json_response({"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, **pieces})
 
 
@@ -148,7 +148,7 @@ async def _detokenize(service: Service, request: Request) -> Response:
     """The text of token ids."""
     asked = parse(await request.body(), DetokenizeRequest)
     service.check_model(asked.model)
-    return json_response({"prompt": await service.texts.decode(asked.tokens, service.facts.vocab_size)})
+    return json_response({"prompt": await service.tokenizer.decode(asked.tokens, service.facts.vocab_size)})
 
 
 async def _models(service: Service, request: Request) -> Response:

@@ -17,16 +17,16 @@ import uvicorn
 
 from outrider import env
 from outrider.config import EngineOptions
+from outrider.engine.process.client import Counted, EngineClient
 from outrider.engine.process.logs import write_logs
 from outrider.engine.process.messages import Facts
 from outrider.errors import EngineDeadError, OptionError
 from outrider.server.app import build
-from outrider.server.client import Counted, EngineClient
 from outrider.server.http.metrics import Metrics
 from outrider.server.http.tracing import Tracing
 from outrider.server.options import ServerOptions
 from outrider.server.service import Service
-from outrider.server.tokenizer_service import Texts
+from outrider.server.tokenizer_service import TokenizerService
 
 logger = logging.getLogger("outrider")
 
@@ -94,7 +94,7 @@ async def _serve(
     for end in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(end, stopped.set)
     try:
-        loading = asyncio.to_thread(Texts, directory, options.tool_call_parser, options.reasoning_parser)
+        loading = asyncio.to_thread(TokenizerService, directory, options.tool_call_parser, options.reasoning_parser)
         with bars() as counted:
             started: asyncio.Future[Any] = asyncio.gather(client.start(*counted), loading)
             waiting: asyncio.Future[Any] = loop.create_task(stopped.wait())
@@ -103,9 +103,11 @@ async def _serve(
         if not started.done():
             started.cancel()
             return 0
-        facts, texts = started.result()
+        facts, tokenizer = started.result()
         metrics = Metrics(client, facts, name)
-        service = Service(client, facts, texts, metrics, name, options.max_waiting, options.request_timeout, tracing)
+        service = Service(
+            client, facts, tokenizer, metrics, name, options.max_waiting, options.request_timeout, tracing
+        )
         app = build(service, keys, options.max_body_bytes, options.root_path, options.allowed_origin or ())
         config = uvicorn.Config(
             app,
@@ -128,7 +130,7 @@ async def _serve(
         if stopped.is_set():
             return 0
         await server.serve(sockets=[listener])
-        texts.close()
+        tokenizer.close()
         return 0 if client.alive or client.restarting else 1
     finally:
         if life is not None:
@@ -176,7 +178,7 @@ class _Life:
             for connection in list(self.server.server_state.connections):
                 connection.transport.abort()  # or closing the listener waits for them, from Python 3.12 on
             return
-        logger.info("draining: %d completions are under way", self.service.client.num_under_way)
+        logger.info("draining: %d completions are under way", self.service.client.num_in_flight)
         self.service.draining = True
         self.server.should_exit = True
         asyncio.get_running_loop().call_later(self.drain_timeout, self._give_up)

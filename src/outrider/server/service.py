@@ -11,15 +11,15 @@ from starlette.exceptions import HTTPException
 
 from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
+from outrider.engine.generation import AsyncGeneration
+from outrider.engine.process.client import EngineClient
 from outrider.engine.process.messages import Facts
 from outrider.engine.prompts import check_stop_ids
 from outrider.errors import InputError, OverloadError, shortened
-from outrider.server.client import EngineClient
-from outrider.server.generation import Generation
 from outrider.server.http.metrics import Metrics
 from outrider.server.http.tracing import Tracing
 from outrider.server.openai.schemas import Sampling
-from outrider.server.tokenizer_service import Texts
+from outrider.server.tokenizer_service import TokenizerService
 
 Prompts = list[tuple[str | None, list[int]]]
 """Each with its text, where it was given as text."""
@@ -31,7 +31,7 @@ class Service:
 
     client: EngineClient
     facts: Facts
-    texts: Texts
+    tokenizer: TokenizerService
     metrics: Metrics
     model_name: str
     max_waiting: int
@@ -55,7 +55,7 @@ class Service:
         if name is not None and name != self.model_name:
             raise HTTPException(404, f"the model {shortened(name)!r} does not exist: this server has {self.model_name}")
 
-    async def begin(self, asked: Sampling, prompts: Awaitable[Prompts], params: SamplingParams) -> Generation:
+    async def begin(self, asked: Sampling, prompts: Awaitable[Prompts], params: SamplingParams) -> AsyncGeneration:
         """Queues a request's completions. `prompts` is awaited only if there may be room.
 
         Raises OverloadError, InputError as the engine does, EngineDeadError.
@@ -74,20 +74,20 @@ class Service:
             self.check_count(count)
             for _, ids in encoded:
                 check_prompt_length(len(ids), self.facts.max_model_len)
-            await self.texts.check_ids([ids for _, ids in encoded], self.facts.vocab_size)
+            await self.tokenizer.check_ids([ids for _, ids in encoded], self.facts.vocab_size)
         finally:
             self._num_arriving -= 1
         self._check_room(count)
-        generation = Generation(
+        generation = AsyncGeneration(
             encoded,
             params,
-            self.texts,
             self.metrics,
             eos_token_ids=self.facts.eos_token_ids,
             verifier=self.facts.verifier,
             max_drafts=max_drafts,
             arrival=arrival,
         )
+        generation.detokenize(self.tokenizer.detokenizer)
         if self.tracing is not None:
             self.tracing.began(generation)
         await self.client.run(generation)
@@ -107,7 +107,7 @@ class Service:
 
     def _check_room(self, count: int) -> None:
         self.client.check_alive()
-        under_way = self.client.num_under_way + self._num_arriving
+        under_way = self.client.num_in_flight + self._num_arriving
         if under_way + count > self._capacity:
             raise OverloadError(
                 f"{under_way} completions are under way, and at most {self._capacity} may be: try again later",

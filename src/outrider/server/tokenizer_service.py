@@ -16,12 +16,12 @@ from outrider.engine.prompts import as_conversations, as_prompts, as_template_ar
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
 from outrider.server.openai.messages import plain_conversation
-from outrider.server.openai.output_parsers import Dialect
+from outrider.server.openai.output_parsers import OutputParsers
 
 Made = TypeVar("Made")
 
 
-class Texts:
+class TokenizerService:
     """A checkpoint's tokenizer for a server.
 
     What a request brings may take long, and a tokenizer cannot be used by two threads at once: so there is one for
@@ -34,7 +34,7 @@ class Texts:
         """Loads it. Raises CheckpointError, and OptionError for a parser that the chat template rules out."""
         self.decoder = Tokenizer(directory)
         self._encoder = Tokenizer(directory)
-        self.dialect = Dialect(self.decoder, tool_call_parser, reasoning_parser)
+        self.output_parsers = OutputParsers(self.decoder, tool_call_parser, reasoning_parser)
         self._thread = ThreadPoolExecutor(1, "outrider-encode")
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -96,7 +96,7 @@ class Texts:
         if len(conversations) != 1 or conversations[0] is not messages:
             raise PromptError("messages must be one conversation", "messages")
         plain = plain_conversation(messages)
-        self.dialect.check_messages(plain)
+        self.output_parsers.check_messages(plain)
         arguments = as_template_arguments(template_arguments)
         if "tools" in arguments:
             raise PromptError("chat_template_kwargs holds tools: give them as tools", "chat_template_kwargs")
@@ -116,12 +116,9 @@ class Texts:
         """Each token as the vocabulary has it."""
         return await self._run(lambda: list(self._encoder.wrapped.convert_ids_to_tokens(list(ids))))
 
-    def detokenizer(self, prompt: list[int], params: SamplingParams) -> Detokenizer:
+    def detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> Detokenizer:
         """What turns a completion's tokens to text."""
-        assert isinstance(params.stop, tuple)
-        return Detokenizer(
-            self.decoder, prompt, params.stop, params.include_stop_str_in_output, params.skip_special_tokens
-        )
+        return Detokenizer.of(self.decoder, prompt, params)
 
     async def _run(self, work: Callable[[], Made]) -> Made:
         try:

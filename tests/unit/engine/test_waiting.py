@@ -69,7 +69,7 @@ def llm(path: str, expected: tuple[Any, list[str]]) -> Iterator[LLM]:
         llm.engine.step = counted  # type: ignore[method-assign]
         yield llm
         assert run(llm, CHECKS) == expected[0]
-        assert not llm.engine.has_work and not llm._completions
+        assert not llm.engine.has_work and not llm._client.completions
         llm.engine._scheduler.check_idle()
         llm.engine.add("last", [1], SamplingParams(max_tokens=1))
         llm.engine.step()
@@ -167,8 +167,8 @@ class BrokenTextError(Exception):
 
 def break_text(stream: Stream, llm: LLM, after: int = 5) -> None:
     """One completion's text fails at its nth token from now on."""
-    (request_id,) = stream._request_ids
-    detokenizer = llm._completions[request_id].detokenizer
+    request_id = stream._generation.completions[0].id
+    detokenizer = llm._client.completions[request_id][1].detokenizer
     assert detokenizer is not None
     append, calls = detokenizer.append, 0
 
@@ -230,14 +230,14 @@ def test_an_error_in_generate_is_raised_by_it(
     monkeypatch.setattr(llm, "_detokenizer", making)
     with pytest.raises(TypeError, match="NoneType"):
         llm.generate([prompt(9, salt) for salt in range(3)], LONG)
-    assert len(llm._completions) == 1
+    assert len(llm._client.completions) == 1
     assert text(beside) == expected[1][0]
 
 
 def test_a_request_that_was_aborted_by_hand_ends(llm: LLM, expected: tuple[Any, list[str]]) -> None:
     stream, beside = start(llm, 0), start(llm, 1)
     first = next(stream).text
-    (request_id,) = stream._request_ids
+    request_id = stream._generation.completions[0].id
     assert llm.engine.knows(request_id)
     llm.engine.abort(request_id)
     assert not llm.engine.knows(request_id)
@@ -296,7 +296,7 @@ def test_a_stream_dropped_in_the_middle_of_a_step_disturbs_nothing(
     streams = [start(llm, salt) for salt in range(3)]
     for stream in streams:
         next(stream)
-    (request_id,) = streams[1]._request_ids
+    request_id = streams[1]._generation.completions[0].id
     del stream
     call = getattr(llm.engine._scheduler, place)
     seen = []

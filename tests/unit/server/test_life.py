@@ -38,7 +38,7 @@ class ShortLived:
 
 def test_an_engine_that_dies_before_anybody_listens_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "EngineClient", ShortLived)
-    monkeypatch.setattr(serve, "Texts", lambda *_: None)
+    monkeypatch.setattr(serve, "TokenizerService", lambda *_: None)
 
     async def nothing(*_: Any, **__: Any) -> None:
         pytest.fail("it listened")
@@ -65,7 +65,7 @@ def test_told_a_second_time_it_ends_at_once() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             address = listener.getsockname()
             server = serve._Server(config, lambda: None)
-            client = SimpleNamespace(num_under_way=1, fail=failed.append)
+            client = SimpleNamespace(num_in_flight=1, fail=failed.append)
             service: Any = SimpleNamespace(draining=False, client=client)
             life = serve._Life(server, service, 600.0, restarts=False)
             serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -13,32 +13,32 @@ import pytest
 from starlette.requests import Request
 
 from fake_engine import EOS, FACTS, HERMES_TEMPLATE, FakeClient, write_tokenizer
+from outrider.core.output import AcceptanceTally, TokenDelta
 from outrider.core.sampling import SamplingParams
-from outrider.engine.process.messages import Delta
+from outrider.engine import generation
 from outrider.errors import FieldError, InputError, PromptError
-from outrider.server import generation
 from outrider.server.app import _tokenize
 from outrider.server.http.metrics import Metrics
 from outrider.server.http.responses import ClientGoneError
 from outrider.server.openai.completions import _prompts, complete
 from outrider.server.openai.schemas import Asked, CompletionRequest, TokenizeRequest, parse
 from outrider.server.service import Service
-from outrider.server.tokenizer_service import Texts
+from outrider.server.tokenizer_service import TokenizerService
 
 LENGTH = FACTS.max_model_len
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Texts]:
-    made = Texts(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), HERMES_TEMPLATE, (EOS,)))
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenizerService]:
+    made = TokenizerService(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), HERMES_TEMPLATE, (EOS,)))
     yield made
     made.close()
 
 
 @pytest.fixture
-def service(texts: Texts) -> Service:
-    client: Any = FakeClient(texts)
-    return Service(client, FACTS, texts, Metrics(client, FACTS, "fake"), "fake", 8)
+def service(tokenizer: TokenizerService) -> Service:
+    client: Any = FakeClient(tokenizer)
+    return Service(client, FACTS, tokenizer, Metrics(client, FACTS, "fake"), "fake", 8)
 
 
 def asked(record: type[Asked] = CompletionRequest, **body: Any) -> tuple[Request, Asked]:  # type: ignore[assignment]
@@ -58,7 +58,7 @@ def asked(record: type[Asked] = CompletionRequest, **body: Any) -> tuple[Request
 def test_a_prompt_that_is_too_long_is_refused_before_it_is_copied(
     service: Service, prompt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "Request", lambda *_, **__: pytest.fail("a completion was made"))
+    monkeypatch.setattr(generation, "Completion", lambda *_, **__: pytest.fail("a completion was made"))
     request, _ = asked(prompt=prompt, n=8)
     with pytest.raises(PromptError, match=f"has {LENGTH} tokens, which leaves no room .* at most {LENGTH - 1}"):
         asyncio.run(complete(service, request))
@@ -66,7 +66,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_copied(
 
 
 def test_prompts_are_counted_before_they_are_encoded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service.texts._encoder, "encode", lambda _: pytest.fail("a prompt was encoded"))
+    monkeypatch.setattr(service.tokenizer._encoder, "encode", lambda _: pytest.fail("a prompt was encoded"))
     for body in ({"prompt": ["a"] * 17}, {"prompt": ["a"] * 6, "n": 3}):
         with pytest.raises(InputError, match="completions are asked for"):
             asyncio.run(complete(service, asked(**body)[0]))
@@ -84,10 +84,10 @@ def test_what_a_request_brings_is_not_worked_on_by_the_event_loop(
 
     async def main() -> None:
         assert await _prompts(service, asked(prompt=[[65], [66]], echo=True)[1]) == [
-            (service.texts.decoder.decode([one]), [one]) for one in (65, 66)
+            (service.tokenizer.decoder.decode([one]), [one]) for one in (65, 66)
         ]
-        await service.texts.check_ids([[1]], 300)
-        await service.texts.decode([65], 300)
+        await service.tokenizer.check_ids([[1]], 300)
+        await service.tokenizer.decode([65], 300)
 
     asyncio.run(main())
     assert len(seen) == 1 and threading.current_thread() not in seen
@@ -104,16 +104,14 @@ def test_a_client_that_goes_while_its_prompt_waits_is_not_served(service: Servic
     request: Any = Gone()
     with pytest.raises(ClientGoneError):
         asyncio.run(complete(service, request))
-    assert service.client.num_under_way == service._num_arriving == 0
+    assert service.client.num_in_flight == service._num_arriving == 0
 
 
 def test_prompt_tokens_are_counted_when_a_completion_begins_to_come(service: Service) -> None:
     params = SamplingParams(n=2)
-    made = generation.Generation(
-        [(None, [1, 2, 3])], params, service.texts, service.metrics, eos_token_ids=(), verifier="x"
-    )
+    made = generation.AsyncGeneration([(None, [1, 2, 3])], params, service.metrics, eos_token_ids=(), verifier="x")
     for _ in range(2):
-        made.take(Delta("0-1", (65,), 0, None, None, 0, 0, ()))
+        made.take(made.completions[1], TokenDelta("0-1", (65,), 0, None, None), AcceptanceTally(), 0)
     assert b'outrider:prompt_tokens_total{model_name="fake"} 3.0' in service.metrics.page()
 
 

@@ -38,7 +38,7 @@ from outrider.engine.process.messages import (
     ToEngine,
     WatchedRates,
 )
-from outrider.errors import EngineDeadError, InputError, OutriderError
+from outrider.errors import EngineDeadError, InputError, OutriderError, class_name
 
 logger = logging.getLogger("outrider")
 
@@ -69,8 +69,7 @@ def run(options: EngineOptions, address: str, log_format: str = "text") -> None:
     except Exception as error:
         if isinstance(error, EngineDeadError) or not isinstance(error, OutriderError):
             logger.exception("the engine failed")
-        kind = type(error).__name__ if isinstance(error, OutriderError) else EngineDeadError.__name__
-        socket.send(msgspec.msgpack.encode(Failed(kind, str(error) or repr(error))))
+        socket.send(msgspec.msgpack.encode(Failed(class_name(error), str(error) or repr(error))))
         raise SystemExit(1) from error
     finally:
         context.destroy(linger=1000)
@@ -171,7 +170,7 @@ class EngineProcess:
         except InputError as error:
             for prompt in added:
                 self.engine.finish(prompt.id, FinishReason.ABORT)
-            self._send(Refused(message.number, type(error).__name__, str(error), error.field))
+            self._send(Refused(message.number, class_name(error), str(error), error.field))
         else:
             self._send(Taken(message.number))
 

@@ -35,7 +35,7 @@ def route_path(scope: Scope) -> str:
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
 
-class Access:
+class AccessLogMiddleware:
     """ASGI middleware. It never looks into a body, and what it logs holds nothing of one."""
 
     def __init__(self, app: ASGIApp, counted: Counted, tracing: Tracing | None, root_path: str = "") -> None:

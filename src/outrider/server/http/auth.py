@@ -28,7 +28,7 @@ class _Body:
     num_bytes: int = 0  # that have come
 
 
-class Guard:
+class AuthMiddleware:
     """ASGI middleware. It never looks into a body."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int) -> None:

@@ -12,8 +12,8 @@ from prometheus_client.registry import Collector
 
 from outrider import __version__
 from outrider.engine.completion import Completion
+from outrider.engine.process.client import EngineClient, retry_seconds
 from outrider.engine.process.messages import Facts, Snapshot
-from outrider.server.client import EngineClient, retry_seconds
 
 PREFIX = "outrider:"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -69,7 +69,7 @@ class Metrics:
 
     def began(self, completion: Completion) -> None:
         """A completion got its first tokens."""
-        self._prompt_tokens.inc(completion.request.num_prompt)
+        self._prompt_tokens.inc(len(completion.parent.prompt_token_ids))
 
     def gained(self, num_tokens: int, since: float, now: float, first: bool) -> None:
         """A completion gained tokens at `now`, having waited from `since`: its last ones, or its arrival."""
@@ -85,7 +85,7 @@ class Metrics:
         seconds, output = now - arrival, completion.output
         self._e2e.observe(seconds)
         self._typical_seconds += 0.1 * (seconds - self._typical_seconds)
-        self._prompt_sizes.observe(completion.request.num_prompt)
+        self._prompt_sizes.observe(len(completion.parent.prompt_token_ids))
         self._output_sizes.observe(len(output.token_ids))
         self._ended.labels(finished_reason=output.finish_reason, **self._labels).inc()
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from outrider import __version__
+from outrider.engine.generation import AsyncGeneration
 from outrider.errors import OptionError
-from outrider.server.generation import Generation
 from outrider.server.paths import OPEN_PATHS, POLLED_PATHS
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Tracing:
         self._trace, self._provider, self._model_name = trace, provider, model_name
         self._tracer = provider.get_tracer(SERVICE, __version__)
         self._propagator = TraceContextTextMapPropagator()
-        self._generations: dict[int, Generation] = {}  # by the id of their request's span
+        self._generations: dict[int, AsyncGeneration] = {}  # by the id of their request's span
 
     @classmethod
     def to(cls, endpoint: str, model_name: str) -> Tracing:
@@ -63,7 +63,7 @@ class Tracing:
         """A context manager under which the span is the current one."""
         return self._trace.use_span(span, end_on_exit=False, record_exception=False, set_status_on_exception=False)
 
-    def began(self, generation: Generation) -> None:
+    def began(self, generation: AsyncGeneration) -> None:
         """The current request is answered by this generation."""
         context = self._trace.get_current_span().get_span_context()
         if context.is_valid:
@@ -99,10 +99,9 @@ class Tracing:
         self._provider.shutdown()
 
 
-def _told(generation: Generation, model_name: str) -> dict[str, Any]:
+def _told(generation: AsyncGeneration, model_name: str) -> dict[str, Any]:
     """A generation's attributes; those of OpenAI's meaning in the conventions' names."""
     sampling, usage = generation.params, generation.usage()
-    speculative = usage["speculative"]
     told: dict[str, Any] = {
         "gen_ai.response.model": model_name,
         "gen_ai.request.temperature": sampling.temperature,
@@ -112,13 +111,13 @@ def _told(generation: Generation, model_name: str) -> dict[str, Any]:
         "gen_ai.request.seed": sampling.seed,
         "gen_ai.request.choice.count": sampling.n if sampling.n > 1 else None,
         "gen_ai.response.finish_reasons": [each.output.finish_reason or "none" for each in generation.completions],
-        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-        "gen_ai.usage.output_tokens": usage["completion_tokens"],
-        "gen_ai.usage.cache_read.input_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+        "gen_ai.usage.input_tokens": usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": usage.completion_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
         "gen_ai.server.time_to_first_token": generation.seconds_to_first_token,
-        "outrider.speculative.drafts": speculative["drafts"],
-        "outrider.speculative.drafted": speculative["drafted"],
-        "outrider.speculative.accepted": speculative["accepted"],
-        "outrider.speculative.acceptance_length": speculative["acceptance_length"],
+        "outrider.speculative.drafts": usage.acceptance.drafts,
+        "outrider.speculative.drafted": usage.acceptance.drafted,
+        "outrider.speculative.accepted": usage.acceptance.accepted,
+        "outrider.speculative.acceptance_length": usage.acceptance.length,
     }
     return {name: value for name, value in told.items() if value is not None}

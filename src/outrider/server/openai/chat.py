@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider.engine.completion import Completion
-from outrider.errors import FieldError, PromptError
-from outrider.server.generation import Gain, Generation
-from outrider.server.openai.completions import Form, answer, begin, head, placed
+from outrider.engine.generation import AsyncGeneration, CompletionDelta
+from outrider.errors import PromptError
+from outrider.server.openai.base import ResponseBuilder, answer, begin, choice, head, placed, usage
 from outrider.server.openai.output_parsers import Part, Reasoning, ReplyParser
-from outrider.server.openai.schemas import ChatRequest, Sampling, parse
+from outrider.server.openai.replies import call_id, num_reasoning_tokens, reply_parsers, text_defaults
+from outrider.server.openai.schemas import ChatRequest, parse
 from outrider.server.openai.tool_calls import ToolCall
 from outrider.server.service import Prompts, Service
-from outrider.server.tokenizer_service import Texts
+from outrider.server.tokenizer_service import TokenizerService
 
 
 async def chat(service: Service, request: Request) -> Response:
@@ -27,65 +27,37 @@ async def chat(service: Service, request: Request) -> Response:
     tools = asked.shown_tools()
 
     async def prompts() -> Prompts:
-        return [(None, await service.texts.conversation(asked.messages, asked.chat_template_kwargs, tools))]
+        return [(None, await service.tokenizer.conversation(asked.messages, asked.chat_template_kwargs, tools))]
 
-    defaults = text_defaults(service.texts, asked, tools)
+    defaults = text_defaults(service.tokenizer, asked, tools)
     try:
         generation = await begin(service, request, asked, prompts(), **defaults)
     except PromptError as error:
         raise placed(error, "messages") from None
     kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-    replies = replies_of(service.texts, generation, tools, asked.parallel_tool_calls)
-    form = _ChatForm(asked, head(service, request, "chatcmpl", kind), service.texts, replies)
-    return await answer(service, request, generation, form)
-
-
-def text_defaults(texts: Texts, asked: Sampling, tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Sampling parameters that keep every tag in the text. FieldError for tools that cannot be had."""
-    if tools:
-        texts.dialect.check_tools()
-    hidden = texts.dialect.hides(with_tools=bool(tools))
-    if hidden is None:
-        return {}
-    if asked.skip_special_tokens:
-        said = f"skip_special_tokens true hides {hidden}, which is to be read: leave it out"
-        raise FieldError(said, "skip_special_tokens")
-    return {"skip_special_tokens": False}
-
-
-def replies_of(
-    texts: Texts, generation: Generation, tools: Sequence[dict[str, Any]], parallel: bool | None
-) -> list[ReplyParser]:
-    """What reads each completion of a generation."""
-    names = [tool["function"]["name"] for tool in tools]
-    most = 1 if parallel is False else None
-    return [texts.dialect.reply(one.parent.prompt_token_ids, names, most) for one in generation.completions]
-
-
-def call_id() -> str:
-    """An id for a call, for the message that brings its result."""
-    return f"call_{uuid.uuid4().hex[:24]}"
+    replies = reply_parsers(service.tokenizer, generation, tools, asked.parallel_tool_calls)
+    builder = _MessageBuilder(asked, head(service, request, "chatcmpl", kind), service.tokenizer, replies)
+    return await answer(service, request, generation, builder)
 
 
 @dataclass(frozen=True, slots=True)
-class _ChatForm(Form):
-    texts: Texts
+class _MessageBuilder(ResponseBuilder):
+    """Choices of messages, with their reasoning and their tool calls."""
+
+    tokenizer: TokenizerService
     replies: list[ReplyParser]
 
-    def opening(self, generation: Generation) -> list[dict[str, Any]]:
+    def opening(self, generation: AsyncGeneration) -> list[dict[str, Any]]:
         """Each message's role."""
         role = {"role": "assistant", "content": ""}
-        return [
-            {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
-            for index in range(len(generation.completions))
-        ]
+        return [choice(completion.index, {"delta": role}) for completion in generation.completions]
 
-    def bodies(self, gain: Gain) -> list[dict[str, Any]]:
-        """What a message gained: each piece of reasoning or content, and each call, its name first."""
-        reply = self.replies[gain.index]
+    def bodies(self, delta: CompletionDelta) -> list[dict[str, Any]]:
+        """Each piece of reasoning or content, and each call, its name first."""
+        reply = self.replies[delta.index]
         number = reply.num_calls
         bodies: list[dict[str, Any]] = []
-        for part in reply.feed(gain.text, finished=gain.finish_reason is not None):
+        for part in reply.feed(delta.text, finished=delta.finish_reason is not None):
             if isinstance(part, ToolCall):
                 call = {"index": number, **_call_record(ToolCall(part.name, ""))}
                 bodies.append({"delta": {"tool_calls": [call]}})
@@ -99,34 +71,25 @@ class _ChatForm(Form):
         return bodies
 
     def body(self, text: str) -> dict[str, Any]:
-        """What a chunk tells of some content."""
+        """Some content."""
         return {"delta": {"content": text} if text else {}}
 
-    def reason(self, index: int, finish_reason: str | None) -> str | None:
+    def finish_reason(self, index: int, reason: str | None) -> str | None:
         """A message that calls tools has not stopped: it waits for them."""
-        return "tool_calls" if finish_reason == "stop" and self.replies[index].num_calls else finish_reason
+        return "tool_calls" if reason == "stop" and self.replies[index].num_calls else reason
 
-    def choice(self, completion: Completion, echoed: str) -> dict[str, Any]:
+    def content(self, completion: Completion) -> dict[str, Any]:
         """A message with all its text."""
-        parts = self.replies[completion.output.index].feed(completion.output.text, finished=True)
+        parts = self.replies[completion.index].feed(completion.output.text, finished=True)
         return {"message": _message(parts)}
 
-    def usage(self, generation: Generation) -> dict[str, Any]:
+    def usage(self, generation: AsyncGeneration) -> dict[str, Any]:
         """As for any, with the tokens of reasoning where that is told apart."""
-        usage = Form.usage(self, generation)
-        if self.texts.dialect.reasons:
-            count = num_reasoned(self.texts, generation, self.replies)
-            usage["completion_tokens_details"] = {"reasoning_tokens": count}
-        return usage
-
-
-def num_reasoned(texts: Texts, generation: Generation, replies: Sequence[ReplyParser]) -> int:
-    """Tokens of reasoning in all completions of a generation that has ended."""
-    return sum(
-        texts.dialect.num_reasoning_tokens(completion.output.token_ids)
-        for completion, reply in zip(generation.completions, replies, strict=True)
-        if reply.has_reasoning
-    )
+        counts = usage(generation)
+        if self.tokenizer.output_parsers.reasons:
+            count = num_reasoning_tokens(self.tokenizer, generation, self.replies)
+            counts["completion_tokens_details"] = {"reasoning_tokens": count}
+        return counts
 
 
 def _message(parts: Sequence[Part]) -> dict[str, Any]:

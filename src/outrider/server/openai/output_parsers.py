@@ -77,7 +77,7 @@ class ReplyParser:
         return parts
 
 
-class Dialect:
+class OutputParsers:
     """What one model's tokenizer and template make of tools and reasoning."""
 
     def __init__(self, tokenizer: Tokenizer, tool_call_parser: str | None, reasoning_parser: str | None) -> None:
@@ -152,14 +152,14 @@ class Dialect:
             tags += PARSERS[self.tool_call_parser].tags
         return next((tag for tag in tags if tag in self._special), None)
 
-    def reply(self, prompt: Sequence[int], tool_names: Collection[str], most_calls: int | None) -> ReplyParser:
+    def reply(self, prompt: Sequence[int], tool_names: Collection[str], max_calls: int | None) -> ReplyParser:
         """What reads a completion of this prompt; with no tools, no calls are looked for."""
         think = tools = None
         if self.reasons:
             end = self._tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
             think = ThinkParser(is_open=end.rstrip().endswith(OPEN))
         if tool_names and self.tool_call_parser is not None:
-            tools = PARSERS[self.tool_call_parser](tool_names, most_calls)
+            tools = PARSERS[self.tool_call_parser](tool_names, max_calls)
         return ReplyParser(think, tools)
 
     def num_reasoning_tokens(self, ids: Sequence[int]) -> int:

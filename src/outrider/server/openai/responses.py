@@ -10,12 +10,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from outrider.engine.generation import AsyncGeneration
 from outrider.errors import PromptError
-from outrider.server.generation import Generation
 from outrider.server.http.responses import describe, event
-from outrider.server.openai.chat import call_id, num_reasoned, replies_of, text_defaults
-from outrider.server.openai.completions import begin, ended
+from outrider.server.openai.base import begin, ended, usage
 from outrider.server.openai.output_parsers import Part, Reasoning, ReplyParser
+from outrider.server.openai.replies import call_id, num_reasoning_tokens, reply_parsers, text_defaults
 from outrider.server.openai.responses_schemas import ResponsesRequest, check_metadata
 from outrider.server.openai.schemas import parse
 from outrider.server.openai.tool_calls import ToolCall
@@ -31,24 +31,24 @@ async def respond(service: Service, request: Request) -> Response:
     messages, tools = asked.messages(), asked.shown_tools()
 
     async def prompts() -> Prompts:
-        return [(None, await service.texts.conversation(messages, asked.chat_template_kwargs, tools))]
+        return [(None, await service.tokenizer.conversation(messages, asked.chat_template_kwargs, tools))]
 
-    defaults = text_defaults(service.texts, asked, tools)
+    defaults = text_defaults(service.tokenizer, asked, tools)
     try:
         generation = await begin(service, request, asked, prompts(), **defaults)
     except PromptError as error:
         field = "input" if error.field is None or error.field.startswith("messages") else error.field
         raise PromptError(str(error), field) from None
-    (reply,) = replies_of(service.texts, generation, tools, asked.parallel_tool_calls)
+    (reply,) = reply_parsers(service.tokenizer, generation, tools, asked.parallel_tool_calls)
     record = {"id": f"resp_{request.state.request_id}", **_record(service, asked, generation), "metadata": metadata}
     answer = _Answer(record, service, generation, reply)
     events = _streamed(answer, generation) if asked.stream else None
     return await ended(service, request, generation, events, answer.whole, answer.failed)
 
 
-def _record(service: Service, asked: ResponsesRequest, generation: Generation) -> dict[str, Any]:
+def _record(service: Service, asked: ResponsesRequest, generation: AsyncGeneration) -> dict[str, Any]:
     """What a response says of its request, and begins with."""
-    sampling = generation.completions[0].request.sampling
+    sampling = generation.params
     tools = [{"type": "function", **tool.model_dump(exclude={"type"})} for tool in asked.tools or ()]
     return {
         "object": "response",
@@ -79,7 +79,9 @@ def _record(service: Service, asked: ResponsesRequest, generation: Generation) -
 class _Answer:
     """A response as it grows. Its items are made by the events that tell of them, so both say the same."""
 
-    def __init__(self, record: dict[str, Any], service: Service, generation: Generation, reply: ReplyParser) -> None:
+    def __init__(
+        self, record: dict[str, Any], service: Service, generation: AsyncGeneration, reply: ReplyParser
+    ) -> None:
         self._record, self._service, self._generation, self._reply = record, service, generation, reply
         self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the last item, while text may be added to it
@@ -129,16 +131,16 @@ class _Answer:
         return response
 
     def _usage(self) -> dict[str, Any]:
-        usage = self._generation.usage()
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        reasoned = num_reasoned(self._service.texts, self._generation, [self._reply])
+        counts = usage(self._generation)
+        cached = counts["prompt_tokens_details"]["cached_tokens"]
+        reasoned = num_reasoning_tokens(self._service.tokenizer, self._generation, [self._reply])
         return {
-            "input_tokens": usage["prompt_tokens"],
+            "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": usage["completion_tokens"],
+            "output_tokens": counts["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": reasoned},
-            "total_tokens": usage["total_tokens"],
-            "speculative": usage["speculative"],
+            "total_tokens": counts["total_tokens"],
+            "speculative": counts["speculative"],
         }
 
     def _add(self, part: Part) -> Iterator[Event]:
@@ -205,9 +207,9 @@ class _Answer:
         return self._of_part(f"{name}.{kind}", **more, **logprobs)
 
 
-async def _streamed(answer: _Answer, generation: Generation) -> AsyncGenerator[bytes, None]:
+async def _streamed(answer: _Answer, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
     yield answer.told(answer.begun())
-    async for gain in generation.gains():
-        if lines := answer.told(answer.gained(gain.text, gain.finish_reason is not None)):
+    async for delta in generation.deltas():
+        if lines := answer.told(answer.gained(delta.text, delta.finish_reason is not None)):
             yield lines
     yield answer.told(answer.ended())

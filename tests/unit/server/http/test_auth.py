@@ -15,8 +15,8 @@ from starlette.responses import Response
 
 from outrider.engine.process.logs import FIELDS
 from outrider.server.http import auth
-from outrider.server.http.access_log import Access
-from outrider.server.http.auth import Guard
+from outrider.server.http.access_log import AccessLogMiddleware
+from outrider.server.http.auth import AuthMiddleware
 from outrider.server.http.responses import error_response
 
 LIMIT = 1000
@@ -40,8 +40,8 @@ def ask(
     app.add_api_route("/fault", fault)
     for path_ in ("/health", "/metrics", "/version", "/v1/echo", "/tokenize", "/playground/state"):
         app.add_api_route(path_, echo, methods=["GET", "POST"])
-    app.add_middleware(Guard, keys=keys, max_body_bytes=LIMIT)
-    app.add_middleware(Access, counted=lambda *one: counted.append(one), tracing=None, root_path=root_path)
+    app.add_middleware(AuthMiddleware, keys=keys, max_body_bytes=LIMIT)
+    app.add_middleware(AccessLogMiddleware, counted=lambda *one: counted.append(one), tracing=None, root_path=root_path)
 
     async def sent() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
@@ -128,7 +128,7 @@ def test_bodies_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
         return Response()
 
     app.add_api_route("/wait", wait, methods=["POST"])
-    app.add_middleware(Guard, keys=(), max_body_bytes=LIMIT)
+    app.add_middleware(AuthMiddleware, keys=(), max_body_bytes=LIMIT)
 
     async def main() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:

@@ -147,7 +147,7 @@ def test_text_is_told_as_soon_as_it_is_certain() -> None:
     assert LlamaParser(NAMES).feed("Hello ") == ["Hello "]
 
 
-def test_most_calls() -> None:
+def test_max_calls() -> None:
     assert calls(HermesParser(NAMES, most=1), f"So: {hermes(GOOD)}\n{hermes(TRICKY)} end") == ["So:", WEATHER]
     assert calls(LlamaParser(NAMES, most=1), f"{LLAMA_GOOD}; {LLAMA_GOOD}") == [WEATHER]
 

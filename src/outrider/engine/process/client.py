@@ -1,4 +1,4 @@
-"""The engine's process as the server sees it: requests out, tokens in, and whether it lives."""
+"""The near end of an engine's process: requests out, tokens in, and whether it lives."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from outrider import errors
 from outrider.config import EngineOptions
 from outrider.core.output import FinishReason
+from outrider.engine.completion import Completion
+from outrider.engine.generation import Generation
 from outrider.engine.process.host import run
 from outrider.engine.process.messages import (
     Add,
@@ -41,9 +41,7 @@ from outrider.engine.process.messages import (
     Taken,
     ToEngine,
 )
-from outrider.errors import EngineDeadError, EngineRestartingError, OptionError, OutriderError
-from outrider.oracle import RefusedError
-from outrider.server.generation import Generation
+from outrider.errors import EngineDeadError, EngineRestartingError, OutriderError, rebuilt
 
 logger = logging.getLogger("outrider")
 
@@ -79,7 +77,7 @@ class EngineClient:
         self._start_seconds = 0.0  # that the last start took
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._tasks: list[asyncio.Task[None]] = []
-        self._generations: dict[str, Generation] = {}  # by the engine's id of each completion under way
+        self._requests: dict[str, tuple[Generation, Completion]] = {}  # in flight, by the engine's id
         self._answers: dict[int, asyncio.Future[None]] = {}
         self._numbers = itertools.count()
         self._heard = 0.0
@@ -107,9 +105,9 @@ class EngineClient:
             raise EngineDeadError("the engine is dead: the server is going down") from self.cause_of_death
 
     @property
-    def num_under_way(self) -> int:
+    def num_in_flight(self) -> int:
         """Completions that the engine was given and has not ended."""
-        return len(self._generations)
+        return len(self._requests)
 
     async def start(self, progress: Counted | None = None, recording: Counted | None = None) -> Facts:
         """Waits until the model is loaded, and tells what is served; on the way, what `Engine` is asked to tell.
@@ -164,13 +162,11 @@ class EngineClient:
         number = next(self._numbers)
         prompts = []
         for completion in generation.completions:
-            request = completion.request
-            request.id = f"{number}-{completion.output.index}"
-            sampling = asdict(request.sampling)
-            prompts.append(Prompt(request.id, list(request.prompt), sampling, request.max_drafts))
+            completion.id = f"{number}-{completion.index}"
+            ids, sampling = completion.parent.prompt_token_ids, asdict(completion.sampling)
+            prompts.append(Prompt(completion.id, ids, sampling, generation.max_drafts))
         self._answers[number] = answer = asyncio.get_running_loop().create_future()
-        for prompt in prompts:
-            self._generations[prompt.id] = generation
+        self._requests |= {completion.id: (generation, completion) for completion in generation.completions}
         try:
             self._send(Add(number, prompts))
             await answer
@@ -181,9 +177,9 @@ class EngineClient:
             self._answers.pop(number, None)
 
     def abort(self, generation: Generation) -> None:
-        """Drops what of a generation is still under way, before the engine's next step."""
-        ids = [completion.request.id for completion in generation.completions]
-        self._end([request_id for request_id in ids if self._generations.pop(request_id, None)], FinishReason.ABORT)
+        """Drops what of a generation is still in flight, before the engine's next step."""
+        ids = [completion.id for completion in generation.completions]
+        self._end([request_id for request_id in ids if self._requests.pop(request_id, None)], FinishReason.ABORT)
 
     async def close(self) -> None:
         """Ends the process, in its own time or by force, and the wire. Idempotent."""
@@ -240,7 +236,7 @@ class EngineClient:
             if isinstance(message, Taken):
                 answer.set_result(None)
             else:
-                answer.set_exception(_rebuilt(message.error, message.message, message.field))
+                answer.set_exception(rebuilt(message.error, message.message, message.field))
         elif isinstance(message, Building):
             counted = self._counted[message.what]
             if counted is not None:
@@ -250,19 +246,20 @@ class EngineClient:
             self._ready.set_result(message)
         else:
             assert isinstance(message, Failed)
-            self._die(_rebuilt(message.error, message.message))
+            self._die(rebuilt(message.error, message.message))
 
     def _hand_out(self, deltas: Iterable[Delta]) -> None:
         stopped = []
         for delta in deltas:
-            generation = self._generations.get(delta.id)
-            if generation is None:
+            found = self._requests.get(delta.id)
+            if found is None:
                 continue  # aborted, and the engine did not know yet
-            if generation.take(delta):
+            generation, completion = found
+            if generation.take(completion, delta.tokens_gained(), delta.tally(), delta.num_cached):
                 stopped.append(delta.id)
             elif delta.finish_reason is None:
                 continue
-            del self._generations[delta.id]
+            del self._requests[delta.id]
         self._end(stopped, FinishReason.STOP)
 
     async def _watch(self, process: SpawnProcess) -> None:
@@ -308,17 +305,8 @@ class EngineClient:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)
-        generations = set(self._generations.values())
-        self._end(list(self._generations), FinishReason.ABORT)
-        self._generations.clear()
+        generations = {generation for generation, _ in self._requests.values()}
+        self._end(list(self._requests), FinishReason.ABORT)
+        self._requests.clear()
         for generation in generations:
             generation.fail(error)
-
-
-def _rebuilt(name: str, message: str, field: str | None = None) -> OutriderError:
-    """An error of the other process, of the same class where it is one of the tree's that a message makes."""
-    kind: Any = getattr(errors, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, OutriderError)):
-        return OptionError(message) if name == RefusedError.__name__ else EngineDeadError(message)
-    rebuilt: OutriderError = kind(message, field) if issubclass(kind, errors.InputError) else kind(message)
-    return rebuilt

@@ -10,9 +10,9 @@ import pytest
 
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceTally
+from outrider.engine.process.client import EngineClient
 from outrider.engine.process.messages import Building, Progress, Snapshot
 from outrider.errors import EngineDeadError, EngineRestartingError, OptionError
-from outrider.server.client import EngineClient
 
 
 async def hangs() -> None:
