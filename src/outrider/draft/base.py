@@ -152,7 +152,7 @@ class Drafter(ABC):
     def __init__(self, options: DraftOptions, target: TargetFacts) -> None:
         """Reads no weights yet. `target.device` may be meta, to learn sizes."""
         self.num_drafts = options.num_speculative_tokens
-        self.target = target
+        self.options, self.target = options, target
 
     @classmethod
     def part(cls) -> Part:

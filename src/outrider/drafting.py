@@ -1,0 +1,49 @@
+"""What the author of a drafter imports: the contract, its records, and where weights and caches come from."""
+
+from __future__ import annotations
+
+from outrider.cache.layout import CacheLayout, LayerCache
+from outrider.capability import Feature
+from outrider.core.option import option
+from outrider.draft.base import (
+    AcceptancePattern,
+    DraftContext,
+    Drafter,
+    DraftOptions,
+    Footprint,
+    Match,
+    Mismatch,
+    TargetFacts,
+    TargetParts,
+)
+from outrider.draft.host import HostDrafter
+from outrider.errors import CheckpointError, OptionError
+from outrider.load.checkpoint import Checkpoint, TensorInfo, load_weights
+from outrider.tensors import Draft, Purpose, Slots, StepBatch, TargetOutput
+
+__all__ = [
+    "AcceptancePattern",
+    "CacheLayout",
+    "Checkpoint",
+    "CheckpointError",
+    "Draft",
+    "DraftContext",
+    "DraftOptions",
+    "Drafter",
+    "Feature",
+    "Footprint",
+    "HostDrafter",
+    "LayerCache",
+    "Match",
+    "Mismatch",
+    "OptionError",
+    "Purpose",
+    "Slots",
+    "StepBatch",
+    "TargetFacts",
+    "TargetOutput",
+    "TargetParts",
+    "TensorInfo",
+    "load_weights",
+    "option",
+]
