@@ -25,6 +25,7 @@ from outrider.drafting import (
     Mismatch,
     TargetFacts,
     TargetParts,
+    TensorSlot,
     load_weights,
     option,
 )
@@ -77,7 +78,7 @@ class Eagle1(Drafter):
         self._fc = torch.full((size, 2 * size), torch.nan, device=self.target.device)
         load_weights(
             checkpoint.directory,
-            {"fc.weight": self._fc},
+            {"fc.weight": TensorSlot(self._fc)},
             ignores=lambda name: name.startswith(("layers.0.", "embed_tokens.")),
             progress=progress,
             pickled=True,

@@ -52,7 +52,7 @@ class Mtp(Drafter):
         return Footprint(options.num_speculative_tokens * size, super().footprint(options, target).per_block)
 
     def cache_layouts(self) -> Sequence[CacheLayout]:
-        size, block = self.target.hidden_size, self.target.block_size
+        size, block = self.target.hidden_size, self.target.sizes.block_size
         return [CacheLayout(1, heads, size // heads, block, torch.float32) for heads in range(1, 1 + self.num_drafts)]
 
     def prepare(
@@ -68,7 +68,7 @@ class Mtp(Drafter):
         self._projections = [self.target.checkpoint.read(name).float() for name in self.names]
 
     def propose(self, context: DraftContext) -> Draft:
-        batch, size = context.batch, self.target.block_size
+        batch, size = context.batch, self.target.sizes.block_size
         last = batch.query_start[:-1] + context.committed - 1
         position = batch.positions[last]
         block = batch.block_table.gather(1, (position // size)[:, None])[:, 0].long()

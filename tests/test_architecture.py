@@ -20,7 +20,7 @@ device layers verify schedule
 models
 load modelling
 draft
-runner
+drafting runner
 oracle
 config
 workers acceptance
@@ -146,6 +146,35 @@ def test_runners_and_drafting_methods_are_named_only_in_their_own_rooms() -> Non
             continue
         strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not strings & set(names), f"{path} names a drafting method"
+
+
+METHODS_OWN_WORDS = {"eagle", "parallel", "tap", "taps", "tapped"}
+WITHOUT_THEM = ("draft/registry.py", "draft/base.py", "load", "core", "engine", "cli", "acceptance")
+OF_THE_MESH = re.compile(r"(tensor|pipeline|data)[_-]parallel\w*")
+
+
+def words_of_methods(tree: ast.AST) -> set[str]:
+    """Words of one drafting method among a file's names and strings; what it imports is not looked at."""
+    said = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        said += [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
+    words = (re.split(r"[\W_]+", OF_THE_MESH.sub("", text).lower()) for text in said)
+    return METHODS_OWN_WORDS & {word for each in words for word in each}
+
+
+def test_shared_rooms_do_not_speak_of_one_method() -> None:
+    for place in WITHOUT_THEM:
+        path = PACKAGE / place
+        for file in path.rglob("*.py") if path.is_dir() else [path]:
+            assert not words_of_methods(ast.parse(file.read_text())), f"{file} speaks of one drafting method"
+
+
+def test_the_check_of_words_can_fail() -> None:
+    planted = ["head.parallel = True", 'x = "an EAGLE head"', "def drafts_in_parallel(): ...", "f(parallel_drafting=1)"]
+    assert all(words_of_methods(ast.parse(line)) for line in planted)
+    assert not words_of_methods(ast.parse("from outrider.parallel.mesh import Mesh\nx = options.tensor_parallel_size"))
 
 
 def test_imports_inside_functions_are_of_optional_libraries() -> None:

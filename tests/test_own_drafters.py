@@ -70,7 +70,7 @@ def fitted(path: Path, cases: Sequence[Case], directory: Path) -> Path:
     for case in cases:
         with serve(path, speculative_config={"method": f"{__name__}:Listener"}) as llm:
             text = [*case.prompt, *run(llm, [case])[0][0][0]]
-            head = program(llm)._model.head.weight.clone()
+            head = program(llm)._model.head.weight.tensor.clone()
         states = torch.cat(Listener.heard)
         assert len(states) == len(text) - 1
         for place in range(len(case.prompt) - 1, len(text) - K - 1):
@@ -135,7 +135,7 @@ def test_medusa_s_weights_are_in_the_memory_plan(target: Any) -> None:
     path, directory, _ = target
 
     def planned(config: dict[str, Any] | None) -> int:
-        return resolve(EngineOptions(str(path), config, max_model_len=64)).runner.memory.weights
+        return resolve(EngineOptions(str(path), speculative_config=config, max_model_len=64)).runner.memory.weights
 
     blocks = load_file(directory / "model.safetensors")["blocks"]
     assert planned(medusa(directory)) - planned(None) == blocks.nbytes
@@ -151,9 +151,8 @@ FILES = (EXAMPLES / "medusa_drafter.py", HERE / "eagle1_drafter.py", HERE / "mtp
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_they_import_what_is_public(file: Path) -> None:
-    assert set(re.findall(r"^(?:from|import) (outrider[\w.]*)", file.read_text(), re.MULTILINE)) == {
-        "outrider.drafting"
-    }
+    names = re.findall(r"^(?:from|import) (outrider[\w.]*)", file.read_text(), re.MULTILINE)
+    assert set(names) == {"outrider.drafting"}
 
 
 # Another format of head.

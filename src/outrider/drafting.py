@@ -5,6 +5,7 @@ from __future__ import annotations
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature
 from outrider.core.option import option
+from outrider.core.sizes import Sizes
 from outrider.draft.base import (
     AcceptancePattern,
     DraftContext,
@@ -18,6 +19,7 @@ from outrider.draft.base import (
 )
 from outrider.draft.host import HostDrafter
 from outrider.errors import CheckpointError, OptionError
+from outrider.layers.weight import TensorSlot
 from outrider.load.checkpoint import Checkpoint, TensorInfo, load_weights
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, TargetOutput
 
@@ -38,12 +40,14 @@ __all__ = [
     "Mismatch",
     "OptionError",
     "Purpose",
+    "Sizes",
     "Slots",
     "StepBatch",
     "TargetFacts",
     "TargetOutput",
     "TargetParts",
     "TensorInfo",
+    "TensorSlot",
     "load_weights",
     "option",
 ]

@@ -34,10 +34,13 @@ CHECK_EVERY = 128
 TOLERANCE = 0.5
 """Share of the first rate, and of each ratio, that traffic may lose against the record.
 
-Half, as what was measured lies far on either side. With the bundled P-EAGLE head (K=4), windows of the very prompts on
-record lose up to 0.14 of a figure, prose given to that model of code 0.27, the first rounds of texts cut off after
-16 tokens 0.47; a head run one token at a time, blind mask rows and stale features lose 0.85 or more of a ratio.
-What costs less than half, as taps a layer off do, only `outrider accept` tells, with prompts that are the record's.
+The measurements lie far on either side of half. They are of the bundled model's default method at K=4:
+
+- windows of the very prompts on record lose up to 0.14 of a figure, prose given to that model of code 0.27, and the
+  first rounds of texts cut off after 16 tokens 0.47;
+- a head that is run wrongly (one token at a time, or with stale features) loses 0.85 or more of a ratio.
+
+A fault that costs less, such as features of the layer before, shows only in `outrider accept` on the recorded prompts.
 """
 
 _SAME_DISTRIBUTION = frozenset(
