@@ -18,6 +18,7 @@ import torch
 from outrider import env
 from outrider.capability import Feature, Part
 from outrider.core.option import option, wrong_types
+from outrider.core.reading import Reader
 from outrider.core.sampling import MAX_STOP_IDS
 from outrider.core.sizes import Sizes
 from outrider.device import device_part, find_device
@@ -27,7 +28,7 @@ from outrider.errors import CapacityError, CheckpointError, OptionError, nearest
 from outrider.layers.backend import choose_backend
 from outrider.load.checkpoint import Checkpoint, read_json
 from outrider.load.hub import BUNDLED_HEADS, locate
-from outrider.models.config import DTYPES, ModelConfig, token_ids
+from outrider.models.config import DTYPES, ModelConfig
 from outrider.models.decoder import Decoder
 from outrider.models.registry import find_model
 from outrider.oracle import AUTO, Choice, RefusedError, choose
@@ -196,7 +197,7 @@ def _target(options: EngineOptions, checkpoint: Checkpoint, config: ModelConfig,
     """The target with every "auto" of its sizes, its device and its type answered."""
     device = find_device(options.device)
     sizes = Sizes(
-        max_model_len=_max_model_len(options.max_model_len, config.max_position_embeddings),
+        max_model_len=_max_model_len(options.max_model_len, config),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=_budget(options, device, num_drafts),
         block_size=BLOCK_SIZE,
@@ -302,18 +303,18 @@ def _check_values(options: EngineOptions) -> None:
         raise OptionError(f"unknown load_format: {options.load_format} (known: auto, dummy)")
 
 
-def _max_model_len(wanted: int | None, limit: int) -> int:
+def _max_model_len(wanted: int | None, config: ModelConfig) -> int:
     if wanted is None:
-        return limit
-    if wanted > limit:
-        raise OptionError(f"max_model_len {wanted} is more than the model's positions: at most {limit}")
+        return config.max_position_embeddings
+    if wanted > config.longest:
+        raise OptionError(f"max_model_len {wanted} is more than the model's positions: at most {config.longest}")
     return wanted
 
 
 def _eos_token_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
     """What ends a text: generation_config.json says it where there is one, else config.json."""
     path = directory / "generation_config.json"
-    eos = token_ids(read_json(path).get("eos_token_id")) if path.exists() else ()
+    eos = Reader(read_json(path), path.name).token_ids("eos_token_id") if path.exists() else ()
     eos = eos or config.eos_token_ids
     if len(eos) > MAX_STOP_IDS:
         raise CheckpointError(f"{directory} names {len(eos)} end-of-text tokens: at most {MAX_STOP_IDS} are supported")

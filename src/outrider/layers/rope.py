@@ -1,91 +1,122 @@
-"""Rotary position embedding (Su et al., 2021) as a table, with the scalings that configs name."""
+"""Rotary position embedding (Su et al., 2021) as a table, from what a config says of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from outrider.core.reading import Fact, Reader
 from outrider.errors import CheckpointError, nearest
+from outrider.layers.rope_scaling import SCALINGS, Scaling, frequencies
 
+DEFAULT_THETA = 10_000.0
+"""The base of the frequencies where no place says it."""
 
-def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A number of a config; KeyError if it is missing and has no default, CheckpointError if it is something else."""
-    value = config[key] if default is None else config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"config.json: {key} must be a number: {value!r}")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Llama 3.1's rule: low frequencies are divided by `factor`, high ones kept, those between blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: float
-
-    def scale(self, frequency: Tensor) -> Tensor:
-        wavelength = 2 * math.pi / frequency
-        rotations = self.original_max_position_embeddings / wavelength
-        kept = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = kept.clamp(0.0, 1.0)
-        return (1 - kept) * frequency / self.factor + kept * frequency
-
-
-@dataclass(frozen=True, slots=True)
-class LinearScaling:
-    """Positions divided by `factor` (Chen et al., 2023)."""
-
-    factor: float
-
-    def scale(self, frequency: Tensor) -> Tensor:
-        return frequency / self.factor
-
-
-SCALINGS: dict[str, type[Llama3Scaling] | type[LinearScaling] | None] = {
-    "default": None,
-    "linear": LinearScaling,
-    "llama3": Llama3Scaling,
-}
+PLACES = ("rope_scaling", "rope_parameters")
+"""Where a config describes rotary embedding. The first that says anything is taken, as transformers takes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
     """What a config says of rotary embedding."""
 
-    theta: float = 10_000.0
-    scaling: Llama3Scaling | LinearScaling | None = None
+    theta: float = DEFAULT_THETA
+    scaling: Scaling | None = None
+    fact: Fact | None = field(default=None, compare=False)
+    """Which places said it, and which was taken."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Rope:
         """Reads both spellings: `rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`."""
-        said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(said, Mapping):
-            raise CheckpointError(f"config.json: rope parameters must be an object: {said!r}")
-        given = dict(said)
-        theta = number({**config, **given}, "rope_theta", 10_000.0)
-        kind = given.get("rope_type") or given.get("type") or "default"
-        if kind not in SCALINGS:
-            raise CheckpointError(f"rope scaling is not supported: {kind} ({nearest(kind, SCALINGS)})")
-        scaling = SCALINGS[kind]
-        if scaling is None:
-            return cls(theta)
-        try:
-            return cls(theta, scaling(**{name: number(given, name) for name in scaling.__dataclass_fields__}))
-        except KeyError as missing:
-            raise CheckpointError(f"config.json: rope scaling {kind} lacks {missing}") from None
+        outer = Reader(config)
+        said = {place: outer.inner(place) for place in PLACES}
+        place = next((place for place in PLACES if said[place].values), PLACES[0])
+        given = said[place]
+        kind = _kind(given)
+        theta = given.number("rope_theta", outer.number("rope_theta", DEFAULT_THETA, low=1.0), low=1.0)
+        scaling = None
+        if (made := SCALINGS[kind]) is not None:
+            length = outer.whole("max_position_embeddings", 2048)
+            # a length beside the rope parameters is taken before the one inside, as transformers does for Phi-3
+            key = "original_max_position_embeddings"
+            beside = {key: config[key]} if outer.has(key) and key in made.READS else {}
+            scaling = made.read(Reader({**given.values, **beside}, prefix=given.prefix), length)
+        notes = [*_unread(given, made), *_overruled(outer, said, place, theta)]
+        seen = {f"config.json's {one}": dict(said[one].values) for one in PLACES if said[one].values}
+        if outer.has("rope_theta"):
+            seen["config.json's rope_theta"] = config["rope_theta"]
+        return cls(theta, scaling, Fact("rope", f"{kind}, theta {theta:g}", seen, "; ".join(notes) or None))
+
+    def check(self, head_dim: int) -> None:
+        """CheckpointError where the scaling is not for heads of this size."""
+        refusal = None if self.scaling is None else self.scaling.refusal(self.theta, head_dim)
+        if refusal is not None:
+            raise CheckpointError(f"config.json: rope scaling {refusal}; correct it there")
+
+    def trained(self, length: int) -> int:
+        """Positions that the model was made for; `length` is the config's `max_position_embeddings`."""
+        return length if self.scaling is None else self.scaling.trained(length)
+
+    def longest(self, length: int) -> int:
+        """Positions that may be asked for."""
+        return length if self.scaling is None else self.scaling.longest(length)
+
+    def note(self, max_len: int) -> str | None:
+        """What differs from transformers for sequences of up to `max_len` tokens."""
+        return None if self.scaling is None else self.scaling.note(max_len)
 
     def table(self, max_len: int, head_dim: int, device: torch.device) -> Tensor:
         """[max_len, D] float32: the cosines of D/2 frequencies, then their sines."""
-        frequency = self.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        if self.scaling is not None:
-            frequency = self.scaling.scale(frequency)
+        scaling = self.scaling
+        frequency = (
+            frequencies(self.theta, head_dim) if scaling is None else scaling.frequencies(self.theta, head_dim, max_len)
+        )
+        factor = 1.0 if scaling is None else scaling.attention_factor
         angle = torch.outer(torch.arange(max_len, dtype=torch.float32), frequency)
-        return torch.cat((angle.cos(), angle.sin()), dim=-1).to(device)
+        table = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        return (table if factor == 1.0 else table * factor).to(device)
+
+
+def _kind(given: Reader) -> str:
+    """The scaling's name. CheckpointError for one that is not known, and for parameters a kind of layer."""
+    nested = [key for key, value in given.values.items() if isinstance(value, Mapping)]
+    if nested:
+        raise CheckpointError(
+            f"config.json: {given.prefix}{nested[0]} gives a kind of layer its own rope, which is not supported: "
+            "use a model whose layers share one"
+        )
+    if given.number("partial_rotary_factor", 1.0, low=0.0) != 1.0:
+        raise CheckpointError(
+            f"config.json: {given.prefix}partial_rotary_factor is not supported: "
+            f"{given.values['partial_rotary_factor']}; use a model that rotates whole heads"
+        )
+    kind = given.text("rope_type", given.text("type", "default"))
+    if kind not in SCALINGS:
+        raise CheckpointError(f"rope scaling is not supported: {kind} ({nearest(kind, SCALINGS)})")
+    return kind
+
+
+def _unread(given: Reader, made: type[Scaling] | None) -> list[str]:
+    """Keys that nothing reads: a slip of the pen leaves a default standing in silence."""
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(made.READS if made is not None else ())}
+    unread = sorted(set(given.values) - known)
+    return [f"{given.prefix}{', '.join(unread)} is read by no rope scaling of this kind"] if unread else []
+
+
+def _overruled(outer: Reader, said: Mapping[str, Reader], place: str, theta: float) -> list[str]:
+    """What another place says otherwise."""
+    notes = []
+    given, other = said[place], said[PLACES[1 - PLACES.index(place)]]
+    if given.has("type") and given.text("type") != given.text("rope_type", given.text("type")):
+        notes.append(f"{given.prefix}rope_type is taken, and type is not")
+    if other.values and dict(other.values) != dict(given.values):
+        notes.append(f"{place} is taken before {other.prefix.removesuffix('.')}, as transformers does")
+    thetas = {one.number("rope_theta", low=1.0) for one in (given, other, outer) if one.has("rope_theta")}
+    if thetas - {theta}:
+        places = f"{place} says" if given.has("rope_theta") else "the config's top level says or, saying none, leaves"
+        notes.append(f"rope_theta is {theta:g}, as {places} it: write the right one into {place}")
+    return notes

@@ -40,7 +40,10 @@ def read_json(path: Path) -> dict[str, Any]:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"missing file: {path}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise CheckpointError(f"cannot read {path}: it is nested too deeply; is it a config?") from None
+    # not JSON, not UTF-8, or a number of more digits than Python reads
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"not a JSON object: {path}")

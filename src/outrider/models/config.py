@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from outrider.errors import CheckpointError
-from outrider.layers.rope import Rope, number
+from outrider.core.reading import Fact, Reader, written_short
+from outrider.errors import CheckpointError, shortened
+from outrider.layers.rope import Rope
 
 DTYPES = {
     "float32": torch.float32,
@@ -18,6 +19,14 @@ DTYPES = {
     "float": torch.float32,
     "half": torch.float16,
 }
+
+
+MAX_POSITIONS = 2**24
+"""Positions are rotated by float32 angles, and float32 tells no more whole numbers than this apart."""
+
+MAX_LAYERS = 4096
+MAX_SIZE = 2**24
+"""Bounds far above any model's: past them a config is damaged, and memory cannot be planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +41,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_position_embeddings: int
+    max_position_embeddings: int  # those of the scaled rope
     rms_norm_eps: float
     rope: Rope
     tie_word_embeddings: bool
@@ -41,72 +50,80 @@ class ModelConfig:
     hidden_act: str  # the MLP's activation; a family says which it has
     dtype: torch.dtype  # of the checkpoint
     eos_token_ids: tuple[int, ...]
+    longest: int = 0  # positions that may be asked for; more than the model was made for under some rope scalings
+    facts: tuple[Fact, ...] = field(default=(), compare=False)  # what was taken where the config says a thing twice
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Raises CheckpointError for a key that is missing or a value this engine does not implement."""
-        architectures: list[str] = list(config.get("architectures") or [])
+        given = Reader(config)
+        architectures = given.texts("architectures")
         if len(architectures) != 1:
             raise CheckpointError(f"config.json: architectures must name one model: {architectures}")
 
-        _refuse_unsupported(config)
-        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
-        kv_heads = _size(config, "num_key_value_heads", heads)
-        head_dim = _size(config, "head_dim", hidden // heads)
+        _refuse_unsupported(given)
+        hidden = given.whole("hidden_size", high=MAX_SIZE)
+        heads = given.whole("num_attention_heads", high=hidden)
+        kv_heads = given.whole("num_key_value_heads", heads, high=heads)
+        head_dim = given.whole("head_dim", hidden // heads, high=2**16)
         if heads % kv_heads:
             raise CheckpointError(
                 f"config.json: num_key_value_heads {kv_heads} does not divide {heads} attention heads"
             )
         if head_dim % 2:
             raise CheckpointError(f"config.json: head_dim must be even to be rotated: {head_dim}")
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise CheckpointError(f"config.json: dtype is not supported: {dtype} (known: {', '.join(DTYPES)})")
+        rope, positions = Rope.from_config(config), given.whole("max_position_embeddings", high=MAX_POSITIONS)
+        rope.check(head_dim)
+        if (trained := rope.trained(positions)) > MAX_POSITIONS:
+            raise CheckpointError(
+                f"config.json: rope scaling makes {trained} positions: at most {MAX_POSITIONS}; correct its factor"
+            )
+        dtype, dtype_fact = _dtype(given)
         return cls(
             architecture=architectures[0],
-            vocab_size=_size(config, "vocab_size"),
+            vocab_size=given.whole("vocab_size", high=2**27),
             hidden_size=hidden,
-            intermediate_size=_size(config, "intermediate_size"),
-            num_layers=_size(config, "num_hidden_layers"),
+            intermediate_size=given.whole("intermediate_size", high=MAX_SIZE),
+            num_layers=given.whole("num_hidden_layers", high=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=_size(config, "max_position_embeddings"),
-            rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
-            rope=Rope.from_config(config),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            hidden_act=str(config.get("hidden_act", "silu")),
-            dtype=DTYPES[dtype],
-            eos_token_ids=token_ids(config.get("eos_token_id")),
+            max_position_embeddings=trained,
+            rms_norm_eps=given.number("rms_norm_eps", 1e-6, low=0.0),
+            rope=rope,
+            tie_word_embeddings=given.flag("tie_word_embeddings", False),
+            attention_bias=given.flag("attention_bias", False),
+            mlp_bias=given.flag("mlp_bias", False),
+            hidden_act=given.text("hidden_act", "silu"),
+            dtype=dtype,
+            eos_token_ids=given.token_ids("eos_token_id"),
+            longest=min(rope.longest(positions), MAX_POSITIONS),
+            facts=tuple(fact for fact in (rope.fact, dtype_fact) if fact is not None),
         )
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A count of something: a whole number of 1 or more."""
-    value = default if config.get(key) is None else config[key]
-    if value is None:
-        raise CheckpointError(f"config.json lacks {key}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {key} must be a whole number of 1 or more: {value!r}")
-    return value
+def _dtype(given: Reader) -> tuple[torch.dtype, Fact]:
+    """The checkpoint's type: `dtype`, or as it was called before, `torch_dtype`."""
+    said = {key: given.text(key) for key in ("dtype", "torch_dtype") if given.has(key)}
+    name = next(iter(said.values()), "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise CheckpointError(f"config.json: dtype is not supported: {shortened(name)} (known: {', '.join(DTYPES)})")
+    differ = len({value.removeprefix("torch.") for value in said.values()}) > 1
+    note = "dtype is taken before torch_dtype, as transformers does: correct one of them" if differ else None
+    return DTYPES[name], Fact("dtype", name, {f"config.json's {key}": value for key, value in said.items()}, note)
 
 
-def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Configs write none, one or several ids; here they are always several."""
-    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise CheckpointError(f"eos_token_id must be token ids: {value!r}")
-    return ids
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(given: Reader) -> None:
     """What a config may ask that the decoder does not do: refused, since ignoring it gives wrong text."""
-    if config.get("use_sliding_window") or any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    if given.flag("use_sliding_window", False) or any(kind != "full_attention" for kind in given.texts("layer_types")):
         raise CheckpointError("config.json: sliding-window attention is not supported; use a model with full attention")
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"config.json: partial_rotary_factor is not supported: {config['partial_rotary_factor']}")
-    if quantised := config.get("quantization_config"):
+    if given.number("partial_rotary_factor", 1.0, low=0.0) != 1.0:
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor is not supported: {given.values['partial_rotary_factor']}; "
+            "use a model that rotates whole heads"
+        )
+    if quantised := given.values.get("quantization_config"):
         method = quantised.get("quant_method", "unnamed") if isinstance(quantised, Mapping) else quantised
-        raise CheckpointError(f"config.json: quantised weights are not supported: {method}; use the unquantised model")
+        raise CheckpointError(
+            f"config.json: quantised weights are not supported: {written_short(method)}; use the unquantised model"
+        )

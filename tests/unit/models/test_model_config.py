@@ -14,9 +14,11 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from checkpoints import parameters
+from outrider.core.reading import Reader
 from outrider.layers.parameter import Allocator
-from outrider.layers.rope import LinearScaling, Llama3Scaling, Rope
-from outrider.models.config import ModelConfig, token_ids
+from outrider.layers.rope import Rope
+from outrider.layers.rope_scaling import LinearScaling, Llama3Scaling
+from outrider.models.config import ModelConfig
 from outrider.models.registry import MODELS, find_model
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -52,7 +54,11 @@ def test_both_spellings_of_the_dtype(config: dict[str, Any], key: str, value: st
 
 
 def test_end_of_text() -> None:
-    assert (token_ids(None), token_ids(0), token_ids([3, 4])) == ((), (0,), (3, 4))
+    assert [Reader({"eos_token_id": value}).token_ids("eos_token_id") for value in (None, 0, [3, 4])] == [
+        (),
+        (0,),
+        (3, 4),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
@@ -87,7 +93,7 @@ def test_rope_scalings_change_what_they_should() -> None:
     frequency = torch.tensor([1.0, 2 * math.pi / 100])  # wavelengths of 6 and of 100 tokens
     scaled = Llama3Scaling(**LLAMA3).scale(frequency)
     assert scaled.tolist() == pytest.approx([1.0, 2 * math.pi / 800])
-    assert LinearScaling(4.0).scale(frequency).tolist() == pytest.approx([0.25, 2 * math.pi / 400])
+    assert LinearScaling(4.0).frequencies(100.0, 4, 8).tolist() == pytest.approx([0.25, 0.025])
 
 
 @pytest.mark.parametrize("architecture", MODELS)
