@@ -17,6 +17,7 @@ errors
 env capability core tensors
 kernels parallel cache
 device layers verify schedule
+processing
 models
 load modelling
 draft

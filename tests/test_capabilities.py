@@ -43,8 +43,7 @@ from outrider.runner.base import RunnerConfig
 from outrider.runner.eager import EagerRunner
 from outrider.runner.graph import GraphRunner
 from outrider.tensors import Draft
-from outrider.verify.processors import PROCESSORS
-from outrider.verify.registry import VERIFIERS
+from outrider.verify.registry import PROCESSORS, VERIFIERS
 
 MAX_LEN = 64
 SMALL = {"max_model_len": MAX_LEN, "max_num_seqs": 4, "capture_sizes": [2, 4]}

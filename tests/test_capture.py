@@ -25,6 +25,8 @@ from heads import write_head
 from outrider.bench.kernels import all_ops
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature
+from outrider.core.plan import Admission
+from outrider.core.sampling import SamplingParams
 from outrider.core.sizes import Sizes
 from outrider.draft.base import DraftContext, Drafter, TargetFacts, TargetParts
 from outrider.draft.eagle.base import HeadDrafter
@@ -35,9 +37,9 @@ from outrider.kernels.op import Op
 from outrider.kernels.step_inputs import assemble_reference, example_slots, load_draft
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.parameter import Allocator
+from outrider.runner.processor_tables import ProcessorTables
 from outrider.tensors import Slots, StepBatch, TargetOutput
-from outrider.verify.processors import PROCESSORS
-from outrider.verify.registry import VERIFIERS, build_verifier
+from outrider.verify.registry import PROCESSORS, VERIFIERS, build_verifier
 
 CPU = torch.device("cpu")
 VOCAB, WIDTH = 11, 3
@@ -106,8 +108,6 @@ def step() -> tuple[Slots, StepBatch, Tensor]:
     slots.draft_tokens.remainder_(VOCAB)
     slots.draft_logits = torch.randn((5, WIDTH, VOCAB), generator=torch.Generator().manual_seed(1))
     slots.temperature = torch.tensor([0.0, 1.0, 0.7, 2.0, 1.0])
-    slots.top_k[:], slots.top_p[:], slots.min_p[:] = 5, 0.9, 0.05
-    slots.min_length[:], slots.barred[:, 0] = 31, 4
     slots.computed[4] -= 4
     rows = torch.tensor([[1, 4, 3, 1], [0, 3, 2, 1], [3, 1, 0, 1], [4, 3, 0, 0]])
     batch = assemble_reference(slots, *rows.unbind(1), 11, 8, 4)
@@ -137,9 +137,18 @@ def test_verifier(name: str, with_logits: bool) -> None:
 def test_processor(processor: Any) -> None:
     assert Feature.HOST_CODE not in processor.needs
     slots, batch, logits = step()
+    tables = ProcessorTables(processor, 5, VOCAB, CPU)
+    given = {"top_k": 5, "top_p": 0.9, "min_p": 0.05, "min_tokens": 31, "temperature": 0.7, "max_tokens": None}
+    extra = {field.name: 2.0 for field in processor.fields if field.name not in given}
+    sampling = SamplingParams(**given, extra_args=extra)
+    admissions = [Admission(slot, (1, 2), 1, 0, sampling, 0, (4,)) for slot in range(5)]
+    tables.write({name: torch.from_numpy(column) for name, column in tables.columns(admissions).items()})
+    state = tables.active.state
     before = logits.clone()
-    assert not torch.equal(processor(logits.clone(), batch, slots), before), "the example must give it work"
-    record(processor, {"logits": logits, "batch": batch, "slots": slots})
+    assert not torch.equal(processor(logits.clone(), batch, slots, state), before), "the example must give it work"
+    record(processor, {"logits": logits, "batch": batch, "slots": slots, "state": state})
+    verdict = build_verifier("exact")(logits, batch, load_draft(slots, batch), slots)
+    record(processor.commit, {"batch": batch, "verdict": verdict, "state": state})
 
 
 def context() -> DraftContext:

@@ -47,6 +47,7 @@ WAYS_HERE = [
     name
     for name, options in WAYS.items()
     if ":" not in str(options.get("speculative_config", {}).get("method", ""))  # no Python of a test's own
+    and "distributed_executor_backend" not in options  # another process does not know the emulation
 ]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from heads import head_tensors, standalone, write_head
 from outrider.capability import Feature
+from outrider.core.plan import Admission
 from outrider.core.sampling import SamplingParams
 from outrider.core.sizes import Sizes
 from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
@@ -36,10 +37,11 @@ from outrider.draft.none import NoDrafter
 from outrider.kernels.commit import COMMIT, STORE_DRAFT
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.step_inputs import ASSEMBLE, example_slots, load_draft
+from outrider.runner.processor_tables import ProcessorTables
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, TargetOutput, Verdict
 from outrider.verify.base import Verifier
 from outrider.verify.exact import Exact
-from outrider.verify.processors import PROCESSORS
+from outrider.verify.registry import PROCESSORS
 from outrider.verify.rejection import Rejection
 from outrider.verify.synthetic import Synthetic
 
@@ -47,7 +49,7 @@ VOCAB, ROWS, NUM_TOKENS, K = 8, 30_000, 3, 3
 FIVE, WRONG = 5.0, 10.0
 PROMPT = (5, 2)
 CPU = torch.device("cpu")
-FACTS = TargetFacts(VOCAB, 1, 1, Sizes(64, ROWS, 64, 16), CPU, torch.float32)
+FACTS = TargetFacts(VOCAB, 1, 1, Sizes(64, ROWS, ROWS, 16), CPU, torch.float32)
 CHAIN = torch.randn((VOCAB, VOCAB), generator=torch.Generator().manual_seed(1)) * 1.3
 """The target: logits of the next token, by the last."""
 
@@ -115,7 +117,7 @@ WIDTH, BLOCK = 6, 16
 FEATURES = torch.randn((VOCAB, 3 * WIDTH), generator=torch.Generator().manual_seed(4))
 """What the target's tapped layers are made to say of each token."""
 
-HEAD_FACTS = TargetFacts(VOCAB, WIDTH, 2, Sizes(64, ROWS, 64, BLOCK), CPU, torch.float32)
+HEAD_FACTS = TargetFacts(VOCAB, WIDTH, 2, Sizes(64, ROWS, ROWS, BLOCK), CPU, torch.float32)
 HEAD_SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -166,9 +168,6 @@ def admit(rows: int, sampling: SamplingParams, drafter: Drafter, keep_logits: bo
     slots.length.fill_(len(PROMPT))
     slots.computed.zero_()
     slots.temperature.fill_(sampling.temperature)
-    slots.top_k.fill_(sampling.top_k)
-    slots.top_p.fill_(sampling.top_p)
-    slots.min_p.fill_(sampling.min_p)
     slots.seed = torch.arange(rows) + 77 * 2**31
     slots.draft_logits = torch.zeros((rows, k, VOCAB)) if keep_logits and drafter.gives_logits else None
     return slots
@@ -180,6 +179,10 @@ def generate(
     """The first num_tokens of each row's output, [rows, num_tokens], and the mean tokens a decode step gave."""
     slots = admit(rows, sampling, drafter, Feature.DRAFT_LOGITS in verifier.needs)
     slot, ends_prompt = torch.arange(rows), torch.ones(rows, dtype=torch.bool)
+    processors = [ProcessorTables(processor, rows, VOCAB, CPU) for processor in PROCESSORS]
+    for tables in processors:
+        admissions = [Admission(row, PROMPT, len(PROMPT), 0, sampling, 0, ()) for row in range(rows)]
+        tables.write({name: torch.from_numpy(column) for name, column in tables.columns(admissions).items()})
     gained, steps = 0, 0
     while int(slots.length.min()) < len(PROMPT) + num_tokens:
         num_drafts = slots.draft_length.clone()
@@ -188,9 +191,9 @@ def generate(
         batch = ASSEMBLE.on(CPU)(slots, slot, num_tokens_in, num_drafts, ends_prompt, num_query, num_logits, BLOCK)
         logits = CHAIN[batch.input_ids[batch.logits_index]]
         target = TargetOutput(logits, logits[:0], FEATURES[batch.input_ids])
-        for processor in PROCESSORS:
+        for processor, tables in zip(PROCESSORS, processors, strict=True):
             if processor.wanted(sampling):
-                logits = processor(logits, batch, slots)
+                logits = processor(logits, batch, slots, tables.active.state)
         verdict = verifier(logits, batch, load_draft(slots, batch), slots)
         committed, next_token = COMMIT.on(CPU)(slots, batch, verdict)
         context = DraftContext(batch, target, committed, next_token, slots, verifier.draft_noise)
@@ -235,7 +238,7 @@ def departure(tokens: Tensor, sampling: SamplingParams) -> float:
 @pytest.mark.parametrize("sampling", [PLAIN, COLD, NARROW], ids=["plain", "cold", "narrow"])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("verifier", [Exact, Rejection])
-def test_output_has_the_targets_law(verifier: type[Verifier], drafter: str, sampling: SamplingParams) -> None:
+def test_output_has_the_targets_draft_logits(verifier: type[Verifier], drafter: str, sampling: SamplingParams) -> None:
     tokens, _ = generate(DRAFTERS[drafter](K), verifier(), sampling)
     assert abs(departure(tokens, sampling)) < FIVE
 
@@ -283,16 +286,16 @@ def test_wrong_verifiers_are_caught(verifier: Verifier) -> None:
 class Unmapped(PEagle):
     """Wrong: says that tokens which its vocabulary lacks might have been drawn."""
 
-    def _law(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        law = super()._law(logits, tokens)
+    def _draft_logits(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        law = super()._draft_logits(logits, tokens)
         return law.where(law > -torch.inf, 0.0)
 
 
 class Unscaled(Eagle3):
     """Wrong: says what its guesses would have been drawn from at temperature 1."""
 
-    def _law(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        return super()._law(logits, tokens) * COLD.temperature
+    def _draft_logits(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return super()._draft_logits(logits, tokens) * COLD.temperature
 
 
 @pytest.mark.parametrize("method", [Unmapped, Unscaled])

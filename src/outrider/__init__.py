@@ -20,6 +20,7 @@ from outrider.errors import (
     UnknownArchitectureError,
     UnsupportedError,
 )
+from outrider.verify.base import LogitsProcessor
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "EngineDeadError",
     "HostDrafter",
     "InputError",
+    "LogitsProcessor",
     "OptionError",
     "OutriderError",
     "Piece",

@@ -38,9 +38,8 @@ from outrider.runner.capture import CaptureOptions
 from outrider.runner.memory import Demand, MemoryPlan, plan_memory
 from outrider.runner.registry import RUNNERS
 from outrider.schedule.options import SchedulerOptions
-from outrider.verify.base import Verifier
-from outrider.verify.processors import PROCESSORS
-from outrider.verify.registry import DEFAULT_VERIFIER, VERIFIERS, build_verifier
+from outrider.verify.base import LogitsProcessor, Verifier
+from outrider.verify.registry import DEFAULT_VERIFIER, VERIFIERS, build_processors, build_verifier
 
 logger = logging.getLogger("outrider")
 
@@ -94,6 +93,9 @@ class EngineOptions:
     load_format: str = option(AUTO, "auto (safetensors), or dummy: random weights, for benchmarks")
     seed: int = option(0, "seed of requests that bring none")
     verifier: str = option(DEFAULT_VERIFIER, f"{', '.join(VERIFIERS)}; what each promises stands in its file")
+    logits_processors: Sequence[str] | None = option(
+        None, "logits processors of your own, each as module:Class; requests ask for them in extra_args"
+    )
     synthetic_rates: Sequence[float] | None = option(None, "the synthetic verifier's acceptance per position")
 
     def __post_init__(self) -> None:
@@ -157,7 +159,8 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     verifier = build_verifier(options.verifier, synthetic_rates=options.synthetic_rates)
     mesh = Mesh(options.tensor_parallel_size, options.pipeline_parallel_size)
     target = _target(options, checkpoint, model_config, draft_options.num_speculative_tokens)
-    parts = _parts(target.device, model, drafter, verifier, mesh)
+    processors = build_processors(options.logits_processors or ())
+    parts = _parts(target.device, model, drafter, verifier, processors, mesh)
     verdict = _ask(options.runner, parts)
     capture = _capture(options, target.sizes)
     footprint = drafter.footprint(draft_options, target)
@@ -169,6 +172,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         keeps_draft_logits=drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs,
         weighs_probabilities=Feature.DRAFT_LOGITS in verifier.needs,
         drafter=footprint,
+        processors=processors,
         programs=verdict.runner.footprint(capture) if isinstance(verdict, Choice) else 0,
         in_place=parts[0].needs == {Feature.CUDA},
         cache_bytes=options.kv_cache_memory,
@@ -183,7 +187,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         drafter=drafter,
         draft_options=draft_options,
         verifier=verifier,
-        processors=PROCESSORS,
+        processors=processors,
         memory=memory,
         capture=capture,
         seed=options.seed,
@@ -271,7 +275,12 @@ def _budget(options: EngineOptions, device: torch.device, num_drafts: int) -> in
 
 
 def _parts(
-    device: torch.device, model: type[Decoder], drafter: type[Drafter], verifier: Verifier, mesh: Mesh
+    device: torch.device,
+    model: type[Decoder],
+    drafter: type[Drafter],
+    verifier: Verifier,
+    processors: Sequence[LogitsProcessor],
+    mesh: Mesh,
 ) -> tuple[Part, ...]:
     """Everything the oracle has to place, the device first."""
     return (
@@ -279,7 +288,7 @@ def _parts(
         model.part(),
         drafter.part(),
         Part(f"verifier {verifier.name}", verifier.needs),
-        *(Part(f"processor {processor.name}", processor.needs) for processor in PROCESSORS),
+        *(Part(f"processor {processor.name}", processor.needs) for processor in processors),
         *mesh.parts(),
     )
 

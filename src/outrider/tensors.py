@@ -65,12 +65,7 @@ class Slots:
     computed: Tensor  # [S] int32, how many have their keys and values in the cache
     block_table: Tensor  # [S, M] int32
     temperature: Tensor  # [S] float32, 0 means greedy
-    top_k: Tensor  # [S] int32, 0 means off
-    top_p: Tensor  # [S] float32, 1 means off
-    min_p: Tensor  # [S] float32, 0 means off
     seed: Tensor  # [S] int64
-    min_length: Tensor  # [S] int32, below this length no token of `barred` may come out
-    barred: Tensor  # [S, N] int64, tokens that would end the request; -1 is padding
     draft_tokens: Tensor  # [S, K] int64, the guesses to verify in the slot's next step
     draft_length: Tensor  # [S] int32, how many of them are meant
     draft_logits: Tensor | None  # [S, K, V] float32, kept only for a drafter that gives them

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outrider.acceptance.bands import DEVIATIONS, Departure, deviation
@@ -19,6 +19,7 @@ from outrider.acceptance.setting import record_file, setting_of
 from outrider.config import Resolved
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
+from outrider.core.sampling_fields import FIELDS, TEMPERATURE, Effect
 from outrider.draft.base import Drafter
 from outrider.draft.registry import NO_DRAFTS
 from outrider.errors import CheckpointError
@@ -42,24 +43,6 @@ The measurements lie far on either side of half. They are of the bundled model's
 
 A fault that costs less, such as features of the layer before, shows only in `outrider accept` on the recorded prompts.
 """
-
-_SAME_DISTRIBUTION = frozenset(
-    (
-        "n",
-        "temperature",
-        "seed",
-        "max_tokens",
-        "min_tokens",
-        "stop",
-        "stop_token_ids",
-        "include_stop_str_in_output",
-        "skip_special_tokens",
-        "detokenize",
-    )
-)
-"""Sampling parameters that do not change the distribution of the tokens; `temperature` has records of its own."""
-
-_KEEP_THE_ARGMAX = frozenset(("top_p", "top_k", "min_p"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,8 +277,9 @@ def _plain(sampling: SamplingParams) -> bool:
 
     Text past its own end (`ignore_eos`) is like no text on record either.
     """
-    free = _SAME_DISTRIBUTION | _KEEP_THE_ARGMAX if sampling.greedy else _SAME_DISTRIBUTION
-    return all(getattr(sampling, entry.name) == entry.default for entry in fields(sampling) if entry.name not in free)
+    harmless = {Effect.NOTHING, Effect.TAIL} if sampling.greedy else {Effect.NOTHING}
+    changing = (field for field in FIELDS if field is not TEMPERATURE and field.effect not in harmless)
+    return not (sampling.ignore_eos or sampling.extra_args or any(field.asked(sampling) for field in changing))
 
 
 def _under(

@@ -49,7 +49,7 @@ COMPARED_RUNS = 3
 sampling_flags = with_flags(
     SamplingParams,
     "sampling",
-    skip=("n", "detokenize", "include_stop_str_in_output"),
+    skip=("n", "detokenize", "include_stop_str_in_output", "extra_args"),
     defaults={"temperature": 0.0, "max_tokens": 128, "seed": 0},
 )
 

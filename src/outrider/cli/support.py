@@ -14,8 +14,7 @@ from outrider.oracle import AUTO, RefusedError, choose
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import Runner
 from outrider.verify.base import Verifier
-from outrider.verify.processors import PROCESSORS
-from outrider.verify.registry import VERIFIERS
+from outrider.verify.registry import PROCESSORS, VERIFIERS
 
 DEVICES = (
     Part("GPU", frozenset({Feature.CUDA})),

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import math
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from numbers import Real
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from outrider.core.option import option
+from outrider.core.sampling_fields import (
+    FIELDS,
+    MIN_P,
+    MIN_TOKENS,
+    OF_VLLM,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    SamplingField,
+    whole,
+    whole_or_none,
+)
 from outrider.errors import SamplingError, nearest
 
 MAX_STOP_IDS = 16
@@ -18,25 +27,6 @@ MAX_STOP_IDS = 16
 
 GREEDY_BELOW = 1e-5
 """A temperature under this is 0: dividing logits by it leaves no second token a chance, and may overflow."""
-
-MAX_TEMPERATURE = 1e6
-"""Past this every token is as likely as any other."""
-
-NOT_OFFERED = frozenset(
-    {
-        "allowed_token_ids",
-        "bad_words",
-        "frequency_penalty",
-        "logit_bias",
-        "logits_processors",
-        "logprobs",
-        "presence_penalty",
-        "prompt_logprobs",
-        "repetition_penalty",
-        "structured_outputs",
-    }
-)
-"""Fields of vLLM's that the engine lacks: unknown like any other, but no slip of the pen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +38,22 @@ class SamplingParams:
     """
 
     n: int = option(1, "completions of the prompt")
-    temperature: float = option(1.0, "0 takes the most likely token")
-    top_p: float = option(1.0, "keep the likeliest tokens that make up this probability; 1 is off")
-    top_k: int = option(0, "keep this many of the likeliest tokens; 0 or -1 is off")
-    min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest; 0 is off")
+    temperature: float = TEMPERATURE.option()
+    top_p: float = TOP_P.option()
+    top_k: int = TOP_K.option()
+    min_p: float = MIN_P.option()
     seed: int | None = option(None, "seed of this request")
     max_tokens: int | None = option(16, "most tokens to generate")
-    min_tokens: int = option(0, "nothing but max_model_len ends the text before this many tokens")
+    min_tokens: int = MIN_TOKENS.option()
     stop: str | Sequence[str] | None = option(None, "strings that end the text")
     stop_token_ids: Sequence[int] | None = option(None, "token ids that end the text")
     ignore_eos: bool = option(False, "generate past the model's end-of-text token")
     include_stop_str_in_output: bool = option(False, "keep the stop string in the text")
     skip_special_tokens: bool = option(True, "leave special tokens out of the text")
     detokenize: bool = option(True, "turn tokens into text")
+    extra_args: Mapping[str, Any] | None = field(
+        default=None, hash=False, metadata={"help": "parameters of logits processors of your own, by name"}
+    )
 
     def __new__(cls, *given: Any, **named: Any) -> Self:
         known = [entry.name for entry in fields(cls)]
@@ -75,20 +68,15 @@ class SamplingParams:
         stop = self.stop
         self._set("stop", (stop,) if isinstance(stop, str) else self._listed("stop", "strings"))
         self._set("stop_token_ids", self._listed("stop_token_ids", "token ids"))
-        self._whole("n", 1)
-        self._within("temperature", 0.0, MAX_TEMPERATURE)
-        self._within("top_p", 0.0, 1.0, open_below=True)
-        self._whole("top_k", 0, unset=-1)
-        if self.top_k == -1:
-            self._set("top_k", 0)
-        self._within("min_p", 0.0, 1.0)
+        self._set("n", whole("n", self.n, 1))
+        for one in FIELDS:
+            self._set(one.name, one.checked(getattr(self, one.name)))
         if self.seed is not None:
-            self._whole("seed", 0, unset=-1)
-            if self.seed == -1:
-                self._set("seed", None)
+            seed = whole("seed", self.seed, 0, -1)
+            self._set("seed", None if seed == -1 else seed)
         if self.max_tokens is not None:
-            self._whole("max_tokens", 1)
-        self._whole("min_tokens", 0)
+            self._set("max_tokens", whole("max_tokens", self.max_tokens, 1))
+        self._check_extra_args()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError(
                 f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}: no output can satisfy both",
@@ -104,7 +92,7 @@ class SamplingParams:
             raise SamplingError(f"stop must hold non-empty strings: {self.stop!r}", "stop")
         if self.stop and not self.detokenize:
             raise SamplingError("stop strings need detokenize=True: give stop_token_ids instead, or detokenize", "stop")
-        ids = [_whole_or_none(token) for token in self.stop_token_ids]
+        ids = [whole_or_none(token) for token in self.stop_token_ids]
         if any(token is None or token < 0 for token in ids):
             raise SamplingError(
                 f"stop_token_ids must be token ids of 0 or more: {self.stop_token_ids!r}", "stop_token_ids"
@@ -127,21 +115,20 @@ class SamplingParams:
             pass
         raise SamplingError(f"{name} must be a list of {what}: {value!r}", name)
 
-    def _whole(self, name: str, least: int, unset: int | None = None) -> None:
-        value = getattr(self, name)
-        number = _whole_or_none(value)
-        if number is None or (number != unset and not least <= number < 2**63):
-            raise SamplingError(f"{name} must be a whole number of {least} or more: {value!r}", name)
-        self._set(name, number)
+    def _check_extra_args(self) -> None:
+        given = {} if self.extra_args is None else self.extra_args
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise SamplingError(f"extra_args must map names to values: {given!r}", "extra_args")
+        self._set("extra_args", dict(given))
 
-    def _within(self, name: str, low: float, high: float, *, open_below: bool = False) -> None:
-        value = getattr(self, name)
-        number = _number(value)
-        if not low <= number <= high or (open_below and number == low):  # nan is in no range
-            raise SamplingError(
-                f"{name} must be a number in {'(' if open_below else '['}{low:g}, {high:g}]: {value!r}", name
-            )
-        self._set(name, number)
+    def check_extra_args(self, declared: Mapping[str, SamplingField]) -> None:
+        """SamplingError unless a logits processor declares each of `extra_args`, and takes its value."""
+        assert self.extra_args is not None
+        for name, value in self.extra_args.items():
+            if name not in declared:
+                known = nearest(name, declared) if declared else "the option logits_processors names none of your own"
+                raise SamplingError(f"extra_args: no logits processor reads {name} ({known})", name)
+            declared[name].checked(value)
 
     def of_completion(self, index: int) -> SamplingParams:
         """Those of one of the `n` completions: a seed is for the first, and each further one has the next."""
@@ -153,24 +140,8 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-def _number(value: Any) -> float:
-    """A real number as a float; nan for what is none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _whole_or_none(value: Any) -> int | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
+NOT_OFFERED = {name: off for name, off in OF_VLLM.items() if name not in SamplingParams.__dataclass_fields__}
+"""Fields of vLLM's that no part reads, with their values that ask for nothing: unknown, but no slip of the pen."""
 
 # `__new__` takes anything, so that it can name what is unknown: `help` and editors are told what is known
 SamplingParams.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

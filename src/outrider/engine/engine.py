@@ -17,6 +17,7 @@ from outrider.engine.prompts import check_stop_ids, check_token_ids
 from outrider.errors import EngineDeadError
 from outrider.runner.base import Pending
 from outrider.schedule.scheduler import Scheduler
+from outrider.verify.registry import own_fields
 from outrider.workers.base import Worker, WorkerStats
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -73,6 +74,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[_Flight] = deque()
         self._num_requests = 0
+        self._extra_args = own_fields(self.resolved.runner.processors)
         self._cause_of_death: BaseException | None = None
         self._busy = False
         self.num_dropped = 0
@@ -98,6 +100,7 @@ class Engine:
         vocab_size = self.resolved.runner.model_config.vocab_size
         check_token_ids(prompt, vocab_size)
         check_stop_ids(sampling, vocab_size)
+        sampling.check_extra_args(self._extra_args)
         number = self._num_requests + 1
         seed = sampling.seed
         if seed is None:

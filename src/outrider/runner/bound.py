@@ -17,7 +17,7 @@ from outrider.runner.base import RunnerConfig
 from outrider.runner.results import ResultLayout
 from outrider.runner.slots import SlotTable
 from outrider.runner.step import Mark, StepOutput, StepProgram, unmarked
-from outrider.verify.base import LogitsProcessor
+from outrider.verify.base import ActiveProcessor
 
 
 class Bound:
@@ -35,8 +35,7 @@ class Bound:
         drafter = _build_drafter(config, model, count)
         self.table = SlotTable(
             num_slots=num_slots,
-            max_len=config.sizes.max_model_len,
-            max_blocks=config.sizes.max_blocks,
+            sizes=config.sizes,
             drafter=drafter,
             verifier=config.verifier,
             processors=config.processors,
@@ -53,7 +52,7 @@ class Bound:
         rows: Tensor,  # [B, 4] int64, the fields of `core.plan.Row`
         num_query: int,
         num_logits: int,
-        processors: Sequence[LogitsProcessor],
+        processors: Sequence[ActiveProcessor],
         drafting: bool,
         mark: Mark = unmarked,
     ) -> StepOutput:

@@ -29,7 +29,7 @@ from outrider.runner.recorder import CudaRecorder, Fence, Marks, Recorder
 from outrider.runner.results import ResultLayout
 from outrider.runner.slots import to_device
 from outrider.runner.timing import PartTimes
-from outrider.verify.base import LogitsProcessor
+from outrider.verify.base import ActiveProcessor
 
 _ONE_PROCESS = "the graph runner holds the whole model in one process; leave it at 1"
 _LACKS = {
@@ -114,7 +114,7 @@ class GraphRunner:
             for ends_prompt in (False, True):
                 rows = [Row(self._spare, length, 0, ends_prompt) for length in lengths]
                 with explained(f"a prompt step of {sum(lengths)} tokens was tried", config.drafter.name):
-                    self._call(np.array(rows, np.int64), config.processors, drafting)
+                    self._call(np.array(rows, np.int64), self._bound.table.all_processors, drafting)
                 slots.length[self._spare].zero_()
                 slots.computed[self._spare].zero_()
 
@@ -146,7 +146,7 @@ class GraphRunner:
         marks = recorded.replay()
         return recorded.out[: len(rows)], marks
 
-    def _call(self, rows: NDArray[np.int64], processors: Sequence[LogitsProcessor], drafting: bool) -> Tensor:
+    def _call(self, rows: NDArray[np.int64], processors: Sequence[ActiveProcessor], drafting: bool) -> Tensor:
         """Runs rows that are inside their prompts, or leave them: their results."""
         _, num_tokens, num_drafts, ends_prompt = rows.T
         num_logits = int(((num_drafts + 1) * ends_prompt).sum())

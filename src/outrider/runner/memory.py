@@ -12,6 +12,8 @@ from outrider.errors import CapacityError
 from outrider.layers.parameter import Allocator, activation_dtype
 from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
+from outrider.runner.processor_tables import table_bytes
+from outrider.verify.base import LogitsProcessor
 
 MIB = 1 << 20
 
@@ -33,6 +35,7 @@ class Demand:
     keeps_draft_logits: bool
     weighs_probabilities: bool  # whether the verifier compares distributions, and not tokens
     drafter: Footprint
+    processors: tuple[LogitsProcessor, ...]
     programs: int  # bytes that the runner itself will hold
     in_place: bool  # whether kernels change logits where they stand; torch's make copies
     cache_bytes: int | None  # None: what the device has left, no more than all sequences could fill
@@ -118,11 +121,14 @@ def _workspace(demand: Demand, activation: torch.dtype) -> int:
     activations = sizes.max_num_batched_tokens * width * activation.itemsize
     # logits; where nothing is in place, what processors make of them and noise too; probabilities of both models
     copies = (1 if demand.in_place else 3) + (5 if demand.weighs_probabilities else 0)
+    copies += sum(processor.num_copies for processor in demand.processors)
     logits = copies * min(slots * (sizes.num_drafts + 1), sizes.max_num_batched_tokens) * config.vocab_size * 4
     history = slots * sizes.max_model_len * 8
     draft_logits = slots * sizes.num_drafts * config.vocab_size * 4 if demand.keeps_draft_logits else 0
+    tables = [table for processor in demand.processors for table in processor.tables]
+    state = table_bytes(tables, slots + 1, config.vocab_size)
     rope = sizes.max_model_len * config.head_dim * 4
-    return activations + logits + history + draft_logits + rope
+    return activations + logits + history + draft_logits + state + rope
 
 
 def _usable(demand: Demand, left: int) -> float:

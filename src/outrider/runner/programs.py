@@ -20,7 +20,7 @@ from outrider.runner.memory import MIB
 from outrider.runner.recorder import Marks, Recorder
 from outrider.runner.step import unmarked
 from outrider.runner.timing import END, MARKS, START
-from outrider.verify.base import LogitsProcessor
+from outrider.verify.base import ActiveProcessor
 
 logger = logging.getLogger("outrider")
 
@@ -107,7 +107,7 @@ class Programs:
         out = bound.results.table(size, device)
         # No plan asks for more tokens, of all rows together, than a step may run.
         num_tokens = min(size * (kind.num_drafts + 1), self._config.sizes.max_num_batched_tokens)
-        processors: tuple[LogitsProcessor, ...] = self._config.processors if kind.processed else ()
+        processors: tuple[ActiveProcessor, ...] = bound.table.all_processors if kind.processed else ()
         copies: list[tuple[Callable[[], None], Marks | None]] = []
         for _ in range(self._num_copies):
             marks = self._recorder.marks(MARKS) if self._config.capture.time_parts else None

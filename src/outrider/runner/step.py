@@ -17,7 +17,7 @@ from outrider.draft.base import DraftContext, Drafter
 from outrider.kernels.commit import COMMIT, STORE_DRAFT
 from outrider.models.decoder import Decoder
 from outrider.tensors import Draft, Slots, StepBatch, TargetOutput, Verdict
-from outrider.verify.base import LogitsProcessor, Verifier
+from outrider.verify.base import ActiveProcessor, Verifier
 
 Mark = Callable[[str], None]
 """Called with the name of a part of the step when all of its work has been given to the device."""
@@ -56,7 +56,7 @@ class StepProgram:
         batch: StepBatch,
         draft: Draft,  # what the batch's rows were told to verify
         slots: Slots,  # advanced in place
-        processors: Sequence[LogitsProcessor],
+        processors: Sequence[ActiveProcessor],
         drafting: bool = True,  # whether any row's request verifies drafts, ever; else the drafter is left out
         mark: Mark = unmarked,  # of "target", "verify" and "draft"
     ) -> StepOutput:
@@ -67,13 +67,16 @@ class StepProgram:
         logits = self._model.logits(spoken)
         target = TargetOutput(logits, hidden, features)
         mark("target")
-        for processor in processors:
-            logits = processor(logits, batch, slots)
+        for processor, state in processors:
+            logits = processor(logits, batch, slots, state)
         verdict = self._verifier(logits, batch, draft, slots)
         values: dict[str, Tensor] = {}
-        for part in (self._verifier, *processors):
-            if part.columns:
-                values.update(part.report(logits, batch, verdict))
+        if self._verifier.columns:
+            values.update(self._verifier.report(logits, batch, verdict))
+        for processor, state in processors:
+            processor.commit(batch, verdict, state)
+            if processor.columns:
+                values.update(processor.report(logits, batch, verdict))
         committed, next_token = self._commit(slots, batch, verdict)
         mark("verify")
         proposed = None

@@ -21,7 +21,8 @@ from outrider.runner.results import ResultLayout
 from outrider.runner.step import StepOutput
 from outrider.schedule.scheduler import Scheduler
 from outrider.tensors import Column, Draft, StepBatch, Verdict
-from outrider.verify.processors import PROCESSORS, MinTokens
+from outrider.verify.processors.min_tokens import MinTokens
+from outrider.verify.registry import PROCESSORS
 
 CPU = torch.device("cpu")
 SCORE, LIKELIEST = Column("score", 1, torch.float32), Column("likeliest", 2, torch.int64)
@@ -33,8 +34,7 @@ class Scores(MinTokens):
     name: ClassVar[str] = "scores"
     columns: ClassVar[tuple[Column, ...]] = (SCORE, LIKELIEST)
 
-    @staticmethod
-    def wanted(sampling: SamplingParams) -> bool:
+    def wanted(self, sampling: SamplingParams) -> bool:
         return True
 
     def report(self, logits: Tensor, batch: StepBatch, verdict: Verdict) -> Mapping[str, Tensor]:
@@ -85,7 +85,7 @@ def test_every_token_comes_with_the_values_that_a_processor_reports(
 
     monkeypatch.setattr(Scheduler, "apply", look)
     monkeypatch.setattr(config_module, "RUNNERS", (runner,))
-    monkeypatch.setattr(config_module, "PROCESSORS", (Scores(), *PROCESSORS))
+    monkeypatch.setattr(config_module, "build_processors", lambda own: (Scores(), *PROCESSORS))
     scores = []
     for options in ({}, {"speculative_config": drafting("peagle", 3)}):
         results.clear()

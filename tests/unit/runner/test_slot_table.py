@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from outrider.core.plan import Admission, Growth, Row, StepPlan
 from outrider.core.sampling import SamplingParams
@@ -16,7 +18,7 @@ from outrider.runner.slots import SlotTable
 from outrider.tensors import Draft
 from outrider.verify.base import Verifier
 from outrider.verify.exact import Exact
-from outrider.verify.processors import PROCESSORS
+from outrider.verify.registry import PROCESSORS
 from outrider.verify.rejection import Rejection
 
 CPU = torch.device("cpu")
@@ -51,13 +53,25 @@ def witness() -> Witness:
 def make_table(drafter: Drafter, verifier: Verifier) -> SlotTable:
     return SlotTable(
         num_slots=4,
-        max_len=32,
-        max_blocks=4,
+        sizes=replace(FACTS.sizes, block_size=8),
         drafter=drafter,
         verifier=verifier,
         processors=PROCESSORS,
         device=CPU,
     )
+
+
+def state(table: SlotTable, name: str) -> Mapping[str, Tensor]:
+    """The tables of a processor."""
+    (found,) = (state for processor, state in table.all_processors if processor.name == name)
+    return found
+
+
+def assert_filled(table: SlotTable) -> None:
+    """No table of a processor holds anything."""
+    for processor, tables in table.all_processors:
+        for one in processor.tables:
+            assert bool((tables[one.name] == one.fill).all()), (processor.name, one.name)
 
 
 @pytest.fixture
@@ -72,7 +86,7 @@ def plan(
 
 
 def admission(slot: int, stop_ids: Sequence[int] = (), seed: int = 5, **sampling: Any) -> Admission:
-    return Admission(slot, (3, 1, 2), 2, 0, SamplingParams(**sampling), seed, tuple(stop_ids))
+    return Admission(slot, (3, 1, 2), 2, 0, SamplingParams(**{"max_tokens": None, **sampling}), seed, tuple(stop_ids))
 
 
 def test_an_admission_fills_every_table(table: SlotTable) -> None:
@@ -80,11 +94,12 @@ def test_an_admission_fills_every_table(table: SlotTable) -> None:
     table.update(plan([given], grow=[Growth(2, 0, (6, 5)), Growth(2, 2, (9,))]))
     slots = table.slots
     assert slots.tokens[2, :3].tolist() == [3, 1, 2]
-    found = [getattr(slots, name)[2].item() for name in ("length", "computed", "top_k", "seed", "min_length")]
-    assert found == [3, 0, 4, 2**63 - 1, 2 + 3]
-    floats = [getattr(slots, name)[2].item() for name in ("temperature", "top_p", "min_p")]
-    assert floats == pytest.approx([0.5, 0.9, 0.1])
-    assert slots.barred[2, :3].tolist() == [7, 8, -1] and slots.block_table[2, :3].tolist() == [6, 5, 9]
+    found = [getattr(slots, name)[2].item() for name in ("length", "computed", "seed")]
+    assert found == [3, 0, 2**63 - 1] and slots.temperature[2] == 0.5
+    truncation, min_tokens = state(table, "truncation"), state(table, "min_tokens")
+    assert [truncation[name][2].item() for name in ("top_k", "top_p", "min_p")] == pytest.approx([4, 0.9, 0.1])
+    assert min_tokens["min_length"][2] == 2 + 3 and min_tokens["stop_ids"][2, :3].tolist() == [7, 8, -1]
+    assert slots.block_table[2, :3].tolist() == [6, 5, 9]
     assert slots.draft_length[2] == 0
 
 
@@ -95,10 +110,30 @@ def test_nothing_is_left_of_the_one_before(table: SlotTable) -> None:
     table.slots.computed[1] = 20
     table.update(plan([admission(1, [4], temperature=0.0)], release=[1]))
     slots = table.slots
-    assert slots.barred[1].tolist() == [4] + [-1] * (slots.barred.shape[1] - 1)
-    assert [slots.top_k[1].item(), slots.draft_length[1].item(), slots.computed[1].item()] == [0, 0, 0]
-    assert [slots.temperature[1].item(), slots.top_p[1].item(), slots.min_p[1].item()] == [0.0, 1.0, 0.0]
-    assert slots.min_length[1] == 2
+    assert [slots.draft_length[1].item(), slots.computed[1].item(), slots.temperature[1].item()] == [0, 0, 0.0]
+    assert_filled(table)
+    table.update(plan([admission(1, [4], min_tokens=9)], release=[1]))
+    ids = state(table, "min_tokens")["stop_ids"][1]
+    assert ids.tolist() == [4] + [-1] * (len(ids) - 1)
+    assert state(table, "min_tokens")["min_length"].tolist() == [0, 2 + 9, 0, 0]
+
+
+def test_an_interrupted_admission_leaves_nothing_either(table: SlotTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a slot whose admission was cut short are emptied for the next request in it."""
+    table.update(plan([admission(1, [7], min_tokens=3)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_register", lambda admission: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            table.update(plan([admission(2, top_k=4), admission(3, top_k=3)]))
+    table.reset()
+    table.update(plan([admission(slot, temperature=0.0) for slot in range(4)]))
+    assert_filled(table)
+
+
+def test_whole_numbers_past_a_tables_largest_are_the_largest(table: SlotTable) -> None:
+    table.update(plan([admission(0, top_k=2**40), admission(1, min_tokens=2**40)._replace(stop_ids=(1,))]))
+    assert state(table, "truncation")["top_k"][0] == 2**31 - 1
+    assert state(table, "min_tokens")["min_length"][1] == 2**31 - 1
 
 
 def test_the_drafter_is_told_in_order(table: SlotTable, witness: Witness) -> None:
@@ -110,7 +145,7 @@ def test_the_drafter_is_told_in_order(table: SlotTable, witness: Witness) -> Non
 
 def test_only_wanted_processors_run(table: SlotTable) -> None:
     def wanted() -> list[str]:
-        return [processor.name for processor in table.processors()]
+        return [processor.name for processor, _ in table.processors()]
 
     assert wanted() == []
     table.update(plan([admission(0, temperature=0.5), admission(1, temperature=0.5, top_k=2)]))

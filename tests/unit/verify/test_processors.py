@@ -15,7 +15,10 @@ from outrider.kernels.cpu.truncate import truncate_cpu
 from outrider.kernels.gpu import truncate as truncate_programs
 from outrider.kernels.gpu.truncate import truncate_gpu
 from outrider.kernels.truncate import truncate_reference
-from outrider.verify.processors import PROCESSORS, MinTokens, Temperature, Truncation
+from outrider.verify.processors.min_tokens import MinTokens
+from outrider.verify.processors.temperature import Temperature
+from outrider.verify.processors.truncation import Truncation
+from outrider.verify.registry import PROCESSORS
 
 INF = math.inf
 INTERPRETED = pytest.mark.skipif(
@@ -26,13 +29,13 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 )
 
 
-def rows(**tables: list) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """A batch whose row l belongs to slot l reversed, and the slots' tables."""
+def rows(**tables: list) -> tuple[SimpleNamespace, SimpleNamespace, dict[str, Tensor]]:
+    """A batch whose row l belongs to slot l reversed, the slots' temperatures, and a processor's tables."""
     size = len(next(iter(tables.values())))
     batch = SimpleNamespace(logits_slot=torch.arange(size).flip(0), logits_position=torch.full((size,), 10))
-    kinds = {"top_k": torch.int32, "min_length": torch.int32, "barred": torch.int64}
-    slots = {name: torch.tensor(values, dtype=kinds.get(name)).flip(0) for name, values in tables.items()}
-    return batch, SimpleNamespace(**slots)
+    kinds = {"top_k": torch.int32, "min_length": torch.int32, "stop_ids": torch.int64}
+    state = {name: torch.tensor(values, dtype=kinds.get(name)).flip(0) for name, values in tables.items()}
+    return batch, SimpleNamespace(temperature=state.pop("temperature", None)), state
 
 
 def cut(logits: list[float], top_k: int, top_p: float, min_p: float) -> list[float]:
@@ -94,15 +97,15 @@ def test_truncation_does_not_depend_on_the_programs_that_share_a_row(monkeypatch
 
 
 def test_truncation_leaves_greedy_rows_alone() -> None:
-    batch, slots = rows(temperature=[0.0, 1.0], top_k=[1, 1], top_p=[0.5, 0.5], min_p=[0.5, 0.5])
+    batch, slots, state = rows(temperature=[0.0, 1.0], top_k=[1, 1], top_p=[0.5, 0.5], min_p=[0.5, 0.5])
     logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
-    assert Truncation()(logits, batch, slots).tolist() == [[1.0, 2.0, 3.0], [-INF, -INF, 3.0]]
+    assert Truncation()(logits, batch, slots, state).tolist() == [[1.0, 2.0, 3.0], [-INF, -INF, 3.0]]
 
 
 def test_temperature_divides_all_but_greedy_rows() -> None:
-    batch, slots = rows(temperature=[0.0, 1.0, 0.7, 2.0])
+    batch, slots, state = rows(temperature=[0.0, 1.0, 0.7, 2.0])
     logits = torch.randn((4, 9), generator=torch.Generator().manual_seed(0))
-    out = Temperature()(logits.clone(), batch, slots)
+    out = Temperature()(logits.clone(), batch, slots, state)
     assert torch.equal(out[:2], logits[:2])
     for row, temperature in ((2, 0.7), (3, 2.0)):
         exact = torch.tensor([x / temperature for x in logits[row].tolist()], dtype=torch.float64)
@@ -110,11 +113,11 @@ def test_temperature_divides_all_but_greedy_rows() -> None:
 
 
 def test_min_tokens_bars_only_early_positions() -> None:
-    barred = [[1, 3, -1], [0, -1, -1], [-1, -1, -1], [1, 99, 0]]
-    batch, slots = rows(min_length=[11, 10, 50, 12], barred=barred)
+    stop_ids = [[1, 3, -1], [0, -1, -1], [-1, -1, -1], [1, 99, 0]]
+    batch, slots, state = rows(min_length=[11, 10, 50, 12], stop_ids=stop_ids)
     logits = torch.zeros((4, 5))
     logits[:, 0] = -0.0
-    out = MinTokens()(logits.clone(), batch, slots)
+    out = MinTokens()(logits.clone(), batch, slots, state)
     expected = [[0, -INF, 0, -INF, 0], [0] * 5, [0] * 5, [-INF, -INF, 0, 0, 0]]
     assert out.tolist() == expected
     assert torch.equal(torch.signbit(out[:3]), torch.signbit(torch.tensor(expected[:3])) | signed_zero())
@@ -127,8 +130,8 @@ def signed_zero() -> Tensor:
 
 def test_min_tokens_looks_at_each_drafts_own_position() -> None:
     batch = SimpleNamespace(logits_slot=torch.zeros(3, dtype=torch.int64), logits_position=torch.tensor([7, 8, 9]))
-    slots = SimpleNamespace(min_length=torch.tensor([9]), barred=torch.tensor([[2, -1]]))
-    out = MinTokens()(torch.zeros((3, 4)), batch, slots)
+    state = {"min_length": torch.tensor([9]), "stop_ids": torch.tensor([[2, -1]])}
+    out = MinTokens()(torch.zeros((3, 4)), batch, SimpleNamespace(), state)
     assert out[:, 2].tolist() == [-INF, -INF, 0.0]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
+from outrider.core.sampling_fields import NONE_OR_EMPTY
 from outrider.errors import PromptError, shortened
-from outrider.server.openai.schemas import NONE_OR_EMPTY, ROLES
+from outrider.server.openai.schemas import ROLES
 
 _TAKEN = {
     "assistant": ("role", "content", "tool_calls", "reasoning", "reasoning_content"),

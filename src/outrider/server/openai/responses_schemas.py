@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, WithJsonSchema
 
 from outrider.core.sampling import SamplingParams
+from outrider.core.sampling_fields import NONE_OR_EMPTY
 from outrider.errors import FieldError, PromptError, shortened
 from outrider.server.openai.messages import text_of
 from outrider.server.openai.schemas import (
-    NONE_OR_EMPTY,
     NOTHING,
     AFunction,
     Function,

@@ -5,6 +5,7 @@ An unknown field, one of the wrong type and one that asks for what the engine la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -12,47 +13,47 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from outrider.core.sampling import NOT_OFFERED as SAMPLING_NOT_OFFERED
 from outrider.core.sampling import SamplingParams
+from outrider.core.sampling_fields import (
+    MIN_P,
+    MIN_TOKENS,
+    NONE_OR_EMPTY,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    SamplingField,
+)
 from outrider.errors import FieldError, nearest, shortened
 
 MOST_NESTED = 64
 """Lists and objects of a body, each in the next."""
 
 NOTHING: tuple[Any, ...] = (None,)
-NONE_OR_EMPTY: tuple[Any, ...] = (None, [], {}, "")
 _NEITHER = (None, False)
 ROLES = ["system", "developer", "user", "assistant", "tool"]
 
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    **SAMPLING_NOT_OFFERED,
     "add_special_tokens": (None,),
-    "allowed_token_ids": NONE_OR_EMPTY,
     "audio": NOTHING,
-    "bad_words": NONE_OR_EMPTY,
     "best_of": (None, 1),
     "cache_salt": NOTHING,
     "chat_template": NOTHING,
     "continue_final_message": _NEITHER,
     "documents": NONE_OR_EMPTY,
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": NONE_OR_EMPTY,
     "length_penalty": (None, 1),
-    "logit_bias": NONE_OR_EMPTY,
-    "logits_processors": NONE_OR_EMPTY,
-    "logprobs": _NEITHER,
     "metadata": NONE_OR_EMPTY,
     "modalities": (None, ["text"]),
     "prediction": NOTHING,
-    "presence_penalty": (None, 0),
     "priority": (None, 0),
     "prompt_embeds": NOTHING,
-    "prompt_logprobs": NOTHING,
     "reasoning_effort": NOTHING,
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": _NEITHER,
-    "structured_outputs": NOTHING,
     "suffix": NONE_OR_EMPTY,
     "top_logprobs": (None, 0),
     "truncate_prompt_tokens": NOTHING,
@@ -106,6 +107,18 @@ class Record(BaseModel):
     not_offered: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_OFFERED
 
 
+def _field(declared: SamplingField) -> Any:
+    """A sampling parameter as a field of a body; left out, the engine's default is taken."""
+    low = declared.low if declared.also_off is None else declared.also_off
+    return Field(
+        None,
+        description=declared.help,
+        gt=low if declared.above_low else None,
+        ge=None if declared.above_low else low,
+        le=declared.high if declared.high < math.inf else None,
+    )
+
+
 class StreamOptions(Record):
     """What a stream brings beside the text."""
 
@@ -141,10 +154,10 @@ class Sampling(Record):
     """What all kinds of completion take; null is as if left out."""
 
     model: str | None = None
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
+    temperature: float | None = _field(TEMPERATURE)
+    top_p: float | None = _field(TOP_P)
+    top_k: int | None = _field(TOP_K)
+    min_p: float | None = _field(MIN_P)
     seed: int | None = None
     stop: Stop = None
     stop_token_ids: list[int] | None = None
@@ -153,12 +166,14 @@ class Sampling(Record):
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     speculative: Speculative | None = None
+    vllm_xargs: dict[str, Any] | None = Field(None, description="parameters of the server's own logits processors")
     user: str | None = Field(None, description="who asks; kept nowhere")
 
     def sampling(self, **defaults: Any) -> SamplingParams:
         """The engine's sampling parameters. SamplingError names what is wrong."""
         names = SamplingParams.__dataclass_fields__
         given = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        given |= {} if self.vllm_xargs is None else {"extra_args": self.vllm_xargs}
         return SamplingParams(**{**defaults, **given})
 
     @property
@@ -175,7 +190,7 @@ class Sampled(Sampling):
 
     n: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: int | None = _field(MIN_TOKENS)
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = Field(None, description="token ids beside the text")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from outrider.core.sampling import NOT_OFFERED as SAMPLING_NOT_OFFERED
 from outrider.core.sampling import SamplingParams
+from outrider.core.sampling_fields import FIELDS, SamplingField
 from outrider.errors import FieldError, InputError, SamplingError
 from outrider.server.openai.schemas import MOST_NESTED, NOT_OFFERED, ChatRequest, CompletionRequest, Speculative, parse
 
@@ -28,7 +30,7 @@ def test_every_sampling_parameter_can_be_given() -> None:
     given = {"n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 4, "max_tokens": 9}
     given |= {"min_tokens": 2, "stop": ["a"], "stop_token_ids": [5], "ignore_eos": True}
     given |= {"include_stop_str_in_output": True, "skip_special_tokens": False}
-    assert given.keys() == {entry.name for entry in fields(SamplingParams)} - {"detokenize"}
+    assert given.keys() == {entry.name for entry in fields(SamplingParams)} - {"detokenize", "extra_args"}
     assert completion(**given).sampling() == SamplingParams(**given) == chat(**given).sampling()
 
 
@@ -40,8 +42,24 @@ def test_defaults_are_the_offline_api_s_but_for_the_length_of_an_answer() -> Non
     assert chat(max_completion_tokens=5, max_tokens=5).sampling().max_tokens == 5
 
 
+def test_a_servers_own_parameters_go_to_its_processors() -> None:
+    asked = parse(json.dumps({"prompt": "a", "vllm_xargs": {"no_repeat": 1.5}}).encode(), CompletionRequest)
+    assert asked.sampling().extra_args == {"no_repeat": 1.5}
+    assert parse(b'{"prompt": "a"}', CompletionRequest).sampling().extra_args == {}
+
+
+@pytest.mark.parametrize("declared", FIELDS, ids=lambda declared: declared.name)
+def test_a_field_of_a_body_has_the_bounds_of_the_engines(declared: SamplingField) -> None:
+    (schema,) = [
+        one for one in CompletionRequest.model_json_schema()["properties"][declared.name]["anyOf"] if "type" in one
+    ][:1]
+    low = declared.low if declared.also_off is None else declared.also_off
+    assert schema["exclusiveMinimum" if declared.above_low else "minimum"] == low
+    assert schema.get("maximum", math.inf) == declared.high
+
+
 def test_what_the_engine_lacks_is_not_offered_here() -> None:
-    assert set(NOT_OFFERED) >= SAMPLING_NOT_OFFERED
+    assert set(NOT_OFFERED) >= set(SAMPLING_NOT_OFFERED)
     assert not set(NOT_OFFERED) & {*CompletionRequest.model_fields, *ChatRequest.model_fields}
 
 
