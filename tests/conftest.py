@@ -28,7 +28,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "test_tracing.py": (*SERVING, "opentelemetry.sdk"),
     "unit/draft/test_ngram.py": ("hypothesis",),
     "unit/engine/test_detokenize.py": ("hypothesis",),
-    "unit/engine/process/test_host.py": SERVING,
+    "unit/engine/process/test_[chs]*.py": SERVING,
     "unit/server/test_*.py": (*SERVING, "hypothesis"),
     "unit/server/*/test_*.py": (*SERVING, "hypothesis"),
 }

@@ -51,8 +51,8 @@ OPTIONAL = {
     "opentelemetry",
     "triton",
 }  # imported where they are needed, if they are
-LATE = "outrider.server.serve"
-"""The way into the one room that needs an extra's libraries: imported where it is needed too."""
+LATE = ("outrider.server.serve", "outrider.engine.process.sync")
+"""The ways into the rooms that need an extra's libraries: imported where they are needed too."""
 MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 400, 80, 12
 
 RANK = {room: rank for rank, line in enumerate(LAYERS.split("\n")) for room in line.split()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from outrider.acceptance.watchdog import WatchState
 from outrider.config import EngineOptions
@@ -26,9 +26,13 @@ from outrider.engine.prompts import (
     one_each,
 )
 from outrider.engine.stream import Stream
-from outrider.errors import PromptError
+from outrider.errors import OptionError, PromptError
+from outrider.load.hub import locate
 from outrider.load.tokenizer import Tokenizer
 from outrider.oracle import Choice
+
+if TYPE_CHECKING:
+    from outrider.engine.process.sync import SyncEngineClient
 
 Progress = Callable[[int, int], None]
 """Told how much is done, and how much there is."""
@@ -39,6 +43,10 @@ class LLM:
 
     Keyword arguments are the fields of `outrider.config.EngineOptions`; an unknown one raises
     OptionError naming the nearest. Usable as a context manager; `close` frees the memory.
+
+    With `enable_multiprocessing` the engine runs in a process of its own, as vLLM's does unless its
+    VLLM_ENABLE_V1_MULTIPROCESSING is 0. It needs the extra `serve`. The process is spawned, so a script must guard its
+    start with `if __name__ == "__main__"`.
     """
 
     def __init__(
@@ -47,24 +55,36 @@ class LLM:
         *,
         progress: Progress | None = None,
         recording: Progress | None = None,
+        enable_multiprocessing: bool = False,
         **options: Any,
     ) -> None:
         """`progress` is told the bytes of weights loaded so far and in all; `recording` the programs recorded."""
-        self._open(EngineOptions.from_kwargs(model=model, **options), progress, recording)
+        self._open(EngineOptions.from_kwargs(model=model, **options), progress, recording, enable_multiprocessing)
 
     @classmethod
     def from_options(
-        cls, options: EngineOptions, progress: Progress | None = None, recording: Progress | None = None
+        cls,
+        options: EngineOptions,
+        progress: Progress | None = None,
+        recording: Progress | None = None,
+        *,
+        enable_multiprocessing: bool = False,
     ) -> Self:
         """From a record of options instead of keyword arguments."""
         llm = cls.__new__(cls)
-        llm._open(options, progress, recording)
+        llm._open(options, progress, recording, enable_multiprocessing)
         return llm
 
-    def _open(self, options: EngineOptions, progress: Progress | None, recording: Progress | None) -> None:
-        engine = build_engine(options, progress, recording)
-        self._client = InprocClient(engine)
-        self._directory = engine.resolved.directory
+    def _open(
+        self, options: EngineOptions, progress: Progress | None, recording: Progress | None, multiprocessing: bool
+    ) -> None:
+        self._client: InprocClient | SyncEngineClient
+        if multiprocessing:
+            self._client = _client_of_a_process()(options, progress, recording)
+            self._directory = locate(options.model)
+        else:
+            engine = build_engine(options, progress, recording)
+            self._client, self._directory = InprocClient(engine), engine.resolved.directory
         self._tokenizer: Tokenizer | None = None
         self._num_prompts = 0
 
@@ -75,7 +95,7 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The loop underneath, for callers who drive it themselves."""
+        """The loop underneath, for callers who drive it themselves. OptionError if another process has it."""
         return self._client.engine
 
     @property
@@ -197,6 +217,17 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _client_of_a_process() -> type[SyncEngineClient]:
+    try:
+        from outrider.engine.process.sync import SyncEngineClient
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "outrider":
+            raise
+        message = f"enable_multiprocessing needs {error.name}: install it with pip install 'outrider[serve]'"
+        raise OptionError(message) from None
+    return SyncEngineClient
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from checkpoints import prompt, write, write_tokenizer
 from outrider import LLM, EngineDeadError, OptionError, OutriderError, PromptError, SamplingParams
 from outrider.config import EngineOptions
 from outrider.engine.engine import StepTimes
+from outrider.engine.inproc import InprocClient
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 TEMPLATE = (
@@ -21,10 +23,25 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module", params=["uni", "mp"])
+WHERE: dict[str, dict[str, Any]] = {
+    "here": {},
+    "worker process": {"distributed_executor_backend": "mp"},
+    "engine process": {"enable_multiprocessing": True},
+}
+
+
+@pytest.fixture(scope="module", params=WHERE)
 def llm(tiny: Callable[..., Path], request: pytest.FixtureRequest) -> Iterator[LLM]:
-    with LLM(str(tiny("qwen3")), max_model_len=64, distributed_executor_backend=request.param) as llm:
+    with LLM(str(tiny("qwen3")), max_model_len=64, **WHERE[request.param]) as llm:
         yield llm
+
+
+@pytest.fixture
+def driven(llm: LLM) -> LLM:
+    """One whose engine can be looked into."""
+    if not isinstance(llm._client, InprocClient):
+        pytest.skip("the engine is in another process")
+    return llm
 
 
 def test_a_prompt_in_any_of_its_forms(llm: LLM) -> None:
@@ -56,7 +73,6 @@ def test_what_the_prefix_cache_held_is_told(llm: LLM) -> None:
 
 def test_no_prompts_are_no_outputs(llm: LLM) -> None:
     assert llm.generate([]) == llm.generate([], GREEDY) == llm.generate([], []) == []
-    assert not llm.engine.has_work
 
 
 def test_token_ids_of_numpy_s(llm: LLM) -> None:
@@ -101,9 +117,9 @@ def test_no_sampling_params_are_the_defaults(llm: LLM) -> None:
     assert len(llm.generate(prompt(5))[0].outputs[0].token_ids) <= SamplingParams().max_tokens
 
 
-def test_options_as_a_record_and_as_keywords(llm: LLM, tiny: Callable[..., Path]) -> None:
+def test_options_as_a_record_and_as_keywords(driven: LLM, tiny: Callable[..., Path]) -> None:
     path = str(tiny("qwen3"))
-    options = llm.engine.resolved.options
+    options = driven.engine.resolved.options
     record = EngineOptions(
         model=path, max_model_len=64, distributed_executor_backend=options.distributed_executor_backend
     )
@@ -113,8 +129,9 @@ def test_options_as_a_record_and_as_keywords(llm: LLM, tiny: Callable[..., Path]
         EngineOptions.from_kwargs(modle=path)
 
 
-def test_closing_twice_and_serving_no_more(tiny: Callable[..., Path]) -> None:
-    llm = LLM(str(tiny("qwen3")), max_model_len=64)
+@pytest.mark.parametrize("where", ["here", "engine process"])
+def test_closing_twice_and_serving_no_more(tiny: Callable[..., Path], where: str) -> None:
+    llm = LLM(str(tiny("qwen3")), max_model_len=64, **WHERE[where])
     llm.generate(prompt(5), GREEDY)
     llm.close()
     llm.close()
@@ -122,18 +139,20 @@ def test_closing_twice_and_serving_no_more(tiny: Callable[..., Path]) -> None:
         llm.generate(prompt(5), GREEDY)
 
 
-def test_times_are_counted_by_step(llm: LLM) -> None:
-    before = llm.engine.times.copy()
-    llm.generate(prompt(5), GREEDY)
-    spent = llm.engine.times.since(before)
+def test_times_are_counted_by_step(driven: LLM) -> None:
+    times = driven.engine.times
+    before = times.copy()
+    driven.generate(prompt(5), GREEDY)
+    spent = times.since(before)
     assert spent.steps == 6 and spent.run > 0
-    assert llm.engine.times.since(llm.engine.times) == StepTimes()
+    assert times.since(times) == StepTimes()
     assert not issubclass(EngineDeadError, ValueError)
 
 
-def test_conversations(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["here", "engine process"])
+def test_conversations(tmp_path: Path, where: str) -> None:
     path = write_tokenizer(write(tmp_path / "chatty"), chat_template=TEMPLATE)
-    with LLM(str(path), max_model_len=64) as llm:
+    with LLM(str(path), max_model_len=64, **WHERE[where]) as llm:
         messages = [{"role": "user", "content": "hé"}]
         with pytest.raises(PromptError, match="refused the messages: division by zero"):
             llm.chat(messages, GREEDY, chat_template_kwargs={"ratio": 0})
@@ -145,4 +164,3 @@ def test_conversations(tmp_path: Path) -> None:
         assert told.prompt_token_ids == llm.tokenizer.encode("[user]hé[me]")
         with pytest.raises(PromptError, match="refused the messages: no robots"):
             llm.chat([{"role": "robot", "content": "x"}], GREEDY)
-        assert not llm.engine.has_work

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import multiprocessing
+import pickle
 import shutil
 import tempfile
 import time
@@ -14,18 +15,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
 import zmq
 import zmq.asyncio
 
+from outrider.acceptance.watchdog import WatchState
 from outrider.config import EngineOptions
-from outrider.core.output import FinishReason
+from outrider.core.output import AcceptanceTally, FinishReason, TokenDelta
 from outrider.engine.completion import Completion
-from outrider.engine.generation import Generation
 from outrider.engine.process.host import run
 from outrider.engine.process.messages import (
     Add,
+    AskWatchdog,
     Building,
     Delta,
     End,
@@ -40,8 +43,10 @@ from outrider.engine.process.messages import (
     Snapshot,
     Taken,
     ToEngine,
+    Watchdog,
 )
 from outrider.errors import EngineDeadError, EngineRestartingError, OutriderError, rebuilt
+from outrider.oracle import Choice
 
 logger = logging.getLogger("outrider")
 
@@ -63,6 +68,19 @@ def retry_seconds(expected: float) -> int:
     return max(1, min(MOST_RETRY_SECONDS, math.ceil(expected)))
 
 
+class Receiver(Protocol):
+    """What a client queues and hands deltas to: a `Generation`, or what stands for one."""
+
+    completions: list[Completion]
+    max_drafts: int | None
+
+    def take(self, completion: Completion, delta: TokenDelta, acceptance: AcceptanceTally, num_cached: int) -> bool:
+        """As `Generation.take`."""
+
+    def fail(self, error: Exception) -> None:
+        """As `Generation.fail`."""
+
+
 class EngineClient:
     """Starts the engine's process, and speaks with it from one event loop."""
 
@@ -77,8 +95,8 @@ class EngineClient:
         self._start_seconds = 0.0  # that the last start took
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._tasks: list[asyncio.Task[None]] = []
-        self._requests: dict[str, tuple[Generation, Completion]] = {}  # in flight, by the engine's id
-        self._answers: dict[int, asyncio.Future[None]] = {}
+        self._requests: dict[str, tuple[Receiver, Completion]] = {}  # in flight, by the engine's id
+        self._answers: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
         self._heard = 0.0
         self._ready: asyncio.Future[Ready] | None = None
@@ -87,6 +105,8 @@ class EngineClient:
         """Whether the engine is dead and another is to take its place; set by whoever decides that."""
         self.snapshot: Snapshot | None = None
         """The newest there is, of an engine that died with nothing under way; there is one once the engine is ready."""
+        self.choice: Choice | None = None
+        """The oracle's verdict, once the engine is ready."""
         self.cause_of_death: OutriderError | None = None
         self.on_death: Callable[[], None] = lambda: None
         """Called once, when the engine is found dead or hung, after all that wait for it were told."""
@@ -102,7 +122,7 @@ class EngineClient:
             said = "the engine failed and is being started anew: try again later"
             raise EngineRestartingError(said, retry_seconds(self._start_seconds))
         if self.cause_of_death is not None:
-            raise EngineDeadError("the engine is dead: the server is going down") from self.cause_of_death
+            raise EngineDeadError("the engine is dead, and runs no more requests") from self.cause_of_death
 
     @property
     def num_in_flight(self) -> int:
@@ -133,7 +153,7 @@ class EngineClient:
         ready = await self._ready
         if self.cause_of_death is not None:  # between its being ready and now
             raise self.cause_of_death
-        self.snapshot = ready.snapshot
+        self.snapshot, self.choice = ready.snapshot, pickle.loads(ready.choice)
         self._heard = time.monotonic()
         self._start_seconds = self._heard - begun
         self._tasks.append(loop.create_task(self._watch(self._process)))
@@ -156,7 +176,7 @@ class EngineClient:
         self.restarting = False
         return facts
 
-    async def run(self, generation: Generation) -> None:
+    async def run(self, generation: Receiver) -> None:
         """Queues all completions of a generation, or none: InputError as `Engine.add` raises it."""
         self.check_alive()
         number = next(self._numbers)
@@ -165,21 +185,36 @@ class EngineClient:
             completion.id = f"{number}-{completion.index}"
             ids, sampling = completion.parent.prompt_token_ids, asdict(completion.sampling)
             prompts.append(Prompt(completion.id, ids, sampling, generation.max_drafts))
-        self._answers[number] = answer = asyncio.get_running_loop().create_future()
         self._requests |= {completion.id: (generation, completion) for completion in generation.completions}
         try:
-            self._send(Add(number, prompts))
-            await answer
+            await self._answer(Add(number, prompts))
         except BaseException:
             self.abort(generation)
             raise
-        finally:
-            self._answers.pop(number, None)
 
-    def abort(self, generation: Generation) -> None:
+    def abort(self, generation: Receiver) -> None:
         """Drops what of a generation is still in flight, before the engine's next step."""
-        ids = [completion.id for completion in generation.completions]
-        self._end([request_id for request_id in ids if self._requests.pop(request_id, None)], FinishReason.ABORT)
+        self.end(generation.completions, FinishReason.ABORT)
+
+    def end(self, completions: Sequence[Completion], reason: FinishReason) -> None:
+        """Ends those that are still in flight, before the engine's next step."""
+        ids = [completion.id for completion in completions]
+        self._end([request_id for request_id in ids if self._requests.pop(request_id, None)], reason)
+
+    async def watchdog(self) -> WatchState:
+        """What the engine's watchdog knows. Raises EngineDeadError."""
+        self.check_alive()
+        state: WatchState = pickle.loads(await self._answer(AskWatchdog(next(self._numbers))))
+        return state
+
+    async def _answer(self, message: Add | AskWatchdog) -> Any:
+        """Sends a message, and waits for the answer of its number."""
+        self._answers[message.number] = answer = asyncio.get_running_loop().create_future()
+        try:
+            self._send(message)
+            return await answer
+        finally:
+            self._answers.pop(message.number, None)
 
     async def close(self) -> None:
         """Ends the process, in its own time or by force, and the wire. Idempotent."""
@@ -229,12 +264,14 @@ class EngineClient:
             if message.snapshot is not None and self.cause_of_death is None:
                 self.snapshot = message.snapshot
             self._hand_out(message.deltas)
-        elif isinstance(message, Taken | Refused):
+        elif isinstance(message, Taken | Refused | Watchdog):
             answer = self._answers.get(message.number)
             if answer is None or answer.done():
                 return
             if isinstance(message, Taken):
                 answer.set_result(None)
+            elif isinstance(message, Watchdog):
+                answer.set_result(message.state)
             else:
                 answer.set_exception(rebuilt(message.error, message.message, message.field))
         elif isinstance(message, Building):
@@ -297,7 +334,9 @@ class EngineClient:
             self._ready.set_exception(cause)
             return
         logger.error("the engine failed: %s", cause)
-        self.fail(EngineDeadError("the engine failed: the request cannot be finished"))
+        failure = EngineDeadError("the engine failed: the request cannot be finished")
+        failure.__cause__ = cause
+        self.fail(failure)
         self.on_death()
 
     def fail(self, error: OutriderError) -> None:

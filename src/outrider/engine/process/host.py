@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from outrider.engine.engine import Engine, EngineStats
 from outrider.engine.process.logs import write_logs
 from outrider.engine.process.messages import (
     Add,
+    AskWatchdog,
     Building,
     Delta,
     End,
@@ -36,6 +38,7 @@ from outrider.engine.process.messages import (
     Snapshot,
     Taken,
     ToEngine,
+    Watchdog,
     WatchedRates,
 )
 from outrider.errors import EngineDeadError, InputError, OutriderError, class_name
@@ -117,7 +120,7 @@ class EngineProcess:
         """Until `Quit` comes, or the parent is gone. Raises EngineDeadError if a step fails."""
         start = self.engine.stats()
         decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-        self._send(Ready(_facts(self.engine), self._snapshot(start)))
+        self._send(Ready(_facts(self.engine), self._snapshot(start), pickle.dumps(self.engine.choice)))
         last_told = 0.0
         while True:
             was_busy = self.engine.has_work
@@ -157,6 +160,8 @@ class EngineProcess:
         if isinstance(message, End):
             for request_id in message.ids:
                 self.engine.finish(request_id, message.reason)
+        elif isinstance(message, AskWatchdog):
+            self._send(Watchdog(message.number, pickle.dumps(self.engine.watchdog.state())))
         else:
             self._add(message)
         return True

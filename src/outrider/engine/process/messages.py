@@ -42,6 +42,12 @@ class End(msgspec.Struct, array_like=True, frozen=True, tag=True):
     reason: FinishReason
 
 
+class AskWatchdog(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """What does the watchdog know? `Watchdog` answers."""
+
+    number: int
+
+
 class Quit(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Stop the process: whatever runs is dropped."""
 
@@ -86,6 +92,13 @@ class Refused(msgspec.Struct, array_like=True, frozen=True, tag=True):
     error: str
     message: str
     field: str | None
+
+
+class Watchdog(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """What the watchdog knows."""
+
+    number: int
+    state: bytes  # a WatchState, pickled
 
 
 class Delta(msgspec.Struct, array_like=True, frozen=True):
@@ -145,6 +158,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
     facts: Facts
     snapshot: Snapshot
+    choice: bytes  # the oracle's, pickled
 
 
 class Progress(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -154,5 +168,5 @@ class Progress(msgspec.Struct, array_like=True, frozen=True, tag=True):
     snapshot: Snapshot | None
 
 
-ToEngine = Add | End | Quit
-FromEngine = Building | Ready | Failed | Taken | Refused | Progress
+ToEngine = Add | AskWatchdog | End | Quit
+FromEngine = Building | Ready | Failed | Taken | Refused | Watchdog | Progress

@@ -1,0 +1,164 @@
+"""An engine's process for a caller without an event loop: `LLM`'s other way to an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from outrider.acceptance.watchdog import WatchState
+from outrider.config import EngineOptions
+from outrider.core.output import AcceptanceReport, AcceptanceTally, FinishReason, TokenDelta
+from outrider.engine.completion import Completion
+from outrider.engine.engine import Engine
+from outrider.engine.generation import Generation
+from outrider.engine.process.client import Counted, EngineClient
+from outrider.errors import EngineDeadError, OptionError
+from outrider.oracle import Choice
+
+Made = TypeVar("Made")
+
+NEVER = float("inf")
+"""A caller who waits, waits as long as a step takes: only a process that has ended counts as dead."""
+
+
+class _Came(NamedTuple):
+    """What the engine's process sent for a completion."""
+
+    generation: Generation
+    completion: Completion
+    delta: TokenDelta
+    acceptance: AcceptanceTally
+    num_cached: int
+
+
+class _Receiver:
+    """Stands for a generation on the client's thread, and keeps what comes for the caller's."""
+
+    def __init__(self, generation: Generation, put: Callable[[_Came | tuple[Generation, Exception]], None]) -> None:
+        self.completions, self.max_drafts = generation.completions, generation.max_drafts
+        self._generation, self._put = generation, put
+
+    def take(self, completion: Completion, delta: TokenDelta, acceptance: AcceptanceTally, num_cached: int) -> bool:
+        """Keeps it; whether a stop string ends the completion is found when it is handed out."""
+        self._put(_Came(self._generation, completion, delta, acceptance, num_cached))
+        return False
+
+    def fail(self, error: Exception) -> None:
+        """Keeps the error."""
+        self._put((self._generation, error))
+
+
+class SyncEngineClient:
+    """An `EngineClient` on a thread of its own. Deltas are handed out on the caller's, when it waits."""
+
+    def __init__(
+        self, options: EngineOptions, progress: Counted | None = None, recording: Counted | None = None
+    ) -> None:
+        """Starts the process and waits until the model is loaded. Raises as `EngineClient.start`."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="outrider-client", daemon=True)
+        self._thread.start()
+        self._inbox: deque[_Came | tuple[Generation, Exception]] = deque()
+        self._filled = threading.Event()
+        self._closed = False
+        self._client = EngineClient(options, NEVER)
+        try:
+            facts = self._call(self._client.start(progress, recording))
+        except BaseException:
+            self.close()
+            raise
+        self.verifier, self.eos_token_ids = facts.verifier, facts.eos_token_ids
+
+    def _call(self, work: Coroutine[Any, Any, Made]) -> Made:
+        """Runs it on the client's thread. An interrupt cancels it there."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @property
+    def choice(self) -> Choice:
+        """The oracle's verdict, as the engine's process has it."""
+        assert self._client.choice is not None
+        return self._client.choice
+
+    @property
+    def engine(self) -> Engine:
+        """There is none in this process: OptionError."""
+        raise OptionError("the engine runs in a process of its own: leave enable_multiprocessing out to drive it")
+
+    def acceptance(self) -> AcceptanceReport:
+        """How drafts fared over the life of the engine, by its newest snapshot."""
+        assert self._client.snapshot is not None
+        return self._client.snapshot.acceptance
+
+    def watchdog(self) -> WatchState:
+        """What the watchdog knows. Raises EngineDeadError if the process has ended."""
+        self._check_open()
+        return self._call(self._client.watchdog())
+
+    def add(self, generation: Generation) -> None:
+        """Queues every completion, or none: InputError as `Engine.add` raises it."""
+        self._check_open()
+        self._call(self._client.run(_Receiver(generation, self._put)))
+
+    def step(self) -> None:
+        """Waits until something has come, and hands it out."""
+        self._filled.wait()
+        self._filled.clear()
+        while self._inbox:
+            came = self._inbox.popleft()
+            if isinstance(came, _Came):
+                self._hand_out(came)
+            else:
+                generation, error = came
+                generation.fail(error)
+
+    def abort(self, completions: Sequence[Completion]) -> None:
+        """Drops those that are still in progress."""
+        running = [completion for completion in completions if not completion.ended]
+        for completion in running:
+            completion.abort()
+        self._end(running, FinishReason.ABORT)
+
+    def release(self, completions: Sequence[Completion]) -> None:
+        """As `abort`, which is safe anywhere."""
+        self.abort(completions)
+
+    def close(self) -> None:
+        """Ends the process and the thread. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._call(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _put(self, came: _Came | tuple[Generation, Exception]) -> None:
+        self._inbox.append(came)
+        self._filled.set()
+
+    def _hand_out(self, came: _Came) -> None:
+        generation, completion = came.generation, came.completion
+        if completion.ended:
+            return  # aborted, and the engine did not know yet
+        try:
+            if generation.take(completion, came.delta, came.acceptance, came.num_cached):
+                self._end([completion], FinishReason.STOP)
+        except BaseException:
+            self.abort([completion])
+            raise
+
+    def _end(self, completions: Sequence[Completion], reason: FinishReason) -> None:
+        if completions and not self._closed:
+            self._loop.call_soon_threadsafe(self._client.end, completions, reason)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineDeadError("the engine is closed: build a new one")
