@@ -154,7 +154,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """One bound after the other, in one process."""
     resolved = resolve(options_of(arguments, None))
     scheduler = resolved.scheduler
-    default, whole = scheduler.max_prefill_tokens_beside_decodes, scheduler.max_num_batched_tokens
+    default, whole = scheduler.max_prefill_tokens_beside_decodes, scheduler.sizes.max_num_batched_tokens
     bandwidth = read_bandwidth(resolved.runner.device)
     result: dict[str, Any] = {
         **provenance(resolved.runner.device),
