@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from outrider.draft.base import DraftContext
-from outrider.draft.eagle.base import HeadDrafter, Rows
+from outrider.draft.eagle.base import HeadDrafter, HeadRows
 from outrider.draft.eagle.eagle3 import Eagle3
 from outrider.draft.eagle.peagle import PEagle
 from outrider.tensors import Draft
 
 
-def masked(rows: Rows, context: DraftContext) -> Tensor:
+def masked(rows: HeadRows, context: DraftContext) -> Tensor:
     """[rows] bool, which are mask rows."""
     return rows.source == context.batch.input_ids.shape[0]
 
@@ -57,7 +57,7 @@ class SequentialTapsOffByOne(Eagle3):
 class Stale(PEagle):
     """Mask rows take the feature of the target's last query token, a rejected draft's say."""
 
-    def rows(self, context: DraftContext, num_masks: int) -> Rows:
+    def rows(self, context: DraftContext, num_masks: int) -> HeadRows:
         rows = super().rows(context, num_masks)
         each = torch.arange(rows.source.shape[0], dtype=torch.int32)
         owner = torch.searchsorted(rows.batch.query_start[1:], each, right=True).clamp(
@@ -70,7 +70,7 @@ class Stale(PEagle):
 class OneBehind(PEagle):
     """Mask rows stand one position too early."""
 
-    def rows(self, context: DraftContext, num_masks: int) -> Rows:
+    def rows(self, context: DraftContext, num_masks: int) -> HeadRows:
         rows = super().rows(context, num_masks)
         positions = rows.batch.positions - masked(rows, context).long()
         return replace(rows, batch=replace(rows.batch, positions=positions))
@@ -79,7 +79,7 @@ class OneBehind(PEagle):
 class Unshifted(PEagle):
     """A row holds the token of its position, not the one after it."""
 
-    def rows(self, context: DraftContext, num_masks: int) -> Rows:
+    def rows(self, context: DraftContext, num_masks: int) -> HeadRows:
         rows = super().rows(context, num_masks)
         slot = context.batch.slot.repeat_interleave(rows.batch.query_start.diff())
         slot = torch.nn.functional.pad(slot, (0, rows.source.shape[0] - slot.shape[0]))

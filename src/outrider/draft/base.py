@@ -22,7 +22,7 @@ from outrider.load.checkpoint import Checkpoint
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, TargetOutput
 
 MAX_DRAFTS = 32
-"""Most tokens a round may draft: beyond it verification costs more than any acceptance returns."""
+"""The largest K: beyond it verification costs more than any acceptance returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,12 @@ class DraftOptions:
     def __post_init__(self) -> None:
         self.check_whole("num_speculative_tokens", 1, MAX_DRAFTS)
 
-    def check_whole(self, name: str, least: int, most: int | None = None) -> None:
+    def check_whole(self, name: str, lowest: int, highest: int | None = None) -> None:
         """OptionError unless the option is a whole number within bounds."""
         value = getattr(self, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < least or (most is not None and value > most):
-            bounds = f"{least} or more" if most is None else f"from {least} to {most}"
+        if not whole or value < lowest or (highest is not None and value > highest):
+            bounds = f"{lowest} or more" if highest is None else f"from {lowest} to {highest}"
             raise OptionError(f"{name} must be a whole number, {bounds}: {value!r}")
 
 
@@ -109,7 +109,7 @@ class DraftContext:
 
     batch: StepBatch  # what the target has just run
     target: TargetOutput
-    committed: Tensor  # [B] int32, how many of each row's query tokens now stand
+    committed: Tensor  # [B] int32, how many of each row's query tokens are committed
     next_token: Tensor  # [B] int64, the token after them: sampled, or the prompt's next
     slots: Slots  # this step's tokens already committed
     noise: Purpose  # what to draw guesses with: the verifier's `draft_noise`

@@ -167,12 +167,12 @@ class TensorFile:
 
 def fingerprint(directory: Path) -> str:
     """Tells one checkpoint from another by its config and the size and first MiB of each weight file."""
-    told = hashlib.sha256((directory / "config.json").read_bytes())
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
     for file in weight_files(directory, pickled=True):
-        told.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
         with open(file, "rb") as opened:
-            told.update(opened.read(1 << 20))
-    return told.hexdigest()[:16]
+            digest.update(opened.read(1 << 20))
+    return digest.hexdigest()[:16]
 
 
 def load_weights(

@@ -1,4 +1,4 @@
-"""What EAGLE-3 and P-EAGLE share: the checkpoint, the cache layers, the rows of a step, and drawing a guess."""
+"""What EAGLE-3 and P-EAGLE share: the checkpoint, the cache, the rows of a step, and sampling a draft."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class HeadOptions(DraftOptions):
 
 
 @dataclass(slots=True)
-class Rows:
+class HeadRows:
     """The head's query rows that follow a step of the target; see `kernels.draft_rows`."""
 
     batch: StepBatch  # the step's, with the rows' own positions, lengths and cache slots
@@ -80,7 +80,8 @@ class HeadDrafter(Drafter):
 
     needs: ClassVar[frozenset[Feature]] = frozenset({Feature.TOKEN_HISTORY, Feature.FEATURES, Feature.DRAFT_CACHE})
     Options: ClassVar[type[DraftOptions]] = HeadOptions
-    rerun: ClassVar[int] = 1  # a row holds the token after its position
+    # a row holds the token after its position
+    rerun: ClassVar[int] = 1
     writes_ahead: ClassVar[bool] = True
     gives_logits: ClassVar[bool] = True
     parallel: ClassVar[bool]
@@ -175,7 +176,8 @@ class HeadDrafter(Drafter):
         drafter = cls(options, replace(target, device=torch.device("meta")))
         layer, vocab = drafter.config.layer, drafter.config.draft_vocab_size
         seqs, drafts = target.sizes.max_num_seqs, options.num_speculative_tokens
-        allocator = Allocator.on(target.device, target.dtype)  # the meta device's would be of other types
+        # the meta device's allocator would give other types
+        allocator = Allocator.on(target.device, target.dtype)
         # the features, the first layer's input, then what any layer holds
         width = (
             2 * drafter.config.num_aux_layers * target.hidden_size
@@ -235,8 +237,8 @@ class HeadDrafter(Drafter):
         network.borrow(target)
         (self._cache,) = caches
 
-    def rows(self, context: DraftContext, num_masks: int) -> Rows:
-        """The rows of every request: those that now stand, and behind them `num_masks` of the mask token."""
+    def rows(self, context: DraftContext, num_masks: int) -> HeadRows:
+        """The rows of every request: its committed tokens of this step, and after them `num_masks` mask rows."""
         batch = context.batch
         query_start, seq_lens, length, input_ids, source, positions, cache_slot, *by_guess = self._draft_rows(
             context.slots,
@@ -257,10 +259,10 @@ class HeadDrafter(Drafter):
             cache_slot=cache_slot,
         )
         guesses, slot, position = by_guess
-        return Rows(own, source, guesses, slot, position, length)
+        return HeadRows(own, source, guesses, slot, position, length)
 
-    def hidden(self, context: DraftContext, rows: Rows, mask_row: Tensor | None = None) -> Tensor:
-        """[rows, H], the target's features projected, each row's own; `mask_row` [1, H] where there is none."""
+    def hidden(self, context: DraftContext, rows: HeadRows, mask_row: Tensor | None = None) -> Tensor:
+        """[rows, H], the projected features that each row takes; a mask row takes `mask_row` [1, H]."""
         features = context.target.features
         assert features is not None, "the runner gives the auxiliary hidden states that were asked for"
         gathered: Tensor = self._gather(self.network.project(features), mask_row, rows.source)
@@ -273,14 +275,15 @@ class HeadDrafter(Drafter):
         slot: Tensor,  # [N] int64
         position: Tensor,  # [N] int64, of the token guessed
     ) -> tuple[Tensor, Tensor | None]:
-        """[N] int64, a token of the target's for each row; and [N, V], what it was drawn from, if that is kept.
+        """[N] int64, a token of the target's vocabulary for each row; and the draft logits [N, V], if they are kept.
 
-        With the noise the context names, which under the default verifier is the target's own at that position: the
-        more alike both distributions, the likelier both draw the same token (Daliri, Musco and Suresh, 2024).
+        The noise is the context's. Under the default verifier it is what the target itself samples with at that
+        position: the more alike both distributions, the likelier both give the same token (Daliri, Musco and Suresh,
+        2024).
         """
         slots = context.slots
-        tempered, temperature, seed = self._scale_hidden(normed, slots.temperature, slots.seed, slot, self._argmax)
-        logits = self.network.logits(tempered)
+        scaled, temperature, seed = self._scale_hidden(normed, slots.temperature, slots.seed, slot, self._argmax)
+        logits = self.network.logits(scaled)
         tokens: Tensor = self._sample(logits, temperature, seed, position, context.noise, self._ids)
         return tokens, self._draft_logits(logits, tokens) if slots.draft_logits is not None else None
 

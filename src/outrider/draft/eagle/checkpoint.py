@@ -1,6 +1,6 @@
 """Draft heads of the EAGLE-3 family as they are published, normalised to one record.
 
-Three layouts are read, and told apart by what they hold:
+Three layouts are read. What a checkpoint holds says which it is:
 
 - speculators (`speculators_model_type` eagle3 or peagle): the draft layers' config nested under
   `transformer_layer_config`, tensors `layers.{i}.*`, `d2t` and `t2d`; P-EAGLE adds `mask_hidden` and `mask_token_id`;
@@ -32,7 +32,7 @@ SPECULATORS = {"eagle3": False, "peagle": True}
 """The `speculators_model_type` of the family's heads, and whether such a head drafts in parallel."""
 
 MASK_TOKEN_KEYS = ("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")
-"""Where configs name the token that stands for one not yet known, in the order they are looked up."""
+"""Keys under which configs name the mask token, in the order they are looked up."""
 
 NUM_DEFAULT_AUX_LAYERS = 3
 """Auxiliary layers of a head whose config names none: EAGLE-3's early, middle and late layer."""
@@ -285,10 +285,10 @@ def _said_and_held(config: Mapping[str, Any], key: str, tensor: str, tensors: Co
 
 def _mask_token_id(config: Mapping[str, Any], vocab_size: int) -> int:
     nested = config.get("dflash_config")
-    places = [nested, *([config] * len(MASK_TOKEN_KEYS))] if isinstance(nested, Mapping) else [config] * 4
+    sources = [nested, *([config] * len(MASK_TOKEN_KEYS))] if isinstance(nested, Mapping) else [config] * 4
     keys = ("mask_token_id", *MASK_TOKEN_KEYS) if isinstance(nested, Mapping) else MASK_TOKEN_KEYS
-    for place, key in zip(places, keys, strict=True):
-        value = place.get(key)
+    for source, key in zip(sources, keys, strict=True):
+        value = source.get(key)
         if value is not None:
             token = int(value) if str(value).isdigit() else -1
             if not 0 <= token < vocab_size:

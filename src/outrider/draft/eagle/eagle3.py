@@ -5,7 +5,7 @@
     hidden state    f_p   f   ... f_p+a h        h'        the target's features, then the network's output
     guess                         d1    d2       d3        K - 1 further passes of one row a request
 
-The rows up to p+a are those the target has just run and kept; they rewrite what the last round's guesses left.
+Rows up to p+a are of tokens that the target has just run and committed. They overwrite what the last round left.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from outrider.draft.base import AcceptancePattern, DraftContext, Drafter
-from outrider.draft.eagle.base import HeadDrafter, Rows
+from outrider.draft.eagle.base import HeadDrafter, HeadRows
 from outrider.draft.eagle.peagle import PEagle
 from outrider.kernels.single_rows import SINGLE_ROWS
 from outrider.tensors import Draft, StepBatch
@@ -60,14 +60,14 @@ class Eagle3(HeadDrafter):
         kept = [logits for logits in draft_logits if logits is not None]
         return Draft(torch.stack(tokens, dim=1), rows.length, torch.stack(kept, dim=1) if kept else None)
 
-    def _singles(self, context: DraftContext, rows: Rows) -> tuple[Tensor, Sequence[Tensor], list[StepBatch]]:
-        """Of the first pass the rows that guess, [B]; of each pass the guesses' positions, [B]; each further batch."""
+    def _singles(self, context: DraftContext, rows: HeadRows) -> tuple[Tensor, Sequence[Tensor], list[StepBatch]]:
+        """The first pass's rows that give drafts [B], the drafts' positions [B] in each pass, and further batches."""
         batch = context.batch
         query_start, bonus, guessed, *by_pass = SINGLE_ROWS.on(batch.slot.device)(
             rows.guesses, rows.position, rows.length, batch.block_table, self.num_drafts, self.target.sizes.block_size
         )
         singles = [
-            replace(batch, query_start=query_start, seq_lens=lens, positions=places, cache_slot=slots)
-            for lens, places, slots in zip(*by_pass, strict=True)
+            replace(batch, query_start=query_start, seq_lens=lens, positions=positions, cache_slot=slots)
+            for lens, positions, slots in zip(*by_pass, strict=True)
         ]
         return bonus, guessed.unbind(), singles
