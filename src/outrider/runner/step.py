@@ -54,7 +54,7 @@ class StepProgram:
     def __call__(
         self,
         batch: StepBatch,
-        draft: Draft,  # what the batch's rows were told to verify
+        draft: Draft,  # what the rows of the batch verify
         slots: Slots,  # advanced in place
         processors: Sequence[ActiveProcessor],
         drafting: bool = True,  # whether any row's request verifies drafts, ever; else the drafter is left out
@@ -63,8 +63,8 @@ class StepProgram:
         """The verdict on `draft`, the drafts for the rows' next step, and what parts report of it."""
         hidden, features = self._model.forward(batch, self._cache, self._aux_layer_ids if drafting else ())
         num_logits = batch.logits_index.shape[0]
-        spoken = hidden if num_logits == hidden.shape[0] else hidden.index_select(0, batch.logits_index)
-        logits = self._model.logits(spoken)
+        sampled = hidden if num_logits == hidden.shape[0] else hidden.index_select(0, batch.logits_index)
+        logits = self._model.logits(sampled)
         target = TargetOutput(logits, hidden, features)
         mark("target")
         for processor, state in processors:

@@ -1,9 +1,8 @@
 """Verification by comparing tokens: the output is the same with speculation and without.
 
-The target's token at a position is argmax(processed logits + Gumbel noise of (seed, position)); a
-draft stands iff it is that token. A drafter that draws its guesses with the same noise agrees often,
-and the verifier never needs to know its distribution: "drafter-invariant speculative decoding"
-(Daliri, Musco and Suresh, 2024).
+The target's token at a position is argmax(processed logits + Gumbel noise of (seed, position)). A draft is accepted iff
+it is that token. A drafter that draws its guesses with the same noise agrees often, and the verifier need not know the
+drafter's distribution: "drafter-invariant speculative decoding" (Daliri, Musco and Suresh, 2024).
 """
 
 from __future__ import annotations

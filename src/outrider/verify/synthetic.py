@@ -1,4 +1,4 @@
-"""Acceptance by decree: for measuring what an acceptance rate would be worth. The output is not the target's."""
+"""Acceptance at rates that the user sets, to measure what they would be worth. The output is not the target's."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from outrider.verify.base import Verifier
 class Synthetic(Verifier):
     """A `Verifier` that accepts draft j of a round with probability synthetic_rates[j], whatever it is.
 
-    `synthetic_rates` are unconditional, as an acceptance report gives them: the share of rounds whose drafts
-    0..j all stand. So they may not rise. The token after the last one accepted is the target's most
-    likely one. Drafts past the last rate never stand. Raises OptionError for rates that cannot be.
+    `synthetic_rates` are unconditional, as an acceptance report gives them: the share of rounds that accept all of the
+    drafts 0..j. So they may not rise. The token after the last one accepted is the target's most likely one. Drafts
+    past the last rate are never accepted. Raises OptionError for rates that cannot be.
     """
 
     name: ClassVar[str] = "synthetic"
@@ -47,7 +47,7 @@ class Synthetic(Verifier):
         likeliest = GUMBEL_ARGMAX.on(logits.device)
         choice = likeliest(logits, None, slots.seed, batch.logits_position, Purpose.TARGET, slot=batch.logits_slot)
         self._chances = self._chances.to(logits.device)
-        stands = SYNTHETIC_ACCEPT.on(logits.device)(
+        accepted = SYNTHETIC_ACCEPT.on(logits.device)(
             batch.logits_start, slots.seed, batch.logits_slot, batch.logits_position, self._chances, Purpose.ACCEPT
         )
-        return Verdict(*ACCEPT_DRAFTS.on(logits.device)(choice, stands, batch.logits_start, draft.tokens))
+        return Verdict(*ACCEPT_DRAFTS.on(logits.device)(choice, accepted, batch.logits_start, draft.tokens))
