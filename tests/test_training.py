@@ -37,10 +37,10 @@ from outrider.train import run
 from outrider.train.export import export_head
 from outrider.train.network import Head
 from outrider.train.objective import Objective
-from outrider.train.options import OPTIMIZERS, TrainOptions
+from outrider.train.options import OPTIMIZERS
 from outrider.train.packing import EMPTY, Batch
 from outrider.train.peagle import PEagle
-from outrider.train.registry import OBJECTIVES
+from outrider.train.registry import OBJECTIVES, TrainOptions
 from outrider.train.run import head_config, train
 from outrider.train.teacher import Teacher, Truth
 from outrider.train.trainer import Trainer
@@ -109,7 +109,7 @@ def test_features_are_the_streams_that_transformers_gives(tmp_path: Path, family
 
 def test_default_taps_are_the_papers(tmp_path: Path, target: Path) -> None:
     deep = write(tmp_path / "deep", num_hidden_layers=14)
-    assert Teacher(deep, 16, None, CPU, compiled=False).taps == (2, 7, 11)
+    assert Teacher(deep, 16, None, CPU, compiled=False).aux_layer_ids == (2, 7, 11)
     for wrong in (None, (1, 2), (1, 2, LAYERS + 1)):
         with pytest.raises(OptionError, match=r"layers"):
             Teacher(target, 16, wrong, CPU, compiled=False)
@@ -126,10 +126,11 @@ def objective_of(
     kind = OBJECTIVES[method]
     teacher = Teacher(target, asked.max_length, asked.feature_layers, CPU, compiled=False)
     vocabulary = vocabulary or DraftVocabulary(torch.arange(260), 260)
-    head = Head(head_config(asked, kind, teacher, vocabulary), vocabulary, kind.parallel)
+    mask_token_id = 259 if kind.parallel else None
+    head = Head(head_config(asked, kind, teacher, vocabulary, mask_token_id), vocabulary)
     head.initialise(teacher, vocabulary, seed=0)
     more = {} if stratum is None else {"stratum": stratum}
-    return kind(head, asked, 259 if kind.parallel else None, CPU, False, **more), teacher
+    return kind(head, asked, CPU, False, **more), teacher
 
 
 def in_float64(truth: Truth) -> Truth:
@@ -180,7 +181,7 @@ def test_gradients_are_those_of_the_plain_loss(target: Path, method: str) -> Non
     ours, sums = gradients(objective, batch, truth)
 
     def plain(hidden: Tensor, truth: Truth, elements: Any, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        logits = objective.head.lm_head(objective.head.norm(hidden))
+        logits = objective.head.norm_output(hidden) @ objective.head.lm_head.weight.T
         wanted = truth.logits[elements.row[:, index]].log_softmax(-1)
         kl = torch.nn.functional.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
         kept = elements.trained[:, index]
@@ -278,10 +279,8 @@ def small(method: str, target: Path, data: Path, out: Path, **options: Any) -> T
             "lr": 3e-3,
             "feature_layers": TAPS,
             "num_layers": 1,
-            "k_train": 5,
-            "ttt_steps": 4,
             "num_speculative_tokens": 4,
-            "mask_token_id": 3 if OBJECTIVES[method].parallel else None,
+            **({"k_train": 5, "mask_token_id": 3} if OBJECTIVES[method].parallel else {"ttt_steps": 4}),
             "log_every": 1,
             "device": "cpu",
             **options,
@@ -316,9 +315,7 @@ def test_the_engine_drafts_what_training_computes(target: Path, tmp_path: Path, 
         objective,
         target,
         target_name=str(target),
-        taps=teacher.taps,
         num_speculative_tokens=drafts,
-        mask_token_id=259,
         with_embedding=True,
         with_lm_head=True,
         dtype="float32",
@@ -340,7 +337,7 @@ def test_the_engine_drafts_what_training_computes(target: Path, tmp_path: Path, 
     computed: dict[int, int] = {}
 
     def look(hidden: Tensor, truth: Truth, elements: Any, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        best = vocabulary.tokens[objective.head.lm_head(objective.head.norm(hidden))[0].argmax(-1)]
+        best = vocabulary.tokens[(objective.head.norm_output(hidden) @ objective.head.lm_head.weight.T)[0].argmax(-1)]
         for token, place in zip(best.tolist(), index.tolist(), strict=True):
             if elements.anchor[0, place] == length - 1:
                 computed[int(elements.depth[0, place])] = token
@@ -436,7 +433,11 @@ def test_a_run_can_start_from_a_head(target: Path, tmp_path: Path) -> None:
     ended = train(parent)["held_out"]
     child = replace(parent, out=str(tmp_path / "child"), init=str(tmp_path / "parent"), steps=1, lr=1e-9)
     assert train(child)["held_out"]["loss_by_depth"] == pytest.approx(ended["loss_by_depth"], abs=1e-4)
-    for other in ({"num_layers": 2}, {"method": METHODS[0], "mask_token_id": None}, {"draft_vocab_size": 20}):
+    for other in (
+        {"num_layers": 2},
+        {"method": METHODS[0], "k_train": 8, "mask_token_id": None},
+        {"draft_vocab_size": 20},
+    ):
         with pytest.raises(CheckpointError, match="parent"):
             train(replace(child, **other))
 
@@ -453,7 +454,7 @@ def test_resuming_something_else_is_refused(target: Path, tmp_path: Path) -> Non
 
 ONE_OF_TWO = """
 import json, os, sys
-from outrider.train.options import OPTIMIZERS, TrainOptions
+from outrider.train.options import OPTIMIZERS
 from outrider.train.run import train
 for port, options in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = port
@@ -606,6 +607,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no mask token": ({"mask_token_id": None}, "--mask-token-id"),
     "depths that are not trained": ({"k_train": 3}, "raise --k-train"),
     "too many segments": ({"partitions": 2}, "more than the 1 blocks"),
+    "an option of another method": ({"ttt_steps": 5}, "ttt_steps 5 is an option of eagle3: leave it out for peagle"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "does not divide 4 attention heads"),
     "a vocabulary beyond the target's": ({"draft_vocab_size": 261}, "at most 260"),
     "no such device": ({"device": "tpu"}, "tpu"),

@@ -20,7 +20,7 @@ from outrider.cli.flags import with_flags
 from outrider.core.sampling import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.train import run
-from outrider.train.options import TrainOptions
+from outrider.train.registry import TrainOptions
 
 
 @with_flags(TrainOptions, "options", skip=("model",))

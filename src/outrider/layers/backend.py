@@ -58,7 +58,7 @@ def needs(spec: LayerSpec) -> dict[LayerFeature, str]:
         found[LayerFeature.OTHER_MLP] = type(spec.mlp).__name__
     elif spec.mlp.bias:
         found[LayerFeature.MLP_BIAS] = "mlp"
-    if spec.form is not dense:
+    if spec.form not in (None, dense):
         found[LayerFeature.OTHER_WEIGHTS] = getattr(spec.form, "__name__", "weights")
     return found
 

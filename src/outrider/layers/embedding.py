@@ -33,7 +33,7 @@ class Head:
 
     def __init__(self, vocab_size: int, hidden_size: int, allocator: Allocator, tied: Embedding | None) -> None:
         self._tied = tied is not None
-        self.weight = allocator.weight(vocab_size, hidden_size) if tied is None else tied.weight
+        self.weight = allocator.weight([vocab_size], hidden_size) if tied is None else tied.weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[L, H] -> [L, V] float32."""

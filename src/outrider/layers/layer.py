@@ -17,7 +17,9 @@ class DecoderLayer:
 
     def __init__(self, spec: LayerSpec, allocator: Allocator) -> None:
         """Parameters are NaN until `slots()` is filled."""
-        size, eps, allocator = spec.hidden_size, spec.eps, replace(allocator, form=spec.form)
+        size, eps = spec.hidden_size, spec.eps
+        if spec.form is not None:
+            allocator = replace(allocator, form=spec.form)
         self.spec = spec
         self.input_norm = RMSNorm(size, eps, allocator)  # a joined input's: of the embedding
         self.hidden_norm = RMSNorm(size, eps, allocator) if spec.joined else None

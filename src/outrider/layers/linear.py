@@ -15,10 +15,9 @@ class Linear:
 
     def __init__(self, in_features: int, parts: Mapping[str, int], bias: bool, allocator: Allocator) -> None:
         """`parts` maps each projection's name in the checkpoint to its number of outputs, in order."""
-        out_features = sum(parts.values())
         self.parts = dict(parts)
-        self.weight = allocator.weight(out_features, in_features)
-        self.bias = allocator.parameter(out_features) if bias else None
+        self.weight = allocator.weight(list(parts.values()), in_features)
+        self.bias = allocator.parameter(sum(parts.values())) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""

@@ -15,8 +15,8 @@ class RMSNorm:
     def __init__(self, size: int, eps: float, allocator: Allocator) -> None:
         self.weight = allocator.parameter(size)
         self.eps = eps
-        self._norm = RMS_NORM.on(allocator.device)
-        self._add_norm = ADD_RMS_NORM.on(allocator.device)
+        self._norm = allocator.kernel(RMS_NORM)
+        self._add_norm = allocator.kernel(ADD_RMS_NORM)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from outrider.kernels.op import Op
 from outrider.layers.weight import Dense, Weight
 
 
@@ -16,9 +18,9 @@ def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-def dense(outputs: int, inputs: int, allocator: Allocator) -> Dense:
-    """The form that a checkpoint's own tensor is."""
-    return Dense(allocator.parameter(outputs, inputs))
+def dense(parts: Sequence[int], inputs: int, allocator: Allocator) -> Dense:
+    """The form that a checkpoint's own tensors are, stacked."""
+    return Dense(allocator.parameter(sum(parts), inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,14 @@ class Allocator:
         """A parameter to be filled from a checkpoint."""
         return torch.full(shape, torch.nan, dtype=self.dtype, device=self.device)
 
-    def weight(self, outputs: int, inputs: int) -> Weight:
-        """A matrix [out, in] in the form asked for."""
-        return self.form(outputs, inputs, self)
+    def weight(self, parts: Sequence[int], inputs: int) -> Weight:
+        """A matrix [sum of parts, in] in the form asked for."""
+        return self.form(parts, inputs, self)
+
+    def kernel(self, op: Op[..., Any]) -> Callable[..., Any]:
+        """What computes an op for these parameters."""
+        return op.on(self.device)
 
 
-WeightForm = Callable[[int, int, Allocator], Weight]
-"""Makes a matrix of so many outputs and inputs."""
+WeightForm = Callable[[Sequence[int], int, Allocator], Weight]
+"""Makes a matrix: the outputs of each of the checkpoint's matrices that are stacked in it, and its inputs."""

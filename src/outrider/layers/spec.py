@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from outrider.kernels.layer_by_ops import Mlp
-from outrider.layers.parameter import Allocator, WeightForm, dense
+from outrider.layers.parameter import Allocator, WeightForm
 from outrider.layers.weight import WeightSlots
 
 
@@ -70,4 +70,4 @@ class LayerSpec:
     attention: AttentionSpec
     mlp: MlpSpec
     joined: JoinedInput | None = None  # None: it reads the residual stream
-    form: WeightForm = dense  # of its matrices
+    form: WeightForm | None = None  # of its matrices; None: as who makes them does, dense to serve

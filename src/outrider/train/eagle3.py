@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from outrider.errors import OptionError
+from outrider.core.option import option
 from outrider.train.attention import Mask, build_mask, join_chain
 from outrider.train.elements import Elements, every_anchor, label
 from outrider.train.functional import angles
 from outrider.train.network import Head
 from outrider.train.objective import Objective
-from outrider.train.options import TrainOptions
+from outrider.train.options import CommonOptions
 from outrider.train.packing import Batch
 from outrider.train.teacher import Truth
+
+
+@dataclass(frozen=True)
+class Eagle3Options(CommonOptions):
+    """What this method takes besides."""
+
+    ttt_steps: int = option(7, "eagle3: steps of the training-time test")
+    step_decay: float = option(0.8, "eagle3: weight of a step's loss beside the last one's")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("ttt_steps")
+        self.check_share("step_decay")
 
 
 class Eagle3(Objective):
@@ -26,6 +40,7 @@ class Eagle3(Objective):
     """
 
     name: ClassVar[str] = "eagle3"
+    Options: ClassVar[type[CommonOptions]] = Eagle3Options
     architecture: ClassVar[str] = "Eagle3Speculator"
     parallel: ClassVar[bool] = False
     trains_embedding: ClassVar[bool] = False
@@ -34,24 +49,14 @@ class Eagle3(Objective):
     def __init__(
         self,
         head: Head,
-        options: TrainOptions,
-        mask_token_id: int | None,
+        options: CommonOptions,
         device: torch.device,
         compiled: bool,
     ) -> None:
-        self.num_depths = options.ttt_steps
-        super().__init__(head, options, mask_token_id, device, compiled)
+        assert isinstance(options, Eagle3Options)
+        self.num_depths, self._step_decay = options.ttt_steps, options.step_decay
+        super().__init__(head, options, device, compiled)
         self._join = torch.compile(join_chain) if compiled else join_chain  # for any number of steps
-
-    @classmethod
-    def check(cls, options: TrainOptions) -> None:
-        if options.partitions > 1:
-            raise OptionError(
-                f"partitions {options.partitions} splits a row of a parallel head; for {cls.name} lower --max-length "
-                "or --batch-tokens instead"
-            )
-        if options.mask_token_id is not None:
-            raise OptionError(f"{cls.name} drafts one token after another and has no mask token: leave mask_token_id")
 
     def elements(self, batch: Batch, truth: Truth, uniform: Tensor) -> Elements:
         return label(batch, truth.drafted, [every_anchor(batch)] * self.num_depths)
@@ -59,7 +64,7 @@ class Eagle3(Objective):
     def weights(self, counts: Tensor) -> Tensor:
         """Each step's mean, that of step s times step_decay^s."""
         steps = torch.arange(self.num_depths, device=counts.device)
-        return self._options.step_decay**steps / counts.clamp(min=1)
+        return self._step_decay**steps / counts.clamp(min=1)
 
     def run(self, batch: Batch, truth: Truth, elements: Elements, weights: Tensor, backward: bool) -> Tensor:
         head, length = self.head, batch.tokens.shape[1]
@@ -71,7 +76,7 @@ class Eagle3(Objective):
             turn = angles(self._rope, elements.position[:, step * length : (step + 1) * length])
             x = head.run(head.embed(following, dtype), hidden, turn, chain.attend)
             outputs.append(x)
-            hidden = head.norm(x) if head.config.norm_output else x
+            hidden = head.norm_output(x) if head.config.norm_output else x
         index = torch.arange(elements.start[-1], device=batch.tokens.device)
         total, sums = self.loss(torch.cat(outputs, dim=1), truth, elements, index, weights)
         if backward:

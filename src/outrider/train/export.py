@@ -10,8 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from outrider.load.checkpoint import read_json
-from outrider.models.config import DTYPES
-from outrider.train.network import HeadConfig
+from outrider.models.config import DTYPES, ModelConfig
 from outrider.train.objective import Objective
 
 EMBEDDING = "embed_tokens.weight"
@@ -26,9 +25,7 @@ def export_head(
     target: Path,  # directory of the target's checkpoint
     *,
     target_name: str,  # by which a reader finds the target
-    taps: tuple[int, ...],
     num_speculative_tokens: int,
-    mask_token_id: int | None,
     with_embedding: bool,
     with_lm_head: bool,
     dtype: str,
@@ -45,19 +42,19 @@ def export_head(
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": target_name, "architectures": described["architectures"]},
         },
-        "transformer_layer_config": layer_config(head.config, described, dtype),
+        "transformer_layer_config": layer_config(head.config.layer, described, dtype),
         "draft_vocab_size": head.config.draft_vocab_size,
-        "target_hidden_size": head.config.hidden_size,
+        "target_hidden_size": head.config.target_hidden_size,
         "norm_before_residual": head.config.norm_before_residual,
         "norm_before_fc": head.config.norm_before_fc,
         "fc_norm": head.config.fc_norm,
         "norm_output": head.config.norm_output,
-        "eagle_aux_hidden_state_layer_ids": list(taps),
+        "eagle_aux_hidden_state_layer_ids": list(head.config.aux_layer_ids or ()),
         "embed_requires_grad": head.embed_tokens.weight.requires_grad,
         "dtype": dtype,
     }
-    if objective.parallel:
-        config["mask_token_id"] = mask_token_id
+    if head.config.parallel:
+        config["mask_token_id"] = head.config.mask_token_id
     targets_own = {EMBEDDING: not with_embedding, LM_HEAD: not with_lm_head}
     weights = {
         name: tensor.detach().to("cpu", DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous()
@@ -69,14 +66,14 @@ def export_head(
     write_json(out / "config.json", config)
 
 
-def layer_config(config: HeadConfig, target: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def layer_config(config: ModelConfig, target: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The draft layers as a Hugging Face config; rotation is the target's, as the target's config says it."""
     rope = {
         key: target[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if target.get(key) is not None
     }
     return {
-        "model_type": config.layer_type,
-        "architectures": [FAMILIES[config.layer_type]],
+        "model_type": next(kind for kind, family in FAMILIES.items() if family == config.architecture),
+        "architectures": [config.architecture],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -1,11 +1,12 @@
-"""What the frozen target and the head share: norm, rotation, and how functions are compiled."""
+"""What the frozen target and the head share: products, norm, rotation, and how functions are compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Function = Callable[..., Any]
@@ -25,6 +26,12 @@ def compiler(wanted: bool) -> Callable[[Function], Function]:
 def wide(x: Tensor) -> Tensor:
     """At least float32: norms and rotation are computed there."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def multiply(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """One product with several matrices [out, in] side by side; weights may be wider than they are multiplied."""
+    parts = [weight.to(x.dtype) for weight in weights]
+    return F.linear(x, parts[0] if len(parts) == 1 else torch.cat(parts), bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

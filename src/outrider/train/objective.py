@@ -12,7 +12,7 @@ from outrider.train.attention import Attention
 from outrider.train.elements import Elements
 from outrider.train.loss import Divergence
 from outrider.train.network import Head
-from outrider.train.options import TrainOptions
+from outrider.train.options import CommonOptions
 from outrider.train.packing import Batch
 from outrider.train.teacher import Truth
 
@@ -20,6 +20,7 @@ from outrider.train.teacher import Truth
 class Objective(ABC):
     """One method's way to train a head. A method adds a file with one of these and a line in the registry."""
 
+    Options: ClassVar[type[CommonOptions]]
     name: ClassVar[str]  # as `speculators_model_type` says it
     architecture: ClassVar[str]  # as the speculators format names the class
     parallel: ClassVar[bool]  # whether all drafts come out of one pass: the head has a mask token and hidden state
@@ -32,24 +33,20 @@ class Objective(ABC):
     def __init__(
         self,
         head: Head,
-        options: TrainOptions,
-        mask_token_id: int | None,
+        options: CommonOptions,
         device: torch.device,
         compiled: bool,
     ) -> None:
         """`mask_token_id` is None unless the method is parallel."""
         self.head = head
-        self._options = options
-        self._mask_token_id = mask_token_id
-        config = head.config
+        config = head.config.layer
         positions = options.max_length + self.num_depths + 1
         self._rope = config.rope.table(positions, config.head_dim, device)
         self._attention = Attention(device)
         self._divergence = Divergence(compiled)
 
-    @classmethod
-    @abstractmethod
-    def check(cls, options: TrainOptions) -> None:
+    @classmethod  # noqa: B027 - a hook, not a duty
+    def check(cls, options: CommonOptions) -> None:
         """OptionError for what this method cannot do; before anything is loaded."""
 
     @abstractmethod
@@ -72,7 +69,7 @@ class Objective(ABC):
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss of elements `index` [N], whose streams are `hidden` [B, N, H], and its sums [3, depths]."""
         depth, trained = elements.depth[:, index].flatten(), elements.trained[:, index].flatten()
-        normed = self.head.norm(hidden).flatten(0, 1)
+        normed = self.head.norm_output(hidden).flatten(0, 1)
         weight, row = self.head.lm_head.weight, elements.row[:, index].flatten()
         share = self.share(normed, truth, elements, index)
         scale = weights[depth] * trained * (1 if share is None else share.flatten())

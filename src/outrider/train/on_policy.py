@@ -11,13 +11,13 @@ from outrider.core.sampling import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import DataError
 from outrider.train.data import Documents, write_documents
-from outrider.train.options import TrainOptions
+from outrider.train.options import CommonOptions
 
 MAX_NUM_SEQS = 256
 
 
 def generate(
-    options: TrainOptions,
+    options: CommonOptions,
     documents: Documents,
     device: str,
     path: Path,

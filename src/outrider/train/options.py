@@ -1,4 +1,4 @@
-"""What a user may set about training. Flags and their help are made from the fields."""
+"""What a user may set about training, whatever the method. Flags and their help are made from the fields."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ OPTIMIZERS = ("adamw", "muon")
 EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 
 
-@dataclass(frozen=True, slots=True)
-class TrainOptions:
-    """Everything `outrider train` takes. What concerns one method only says which."""
+@dataclass(frozen=True)
+class CommonOptions:
+    """What every method takes. A method with more to tell extends this record in its own file.
+
+    `registry.TrainOptions` is all of them together, so no record may have slots.
+    """
 
     model: str | None = option(None, "local directory or Hugging Face id of the target; left out: the bundled model")
     method: str | None = option(None, "what to train; the methods are named where this is wrong")
@@ -57,15 +60,6 @@ class TrainOptions:
     export_embedding: bool = option(False, "write the embedding even if it is the target's")
     draft_vocab_size: int | None = option(None, "most frequent tokens that are drafted; left out: all")
     num_speculative_tokens: int = option(5, "K that the head is meant to be served with")
-    mask_token_id: int | None = option(None, "parallel heads: token of undrafted places; left out: <|mask|>")
-    k_train: int = option(8, "parallel heads: depths trained, more than K")
-    keep_rate: float = option(0.8, "parallel heads: share of a depth's elements that the next one keeps")
-    unreached_weight: float = option(
-        1.0, "parallel heads: weight of the loss of drafts behind a wrong one, which no verifier comes to"
-    )
-    partitions: int = option(1, "parallel heads: segments a row is run in, to save memory")
-    ttt_steps: int = option(7, "sequential heads: steps of the training-time test")
-    step_decay: float = option(0.8, "sequential heads: weight of a step's loss beside the last one's")
     on_policy: int | None = option(None, "train on so many continuations that the target writes first")
     prompt_length: int = option(64, "on-policy: tokens of a document that are continued")
     continuation_length: int = option(256, "on-policy: most tokens of a continuation")
@@ -82,10 +76,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, value, wanted in wrong_types(self):
             raise OptionError(f"{name} must be {wanted}: {value!r}")
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name} must be 1 or more: {value}")
+        self.check_counts(*_COUNTS)
         for name in ("lr", "muon_lr", "epochs", "minutes", "grad_clip"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -93,11 +84,6 @@ class TrainOptions:
         for name in ("weight_decay", "on_policy_temperature", "warmup_steps", "seed"):
             if getattr(self, name) < 0:
                 raise OptionError(f"{name} must be 0 or more: {getattr(self, name)}")
-        for name in ("keep_rate", "step_decay"):
-            if not 0 < getattr(self, name) <= 1:
-                raise OptionError(f"{name} must be in (0, 1]: {getattr(self, name)}")
-        if not 0 <= self.unreached_weight <= 1:
-            raise OptionError(f"unreached_weight must be in [0, 1]: {self.unreached_weight}")
         choices = {"lr_decay": DECAYS, "layer_type": LAYER_TYPES, "dtype": EXPORT_DTYPES, "optimizer": OPTIMIZERS}
         for name, known in choices.items():
             value = getattr(self, name)
@@ -108,9 +94,21 @@ class TrainOptions:
         if self.generate_only and self.on_policy is None:
             raise OptionError("generate_only writes what on_policy generates: give --on-policy a number of prompts")
 
+    def check_counts(self, *names: str) -> None:
+        """OptionError unless each option is 1 or more, or left out."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} must be 1 or more: {value}")
+
+    def check_share(self, name: str) -> None:
+        """OptionError unless the option is in (0, 1]."""
+        if not 0 < getattr(self, name) <= 1:
+            raise OptionError(f"{name} must be in (0, 1]: {getattr(self, name)}")
+
 
 _COUNTS = (
     *("max_length", "batch_tokens", "steps", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("intermediate_size", "draft_vocab_size", "num_speculative_tokens", "k_train", "partitions", "ttt_steps"),
+    *("intermediate_size", "draft_vocab_size", "num_speculative_tokens"),
     *("on_policy", "prompt_length", "continuation_length", "log_every", "eval_every", "save_every"),
 )

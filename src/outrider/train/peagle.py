@@ -9,15 +9,36 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from outrider.core.option import option
 from outrider.errors import OptionError
 from outrider.train.attention import BLOCK, build_mask
 from outrider.train.elements import Elements, drop, kept, label, segment_bounds, stratum_of
 from outrider.train.functional import angles
 from outrider.train.network import Head
 from outrider.train.objective import Objective
-from outrider.train.options import TrainOptions
+from outrider.train.options import CommonOptions
 from outrider.train.packing import EMPTY, Batch
 from outrider.train.teacher import Truth
+
+
+@dataclass(frozen=True)
+class PEagleOptions(CommonOptions):
+    """What this method takes besides."""
+
+    mask_token_id: int | None = option(None, "peagle: token of undrafted places; left out: <|mask|>")
+    k_train: int = option(8, "peagle: depths trained, more than K")
+    keep_rate: float = option(0.8, "peagle: share of a depth's elements that the next one keeps")
+    unreached_weight: float = option(
+        1.0, "peagle: weight of the loss of drafts behind a wrong one, which no verifier comes to"
+    )
+    partitions: int = option(1, "peagle: segments a row is run in, to save memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("k_train", "partitions")
+        self.check_share("keep_rate")
+        if not 0 <= self.unreached_weight <= 1:
+            raise OptionError(f"unreached_weight must be in [0, 1]: {self.unreached_weight}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +55,7 @@ class PEagle(Objective):
     """Trains a head that drafts all tokens at once."""
 
     name: ClassVar[str] = "peagle"
+    Options: ClassVar[type[CommonOptions]] = PEagleOptions
     architecture: ClassVar[str] = "PEagleSpeculator"
     parallel: ClassVar[bool] = True
     trains_embedding: ClassVar[bool] = True
@@ -42,22 +64,23 @@ class PEagle(Objective):
     def __init__(
         self,
         head: Head,
-        options: TrainOptions,
-        mask_token_id: int | None,
+        options: CommonOptions,
         device: torch.device,
         compiled: bool,
         stratum: int | None = None,  # anchors a stratum spans; left out: what suits the row length
     ) -> None:
-        self.num_depths = options.k_train
-        super().__init__(head, options, mask_token_id, device, compiled)
-        assert mask_token_id is not None and head.mask_hidden is not None
+        assert isinstance(options, PEagleOptions)
+        self.num_depths, self._options = options.k_train, options
+        super().__init__(head, options, device, compiled)
+        assert head.config.mask_token_id is not None and head.mask_hidden is not None
         head.mask_hidden.requires_grad_(self.num_depths > 1)
-        self._mask_token = torch.tensor(mask_token_id, device=device)
+        self._mask_token = torch.tensor(head.config.mask_token_id, device=device)
         self._stratum = stratum or stratum_of(options.max_length)
         self._segments = self._split(options.max_length // self._stratum, device)
 
     @classmethod
-    def check(cls, options: TrainOptions) -> None:
+    def check(cls, options: CommonOptions) -> None:
+        assert isinstance(options, PEagleOptions)
         if options.k_train < options.num_speculative_tokens:
             raise OptionError(
                 f"k_train {options.k_train} is less than num_speculative_tokens {options.num_speculative_tokens}: "

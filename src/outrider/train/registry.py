@@ -1,13 +1,21 @@
-"""The training methods by name. A new method adds one line."""
+"""The training methods by name, and the options of all of them. A new method adds two lines."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 from outrider.errors import OptionError, nearest
-from outrider.train.eagle3 import Eagle3
+from outrider.train.eagle3 import Eagle3, Eagle3Options
 from outrider.train.objective import Objective
-from outrider.train.peagle import PEagle
+from outrider.train.options import CommonOptions
+from outrider.train.peagle import PEagle, PEagleOptions
 
 OBJECTIVES: dict[str, type[Objective]] = {method.name: method for method in (Eagle3, PEagle)}
+
+
+@dataclass(frozen=True)
+class TrainOptions(PEagleOptions, Eagle3Options):
+    """Everything `outrider train` takes."""
 
 
 def find_objective(name: str | None) -> type[Objective]:
@@ -17,3 +25,13 @@ def find_objective(name: str | None) -> type[Objective]:
     if name not in OBJECTIVES:
         raise OptionError(f"unknown training method: {name} ({nearest(name, OBJECTIVES)})")
     return OBJECTIVES[name]
+
+
+def refuse_options_of_others(method: type[Objective], options: CommonOptions) -> None:
+    """OptionError for an option of another method that is set: nothing would come of it."""
+    known = {entry.name for entry in fields(method.Options)}
+    for other in OBJECTIVES.values():
+        for entry in fields(other.Options):
+            value = getattr(options, entry.name)
+            if entry.name not in known and value != entry.default:
+                raise OptionError(f"{entry.name} {value} is an option of {other.name}: leave it out for {method.name}")

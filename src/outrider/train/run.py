@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from outrider.draft.eagle.checkpoint import HeadConfig
 from outrider.errors import CheckpointError, OptionError
 from outrider.load.checkpoint import TensorFile, read_json, weight_files
 from outrider.load.hub import locate
@@ -19,11 +20,10 @@ from outrider.models.config import ModelConfig
 from outrider.train import on_policy
 from outrider.train.attention import BLOCK
 from outrider.train.data import Documents, Reader, split_held_out
-from outrider.train.export import export_head, write_json
-from outrider.train.network import Head, HeadConfig
+from outrider.train.export import FAMILIES, export_head, write_json
+from outrider.train.network import Head
 from outrider.train.objective import Objective
-from outrider.train.options import TrainOptions
-from outrider.train.registry import find_objective
+from outrider.train.registry import TrainOptions, find_objective, refuse_options_of_others
 from outrider.train.teacher import Teacher, on_device
 from outrider.train.trainer import LOG, Report, Trainer
 from outrider.train.vocabulary import DraftVocabulary
@@ -52,6 +52,7 @@ def train(
     DataError before the first step, each naming the value and the remedy.
     """
     method = find_objective(options.method)
+    refuse_options_of_others(method, options)
     method.check(options)
     if options.out is None:
         raise OptionError("say where the head goes with --out DIR")
@@ -89,7 +90,7 @@ def _train(
     vocabulary = DraftVocabulary.most_frequent(documents, described.vocab_size, options.draft_vocab_size, special)
     compiled = options.compile and world.device.type == "cuda"
     teacher = Teacher(directory, options.max_length, options.feature_layers, world.device, compiled)
-    head = Head(head_config(options, method, teacher, vocabulary), vocabulary, method.parallel, compiled)
+    head = Head(head_config(options, method, teacher, vocabulary, mask_token_id), vocabulary, compiled)
     head.initialise(teacher, vocabulary, options.seed)
     if options.init is not None:
         start_from(head, Path(options.init), with_lm_head=not options.freeze_lm_head)
@@ -97,7 +98,7 @@ def _train(
     head.embed_tokens.weight.requires_grad_(not frozen)
     head.lm_head.weight.requires_grad_(not options.freeze_lm_head)
     head.to(world.device)
-    objective = method(head, options, mask_token_id, world.device, compiled)
+    objective = method(head, options, world.device, compiled)
     if world.is_first and not options.resume:
         (out / LOG).write_text("", encoding="utf-8")
     trainer = Trainer(options, objective, teacher, on_device(vocabulary, world.device), world, report)
@@ -108,9 +109,7 @@ def _train(
             objective,
             directory,
             target_name=options.model or BUNDLED_NAME,
-            taps=teacher.taps,
             num_speculative_tokens=options.num_speculative_tokens,
-            mask_token_id=mask_token_id,
             with_embedding=not frozen or options.export_embedding,
             with_lm_head=not options.freeze_lm_head,
             dtype=options.dtype,
@@ -157,7 +156,11 @@ def start_from(head: Head, directory: Path, with_lm_head: bool) -> None:
 
 
 def head_config(
-    options: TrainOptions, method: type[Objective], teacher: Teacher, vocabulary: DraftVocabulary
+    options: TrainOptions,
+    method: type[Objective],
+    teacher: Teacher,
+    vocabulary: DraftVocabulary,
+    mask_token_id: int | None,
 ) -> HeadConfig:
     """The head's sizes: what was asked for, else the target's. OptionError for heads that do not divide."""
     target = teacher.config
@@ -168,22 +171,34 @@ def head_config(
         raise OptionError(f"num_key_value_heads {kv_heads} does not divide {heads} attention heads")
     if head_dim % 2:
         raise OptionError(f"head_dim must be even to be rotated: {head_dim}")
-    return HeadConfig(
-        vocab_size=target.vocab_size,
-        draft_vocab_size=len(vocabulary.tokens),
-        hidden_size=target.hidden_size,
+    layer_type = options.layer_type or ("qwen3" if teacher.qk_norm else "llama")
+    layer = replace(
+        target,
+        architecture=FAMILIES[layer_type],
         intermediate_size=options.intermediate_size or target.intermediate_size,
         num_layers=options.num_layers or method.num_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=target.rms_norm_eps,
-        rope=target.rope,
-        layer_type=options.layer_type or ("qwen3" if teacher.has_qk_norm else "llama"),
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+    return HeadConfig(
+        layout=f"speculators {method.name}",
+        layer=layer,
+        qk_norm=layer_type == "qwen3",
+        target_hidden_size=target.hidden_size,
+        draft_vocab_size=len(vocabulary.tokens),
+        aux_layer_ids=teacher.aux_layer_ids,
         norm_before_residual=options.norm_before_residual,
         norm_before_fc=options.norm_before_fc,
         fc_norm=options.fc_norm,
         norm_output=options.norm_output,
+        fc_bias=False,
+        mask_token_id=mask_token_id,
+        own_embedding=True,
+        own_head=True,
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from outrider.errors import CheckpointError, DataError, OptionError, OutriderError
 from outrider.train.data import Documents
 from outrider.train.objective import Objective
-from outrider.train.options import TrainOptions
+from outrider.train.options import CommonOptions
 from outrider.train.packing import Batch, Stream, pack
 from outrider.train.teacher import Teacher
 from outrider.train.world import World
@@ -84,7 +84,7 @@ class Trainer:
 
     def __init__(
         self,
-        options: TrainOptions,
+        options: CommonOptions,
         objective: Objective,
         teacher: Teacher,
         vocabulary: Tensor | None,  # the drafted tokens on the device, None: all

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -109,7 +109,8 @@ def test_a_class_that_does_not_fit_is_refused(reference: tuple[Path, LlamaForCau
 class Int8:
     """A matrix in int8 with a scale a row, widened when it is multiplied."""
 
-    def __init__(self, outputs: int, inputs: int, allocator: Allocator) -> None:
+    def __init__(self, parts: Sequence[int], inputs: int, allocator: Allocator) -> None:
+        outputs = sum(parts)
         self.numbers = torch.zeros(outputs, inputs, dtype=torch.int8, device=allocator.device)
         self.scale = torch.full((outputs, 1), torch.nan, device=allocator.device)
         self.shape = (outputs, inputs)

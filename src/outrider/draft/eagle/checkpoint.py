@@ -84,7 +84,7 @@ class HeadConfig:
         """The auxiliary layers on a target of `num_target_layers`. CheckpointError if it has fewer."""
         layers = self.aux_layer_ids
         if layers is None:
-            layers = (2, num_target_layers // 2, num_target_layers - 3)
+            layers = default_aux_layers(num_target_layers)
         wrong = [layer for layer in layers if not 0 <= layer <= num_target_layers]
         if wrong:
             raise CheckpointError(
@@ -92,6 +92,11 @@ class HeadConfig:
                 "it was made for another target"
             )
         return layers
+
+
+def default_aux_layers(num_target_layers: int) -> tuple[int, ...]:
+    """EAGLE-3's choice: an early, a middle and a late layer."""
+    return (2, num_target_layers // 2, num_target_layers - 3)
 
 
 def head_type(checkpoint: Checkpoint) -> bool | None:
