@@ -30,7 +30,9 @@ from outrider.kernels.cpu.threads import add, num_threads, parallel
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
+from outrider.kernels.records import HeadNorms, LayerWeights
 from outrider.kernels.rope import ROPE_STORE
+from outrider.tensors import PagedRows
 
 CONTEXT, BLOCK = 512, 16
 
@@ -168,9 +170,10 @@ class Bench:
         blocks = CONTEXT // BLOCK
         self.caches = [torch.randn(2, blocks, shape.kv_heads, BLOCK, shape.head_dim) for _ in range(shape.layers)]
         self.table = torch.randperm(blocks).int().unsqueeze(0)
-        self.starts, self.lens = torch.tensor([0, rows]).int(), torch.tensor([CONTEXT]).int()
         self.positions = torch.arange(CONTEXT - rows, CONTEXT)
-        self.slots = self.table[0, self.positions // BLOCK].long() * BLOCK + self.positions % BLOCK
+        slots = self.table[0, self.positions // BLOCK].long() * BLOCK + self.positions % BLOCK
+        starts, lens = torch.tensor([0, rows]).int(), torch.tensor([CONTEXT]).int()
+        self.paged = PagedRows(self.positions, slots, self.table, starts, lens)
         self.rope = torch.randn(CONTEXT, shape.head_dim)
         self.eager = {"bf16": Eager(self, torch.bfloat16), "fp32": Eager(self, torch.float32)}
 
@@ -226,17 +229,15 @@ class Bench:
         qkv = torch.randn(self.rows, weights["qkv"][0].shape[0])
         query, x = torch.randn(self.rows, shape.heads, shape.head_dim), torch.randn(self.rows, shape.hidden)
         gain, head_gain = torch.ones(shape.hidden).bfloat16(), torch.ones(shape.head_dim).bfloat16()
-        where = self.table, self.starts, self.lens
+        norms = HeadNorms(head_gain, head_gain, 1e-6)
 
         def our_rope(i: int) -> Tensor:
-            to = (*self.caches[i], self.slots, shape.heads, shape.kv_heads)
-            return rope_store(qkv, head_gain, head_gain, 1e-6, self.rope, self.positions, *to)
+            return rope_store(qkv, norms, self.rope, self.paged, *self.caches[i])
 
-        def our_layer(i: int) -> Tensor:
+        def our_layer(i: int) -> Tensor | None:
             qkv, out, gate_up, down = (weights[name][i] for name in ("qkv", "out", "gate_up", "down"))
-            norms = (gain, qkv, None, head_gain, head_gain, out, gain, gate_up, down, 1e-6)
-            to = (self.rope, self.positions, *self.caches[i], self.slots)
-            return layer(x, torch.zeros_like(x), *norms, *to, *where, shape.heads, scale)
+            own = LayerWeights(gain, qkv, None, head_gain, head_gain, out, gain, gate_up, down)
+            return layer(x, torch.zeros_like(x), own, 1e-6, self.rope, self.paged, *self.caches[i], scale)
 
         def rope(eager: Eager) -> Call:
             narrow = qkv.to(eager.dtype)
@@ -255,7 +256,7 @@ class Bench:
             self.case("rope_store", our_rope, rope),
             self.case(
                 f"attention over {CONTEXT}",
-                lambda i: attention(query, *self.caches[i], *where, scale),
+                lambda i: attention(query, *self.caches[i], self.paged, scale),
                 attend,
                 self.caches,
             ),

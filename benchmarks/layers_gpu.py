@@ -34,6 +34,7 @@ from outrider.kernels.gpu.rope_attention import is_short
 from outrider.kernels.records import LayerWeights
 from outrider.load.checkpoint import read_json
 from outrider.models.config import ModelConfig
+from outrider.tensors import PagedRows
 
 BLOCK_SIZE = 16
 ATTENTION = "attention"
@@ -57,7 +58,6 @@ class Layers:
             self._weights,
             [(self._random(*shape), self._random(*shape)) for _ in self._weights],
             config.rms_norm_eps,
-            config.num_heads,
             config.head_dim**-0.5,
         )
 
@@ -86,8 +86,8 @@ class Layers:
         device, last = self._device, torch.arange(self._context - num_query, self._context)
         table = torch.arange(sequences * self._blocks, dtype=torch.int32).view(sequences, self._blocks)
         slots = torch.cat([row.long()[last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE for row in table])
-        where = (
-            torch.randn(self._context, self._config.head_dim, device=device),
+        rope = torch.randn(self._context, self._config.head_dim, device=device)
+        rows = PagedRows(
             last.repeat(sequences).to(device),
             slots.to(device),
             table.to(device),
@@ -95,7 +95,7 @@ class Layers:
             torch.full((sequences,), self._context, dtype=torch.int32, device=device),
         )
         residual = self._random(sequences * num_query, self._config.hidden_size)
-        return lambda: self._stack(0, len(self._weights), None, residual, *where)
+        return lambda: self._stack(0, len(self._weights), None, residual, rope, rows)
 
     @contextmanager
     def without(self, parts: tuple[str, ...]) -> Iterator[None]:

@@ -16,7 +16,7 @@ from outrider.draft.base import DraftContext
 from outrider.draft.eagle.base import HeadDrafter, HeadRows
 from outrider.draft.eagle.eagle3 import Eagle3
 from outrider.draft.eagle.peagle import PEagle
-from outrider.tensors import Draft
+from outrider.tensors import Draft, PagedRows
 
 
 def masked(rows: HeadRows, context: DraftContext) -> Tensor:
@@ -60,10 +60,10 @@ class Stale(PEagle):
     def rows(self, context: DraftContext, num_masks: int) -> HeadRows:
         rows = super().rows(context, num_masks)
         each = torch.arange(rows.source.shape[0], dtype=torch.int32)
-        owner = torch.searchsorted(rows.batch.query_start[1:], each, right=True).clamp(
+        owner = torch.searchsorted(rows.batch.rows.query_start[1:], each, right=True).clamp(
             max=context.batch.slot.shape[0] - 1
         )
-        last = context.batch.query_start[1:][owner].long() - 1
+        last = context.batch.rows.query_start[1:][owner].long() - 1
         return replace(rows, source=torch.where(masked(rows, context), last, rows.source))
 
 
@@ -72,8 +72,8 @@ class OneBehind(PEagle):
 
     def rows(self, context: DraftContext, num_masks: int) -> HeadRows:
         rows = super().rows(context, num_masks)
-        positions = rows.batch.positions - masked(rows, context).long()
-        return replace(rows, batch=replace(rows.batch, positions=positions))
+        positions = rows.batch.rows.positions - masked(rows, context).long()
+        return replace(rows, batch=replace(rows.batch, rows=rows.batch.rows._replace(positions=positions)))
 
 
 class Unshifted(PEagle):
@@ -81,9 +81,9 @@ class Unshifted(PEagle):
 
     def rows(self, context: DraftContext, num_masks: int) -> HeadRows:
         rows = super().rows(context, num_masks)
-        slot = context.batch.slot.repeat_interleave(rows.batch.query_start.diff())
+        slot = context.batch.slot.repeat_interleave(rows.batch.rows.query_start.diff())
         slot = torch.nn.functional.pad(slot, (0, rows.source.shape[0] - slot.shape[0]))
-        there = context.slots.tokens[slot, rows.batch.positions]
+        there = context.slots.tokens[slot, rows.batch.rows.positions]
         ids = torch.where(masked(rows, context), rows.batch.input_ids, there)
         return replace(rows, batch=replace(rows.batch, input_ids=ids))
 
@@ -100,19 +100,13 @@ class Blind(PEagle):
             fed = hidden[alone]
             normed, stream = network(ids, hidden, batch, cache)
             size = context.batch.slot.shape[0]
-            owner = torch.searchsorted(batch.query_start[1:], alone.int(), right=True)
+            owner = torch.searchsorted(batch.rows.query_start[1:], alone.int(), right=True)
             count = torch.bincount(owner, minlength=size)
             start = torch.nn.functional.pad(count.cumsum(0), (1, 0))
             place = torch.arange(len(alone)) - start[owner]
-            block = torch.arange(size, dtype=torch.int32)[:, None].expand_as(batch.block_table).contiguous()
-            only = replace(
-                batch,
-                query_start=start.int(),
-                seq_lens=count.int(),
-                positions=place,
-                block_table=block,
-                cache_slot=owner * self.target.sizes.block_size + place,
-            )
+            block = torch.arange(size, dtype=torch.int32)[:, None].expand_as(batch.rows.block_table).contiguous()
+            slots = owner * self.target.sizes.block_size + place
+            only = replace(batch, rows=PagedRows(place, slots, block, start.int(), count.int()))
             if len(alone):
                 fresh = self.cache_layouts()[0].allocate(size, self.target.device)
                 normed[alone] = real(ids[alone], fed, only, fresh)[0]

@@ -89,19 +89,19 @@ class Watch:
         batch, size, count = context.batch, context.batch.slot.shape[0], self._drafter.num_drafts
         together = len(self._scores) == 1
         logits = self._scores[0].view(size, count, -1) if together else torch.stack(self._scores, dim=1)
-        (ids, hidden, rows), *later = self._passes
+        (ids, hidden, run), *later = self._passes
         for row, slot in enumerate(batch.slot.tolist()):
-            mine = slice(*rows.query_start[row : row + 2].tolist())
-            further = [each for each in later if each[2].cache_slot[row] >= 0]
-            length, positions = int(context.slots.length[slot]), rows.positions[mine].tolist()
-            positions += [int(each[2].positions[row]) for each in further]
-            cells = rows.cache_slot[mine].tolist() + [int(each[2].cache_slot[row]) for each in further]
+            mine = slice(*run.rows.query_start[row : row + 2].tolist())
+            further = [each for each in later if each[2].rows.cache_slot[row] >= 0]
+            length, positions = int(context.slots.length[slot]), run.rows.positions[mine].tolist()
+            positions += [int(each[2].rows.positions[row]) for each in further]
+            cells = run.rows.cache_slot[mine].tolist() + [int(each[2].rows.cache_slot[row]) for each in further]
             self.rounds.append(
                 Watched(
                     tokens=context.slots.tokens[slot, :length].tolist(),
                     speaks=bool(batch.logits_start[row + 1] > batch.logits_start[row]),
-                    start=int(batch.positions[batch.query_start[row]]),
-                    num_query=int(batch.query_start[row + 1] - batch.query_start[row]),
+                    start=int(batch.rows.positions[batch.rows.query_start[row]]),
+                    num_query=int(batch.rows.query_start[row + 1] - batch.rows.query_start[row]),
                     positions=positions,
                     ids=ids[mine].tolist() + [int(each[0][row]) for each in further],
                     hidden=torch.cat([hidden[mine], *(each[1][row : row + 1] for each in further)]),

@@ -19,7 +19,6 @@ from outrider.kernels.gpu import decoder_layer as gpu_decoder_layer
 from outrider.kernels.gpu.linear import TICKETS, Tiles, few_rows, tiles
 from outrider.kernels.gpu.partial_norm import Rows, scale_rows
 from outrider.kernels.linear import LINEAR
-from outrider.kernels.records import LayerWeights
 
 DEVICES = [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
@@ -185,7 +184,9 @@ def test_more_rows_than_a_stream_has_are_left_alone(device: str) -> None:
 def layer_examples(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     assert DECODER_LAYER.examples is not None
     found = DECODER_LAYER.examples(torch.Generator().manual_seed(3), torch.device(device), False)
-    return [dict(case) for case in found if case["qkv"].dtype == dtype and case["input_norm"] is not None]
+    return [
+        dict(case) for case in found if case["weights"].qkv.dtype == dtype and case["weights"].input_norm is not None
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -207,17 +208,17 @@ def test_layers_hand_the_stream_on_and_show_it_where_it_is_tapped(
     monkeypatch.setattr(gpu_decoder_layer, "FEW", few)
     case = layer_examples(device, torch.float32)[1]
     cases = [copy.deepcopy(case) for _ in range(3)]
-    cases[1]["post_norm"].mul_(2)
-    cases[2]["input_norm"].mul_(3)
-    weights = [LayerWeights(*(each[name] for name in LayerWeights._fields)) for each in cases]
+    cases[1]["weights"].post_norm.mul_(2)
+    cases[2]["weights"].input_norm.mul_(3)
+    weights = [each["weights"] for each in cases]
     caches = [(each["key_cache"].clone(), each["value_cache"].clone()) for each in cases]
-    where = {name: case[name] for name in ("rope", "positions", "cache_slot", "block_table", "query_start", "seq_lens")}
+    where = {name: case[name] for name in ("rope", "rows")}
     stream, entering = case["residual"].clone(), []
     for each in cases:
         entering.append(stream.clone())
         stream += decoder_layer_reference(**copy.deepcopy(each) | where | {"x": None, "residual": stream})
     expected, stream = stream, case["residual"].clone()
-    stack = gpu_decoder_layer.DeviceLayerStack(weights, caches, 1e-6, case["num_heads"], case["scale"])
+    stack = gpu_decoder_layer.DeviceLayerStack(weights, caches, 1e-6, case["scale"])
     features = torch.full((len(stream), 2 * stream.shape[1]), torch.nan, device=device)
     assert stack(0, 3, None, stream, **where, taps=(2, 0), features=features) is None
     assert distance(stream, expected.double()) < 3e-6

@@ -24,13 +24,14 @@ from outrider.bench.kernels import all_ops
 from outrider.kernels.attention import PAGED_ATTENTION, paged_attention_reference
 from outrider.kernels.cpu import amx
 from outrider.kernels.cpu.decoder_layer import DeviceLayerStack
-from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_by_ops
+from outrider.kernels.decoder_layer import DECODER_LAYER, layers_by_ops
 from outrider.kernels.gpu.attention import Tiles, attend
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
 from outrider.kernels.op import Op
-from outrider.kernels.records import LayerWeights
+from outrider.kernels.records import HeadNorms, LayerWeights
 from outrider.kernels.rope import ROPE_STORE
+from outrider.tensors import PagedRows
 
 CPU = torch.device("cpu")
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -183,9 +184,13 @@ def attention_case(
         "query": draw(int(starts[-1]), heads[0], head_dim, seed=seed + 1),
         "key_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 2, dtype=cache),
         "value_cache": draw(sum(used), heads[1], 16, head_dim, seed=seed + 3, dtype=cache),
-        "block_table": table,
-        "query_start": starts,
-        "seq_lens": torch.tensor([length for _, length in lengths]).int(),
+        "rows": PagedRows(
+            positions=torch.cat([torch.arange(length - count, length) for count, length in lengths]),
+            cache_slot=torch.full((int(starts[-1]),), -1),
+            block_table=table,
+            query_start=starts,
+            seq_lens=torch.tensor([length for _, length in lengths]).int(),
+        ),
         "scale": head_dim**-0.5,
     }
 
@@ -203,14 +208,20 @@ def test_attention_of_a_query_does_not_depend_on_the_others(
     case = attention_case([(9, length), (1, 40)], heads, cache=cache)
     together = attention(**case)
     for index in range(9):
-        alone = {
-            **case,
-            "query": case["query"][index : index + 1],
-            "block_table": case["block_table"][:1],
-            "query_start": torch.tensor([0, 1]).int(),
-            "seq_lens": torch.tensor([length - 8 + index]).int(),
-        }
+        only = case["rows"]._replace(
+            block_table=case["rows"].block_table[:1],
+            query_start=torch.tensor([0, 1]).int(),
+            seq_lens=torch.tensor([length - 8 + index]).int(),
+        )
+        alone = {**case, "query": case["query"][index : index + 1], "rows": only}
         assert torch.equal(attention(**alone), together[index : index + 1]), index
+
+
+def move(value: Any, device: str | torch.device) -> Any:
+    """A case's tensors and records of tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return type(value)(*(move(each, device) for each in value)) if hasattr(value, "_fields") else value
 
 
 EVERYWHERE = [*DEVICES, pytest.param("interpreter", marks=INTERPRETED)]
@@ -223,7 +234,7 @@ def attention_on(device: str) -> Callable[..., Tensor]:
     kernel = PAGED_ATTENTION.on(device)
 
     def attend(**case: Any) -> Tensor:
-        return kernel(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.items()}).to(CPU)
+        return kernel(**{k: move(v, device) for k, v in case.items()}).to(CPU)
 
     return attend
 
@@ -233,17 +244,18 @@ def test_attention_comparison_catches_a_mask_that_is_off_by_one(device: str) -> 
     case = attention_case([(5, 40), (1, 513)])
     found = attention_on(device)(**case)
     assert close(found, paged_attention_reference(**case), PAGED_ATTENTION.tolerance)
-    shifted = {**case, "seq_lens": case["seq_lens"] - 1}
+    shifted = {**case, "rows": case["rows"]._replace(seq_lens=case["rows"].seq_lens - 1)}
     assert not close(found, paged_attention_reference(**shifted), 100 * PAGED_ATTENTION.tolerance)
 
 
 def absurd_past_rows(case: dict[str, Any]) -> dict[str, Any]:
     """What lies in the cache after a row's last token is NaN, what lies in the table after its last block is absurd."""
     case = copy.deepcopy(case)
-    case["block_table"][case["block_table"] < 0] = 2**31 - 1
-    for row, length in enumerate(case["seq_lens"].tolist()):
+    table = case["rows"].block_table
+    table[table < 0] = 2**31 - 1
+    for row, length in enumerate(case["rows"].seq_lens.tolist()):
         if length % 16:
-            block = int(case["block_table"][row, length // 16])
+            block = int(table[row, length // 16])
             case["key_cache"][block, :, length % 16 :] = torch.nan
             case["value_cache"][block, :, length % 16 :] = torch.nan
     return case
@@ -260,8 +272,8 @@ def test_attention_never_reads_past_a_row(device: str, cache: torch.dtype, poiso
 def test_attention_gives_nothing_to_tokens_of_no_row(device: str, poison: None) -> None:
     """Nor is anything read for rows without tokens, which may name any length and any blocks."""
     case = attention_case([(2, 20), (1, 9), (0, 16), (0, 16)])
-    case["seq_lens"][2:] = torch.tensor([2**30, -5])
-    case["block_table"][2:] = 2**31 - 1
+    case["rows"].seq_lens[2:] = torch.tensor([2**30, -5])
+    case["rows"].block_table[2:] = 2**31 - 1
     expected = attention_on(device)(**case)
     padded = {**case, "query": torch.cat([case["query"], draw(4, 8, 64, seed=9)])}
     found = attention_on(device)(**padded)
@@ -329,7 +341,7 @@ def test_attention_of_a_gpu_shares_out_keys(device: str, splits: int, poison: No
     """Also where a share holds no keys, or keys that only the later of the row's tokens see."""
     case = finite(attention_case([(8, 197), (2, 65), (1, 3)], (4, 2), head_dim=128))
     place = CPU if device == "interpreter" else device
-    moved = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in case.items()}
+    moved = {k: move(v, place) for k, v in case.items()}
     for tiles in (Tiles(16, 8, 16, 4, 2), Tiles(128, 40, 32, 8, 2, tall=True)):
         found = attend(**moved, tiles=tiles, splits=splits).to(CPU)
         assert close(found, paged_attention_reference(**case), PAGED_ATTENTION.tolerance)
@@ -343,11 +355,18 @@ def test_attention_weights_stay_finite(magnitude: float, poison: None) -> None:
     assert found.isfinite().all() and close(found, paged_attention_reference(**case), 1e-4)
 
 
+def layer_by_ops(  # type: ignore[no-untyped-def]
+    x, residual, weights, eps, rope, rows, key_cache, value_cache, scale
+) -> Tensor | None:
+    stack = layers_by_ops(lambda op: op.on("cpu"), [weights], [(key_cache, value_cache)], eps, scale)
+    return stack(0, 1, x, residual, rope, rows)
+
+
 def test_decoder_layer_in_one_launch_equals_the_ops_it_is_made_of(unit: str, poison: None) -> None:
     assert DECODER_LAYER.examples is not None
     for example in DECODER_LAYER.examples(torch.Generator().manual_seed(5), CPU, True):
         ours, theirs = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
-        found, expected = DECODER_LAYER.on(CPU)(**ours), decoder_layer_by_ops(lambda op: op.on("cpu"))(**theirs)
+        found, expected = DECODER_LAYER.on(CPU)(**ours), layer_by_ops(**theirs)
         written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
         assert all(close(a, b, 0) for a, b in [(found, expected), *written])
 
@@ -355,11 +374,11 @@ def test_decoder_layer_in_one_launch_equals_the_ops_it_is_made_of(unit: str, poi
 def layer_case(lengths: Iterable[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
     """A layer of (query tokens, all tokens) a row; all of its products are for the matrix unit."""
     case = attention_case(lengths, (4, 2), cache=torch.bfloat16)
-    starts, lens = case["query_start"].tolist(), case["seq_lens"].tolist()
-    tokens = starts[-1]
-    angles = draw(max(lens), 32, seed=seed + 4)
-    positions = [torch.arange(lens[row] - starts[row + 1] + starts[row], lens[row]) for row in range(len(lens))]
-    slots = [case["block_table"][row, place // 16].long() * 16 + place % 16 for row, place in enumerate(positions)]
+    rows = case["rows"]
+    tokens = len(rows.positions)
+    angles = draw(int(rows.seq_lens.max()), 32, seed=seed + 4)
+    row = torch.arange(len(rows.seq_lens)).repeat_interleave(rows.query_start.diff())
+    slot = rows.block_table[row, rows.positions // 16].long() * 16 + rows.positions % 16
 
     def weight(*shape: int, seed: int) -> Tensor:
         return draw(*shape, seed=seed, dtype=torch.bfloat16) * shape[-1] ** -0.5
@@ -367,25 +386,22 @@ def layer_case(lengths: Iterable[tuple[int, int]], seed: int = 0) -> dict[str, A
     return {
         "x": draw(tokens, 96, seed=seed + 5),
         "residual": draw(tokens, 96, seed=seed + 6),
-        "input_norm": 1 + draw(96, seed=seed + 7, dtype=torch.bfloat16),
-        "qkv": weight(512, 96, seed=seed + 8),
-        "qkv_bias": draw(512, seed=seed + 9, dtype=torch.bfloat16),
-        "q_norm": 1 + draw(64, seed=seed + 10, dtype=torch.bfloat16),
-        "k_norm": 1 + draw(64, seed=seed + 11, dtype=torch.bfloat16),
-        "out": weight(96, 256, seed=seed + 12),
-        "post_norm": 1 + draw(96, seed=seed + 13, dtype=torch.bfloat16),
-        "gate_up": weight(320, 96, seed=seed + 14),
-        "down": weight(96, 160, seed=seed + 15),
+        "weights": LayerWeights(
+            input_norm=1 + draw(96, seed=seed + 7, dtype=torch.bfloat16),
+            qkv=weight(512, 96, seed=seed + 8),
+            qkv_bias=draw(512, seed=seed + 9, dtype=torch.bfloat16),
+            q_norm=1 + draw(64, seed=seed + 10, dtype=torch.bfloat16),
+            k_norm=1 + draw(64, seed=seed + 11, dtype=torch.bfloat16),
+            out=weight(96, 256, seed=seed + 12),
+            post_norm=1 + draw(96, seed=seed + 13, dtype=torch.bfloat16),
+            gate_up=weight(320, 96, seed=seed + 14),
+            down=weight(96, 160, seed=seed + 15),
+        ),
         "eps": 1e-6,
         "rope": torch.cat((angles.cos(), angles.sin()), dim=-1),
-        "positions": torch.cat(positions),
+        "rows": rows._replace(cache_slot=slot),
         "key_cache": case["key_cache"],
         "value_cache": case["value_cache"],
-        "cache_slot": torch.cat(slots),
-        "block_table": case["block_table"],
-        "query_start": case["query_start"],
-        "seq_lens": case["seq_lens"],
-        "num_heads": 4,
         "scale": 0.125,
     }
 
@@ -409,7 +425,7 @@ def test_a_long_step_passes_through_a_layer_in_chunks_as_it_would_whole(
 ) -> None:
     torch.set_num_threads(threads)
     ours, theirs = layer_case(lengths), layer_case(lengths)
-    found, expected = DECODER_LAYER.on(CPU)(**ours), decoder_layer_by_ops(lambda op: op.on("cpu"))(**theirs)
+    found, expected = DECODER_LAYER.on(CPU)(**ours), layer_by_ops(**theirs)
     assert len(found) > 64, "fewer go through it together"
     written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
     assert all(close(a, b, 0) for a, b in [(found, expected), *written])
@@ -418,19 +434,18 @@ def test_a_long_step_passes_through_a_layer_in_chunks_as_it_would_whole(
 @pytest.mark.parametrize("lengths", [[(1, 30)], [(1, 17), (5, 21), (2, 530)], LONG], ids=["one", "few", "long"])
 def test_layers_in_one_call_equal_one_after_the_other(lengths: list[tuple[int, int]], unit: str, poison: None) -> None:
     cases = [layer_case(lengths, seed) for seed in (0, 100, 200)]
-    cases[1] |= {"q_norm": None, "k_norm": None}
-    cases[2] |= {"qkv_bias": None}
-    where = ("rope", "positions", "cache_slot", "block_table", "query_start", "seq_lens")
-    shared = {name: cases[0][name] for name in where}
+    cases[1]["weights"] = cases[1]["weights"]._replace(q_norm=None, k_norm=None)
+    cases[2]["weights"] = cases[2]["weights"]._replace(qkv_bias=None)
+    shared = {name: cases[0][name] for name in ("rope", "rows")}
     one = [copy.deepcopy(case) | shared for case in cases]
     x, residual = None, draw(*cases[0]["residual"].shape, seed=9)
     ours, before = residual.clone(), []
     for case in one:
         x = DECODER_LAYER.on(CPU)(**case | {"x": x, "residual": residual})
         before.append((x, residual.clone()))
-    weights = [LayerWeights(*(case[name] for name in LayerWeights._fields)) for case in cases]
+    weights = [case["weights"] for case in cases]
     caches = [(case["key_cache"], case["value_cache"]) for case in cases]
-    stack = DeviceLayerStack(weights, caches, 1e-6, 4, 0.125)
+    stack = DeviceLayerStack(weights, caches, 1e-6, 0.125)
     first = stack(0, 1, None, ours, **shared)
     assert torch.equal(first, before[0][0]) and torch.equal(ours, before[0][1])
     features = torch.full((len(ours), 2 * ours.shape[1]), torch.nan)
@@ -449,15 +464,15 @@ def rope_case(tokens: int = 5) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     assert ROPE_STORE.examples is not None
     cases = (dict(example) for example in ROPE_STORE.examples(generator, CPU, True))
-    return next(case for case in cases if len(case["qkv"]) == tokens and case["q_norm"] is not None)
+    return next(case for case in cases if len(case["qkv"]) == tokens and case["norms"].q is not None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rope_store_writes_its_slots_and_nothing_else(device: str, poison: None) -> None:
-    case = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in rope_case().items()}
+    case = {k: move(v, device) for k, v in rope_case().items()}
     for name in ("key_cache", "value_cache"):
         case[name] = torch.full_like(case[name], 7.0)
-    case["cache_slot"] = torch.tensor([33, -1, 0, -1, 79], device=device)
+    case["rows"] = case["rows"]._replace(cache_slot=torch.tensor([33, -1, 0, -1, 79], device=device))
     ROPE_STORE.on(device)(**case)
     for name in ("key_cache", "value_cache"):
         by_slot = case[name].transpose(1, 2).flatten(0, 1)  # [slots, Hkv, D]
@@ -475,9 +490,10 @@ def test_keys_and_values_are_rounded_to_bfloat16_as_torch_rounds(poison: None) -
     tokens, blocks = len(rows), -(-len(rows) // 16)
     case = rope_case()
     case |= {name: torch.empty(blocks, 2, 16, 64, dtype=torch.bfloat16) for name in ("key_cache", "value_cache")}
-    case |= {"qkv": torch.cat([rows, rows, rows], 1).flatten(1), "positions": torch.zeros(tokens, dtype=torch.int64)}
-    case |= {"rope": torch.tensor([[1.0] * 32 + [0.0] * 32]), "cache_slot": torch.arange(tokens), "num_heads": 2}
-    ROPE_STORE.on(CPU)(**case | {"q_norm": None, "k_norm": None, "num_kv_heads": 2})
+    case |= {"qkv": torch.cat([rows, rows, rows], 1).flatten(1), "rope": torch.tensor([[1.0] * 32 + [0.0] * 32])}
+    positions, slots = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)
+    case["rows"] = case["rows"]._replace(positions=positions, cache_slot=slots)
+    ROPE_STORE.on(CPU)(**case | {"norms": HeadNorms(None, None, 1e-6)})
     found = case["value_cache"].transpose(1, 2).flatten(0, 1)[:tokens]
     assert close(found, rows.bfloat16(), 0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from outrider.kernels.gpu.rope_attention import (
     rope_attend,
     rope_attention_gpu,
 )
-from outrider.kernels.records import LayerWeights
 from outrider.kernels.rope_attention import rope_attention_case, rope_attention_reference
+from outrider.tensors import PagedRows
 
 DEVICES = [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
@@ -117,8 +118,8 @@ def test_what_no_row_holds_is_never_read(device: str, lengths: list[tuple[int, i
 def test_rows_without_tokens_may_name_any_length_and_blocks(device: str) -> None:
     given = case([(2, 20), (1, 9), (0, 16), (0, 16), (0, 16)], device, padding=4)
     ours = copy.deepcopy(given)
-    ours["seq_lens"][2:] = torch.tensor([2**30, -5, -(2**30)])
-    ours["block_table"][2:] = 2**31 - 1
+    ours["rows"].seq_lens[2:] = torch.tensor([2**30, -5, -(2**30)])
+    ours["rows"].block_table[2:] = 2**31 - 1
     check(rope_attention_gpu(**ours), ours, given, ROUNDING[torch.float32])
 
 
@@ -126,19 +127,18 @@ def test_rows_without_tokens_may_name_any_length_and_blocks(device: str) -> None
 def test_calls_share_counters_and_read_what_those_before_wrote(device: str) -> None:
     """A decode loop: each call's tokens are the next one's cache."""
     given = case([(5, 60), (5, 21)], device, heads=(4, 1, 64))
-    given["cache_slot"] = torch.tensor([0], device=device).repeat(10)
-    for row in range(2):
-        place = given["positions"][5 * row : 5 * row + 5]
-        block = given["block_table"][row, place // 16].long()
-        given["cache_slot"][5 * row : 5 * row + 5] = block * 16 + place % 16
+    rows, own = given["rows"], torch.tensor([0, 1], device=device).repeat_interleave(5)
+    slot = rows.block_table[own, rows.positions // 16].long() * 16 + rows.positions % 16
+    given["rows"] = rows = rows._replace(cache_slot=slot)
     ours, theirs = copy.deepcopy(given), copy.deepcopy(given)
     expected = rope_attention_reference(**theirs)
     counters = new_counters(torch.device(device), 1)
     starts = torch.arange(3, device=device, dtype=torch.int32)
     for step in range(5):
         now = torch.tensor([step, 5 + step], device=device)
-        one = {name: given[name][now] for name in ("qkv", "positions", "cache_slot")}
-        call = ours | one | {"query_start": starts, "seq_lens": given["seq_lens"] - 4 + step}
+        lens = rows.seq_lens - 4 + step
+        one = PagedRows(rows.positions[now], rows.cache_slot[now], rows.block_table, starts, lens)
+        call = ours | {"qkv": given["qkv"][now], "rows": one}
         found = rope_attention_gpu(**call, counters=counters)
         assert distance(found, expected[now]) < ROUNDING[torch.float32]
         assert not counters.any()
@@ -193,22 +193,24 @@ def test_short_steps_are_those_whose_rows_fit_a_tile_and_run_at_once() -> None:
     assert is_short(33, 33, 4, 8, 132) and not is_short(34, 34, 4, 8, 132)
 
 
+def is_short_case(case: Mapping[str, Any]) -> bool:
+    return case["weights"].qkv.dtype == torch.float32 and len(case["residual"]) == 8
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_layers_use_it_for_short_rows_and_two_kernels_for_prompts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert DECODER_LAYER.examples is not None
     examples = DECODER_LAYER.examples(torch.Generator().manual_seed(3), torch.device(device), False)
-    example = next(dict(each) for each in examples if each["qkv"].dtype == torch.float32 and len(each["residual"]) == 8)
-    where = {name: example[name] for name in ("rope", "positions", "cache_slot", "block_table", "query_start")}
+    example = next(dict(each) for each in examples if is_short_case(each))
     calls, found = [], []
     one_kernel = gpu_decoder_layer.rope_attention_gpu
     monkeypatch.setattr(gpu_decoder_layer, "rope_attention_gpu", lambda *given: calls.append(1) or one_kernel(*given))
     for tallest in (64, 0):
         monkeypatch.setattr(gpu_rope_attention, "TALLEST", tallest)
         given = copy.deepcopy(example)
-        weights = LayerWeights(*(given[name] for name in LayerWeights._fields))
         cache = given["key_cache"], given["value_cache"]
-        stack = gpu_decoder_layer.DeviceLayerStack([weights] * 2, [cache] * 2, 1e-6, given["num_heads"], given["scale"])
-        stack(0, 2, None, given["residual"], **where, seq_lens=given["seq_lens"])
+        stack = gpu_decoder_layer.DeviceLayerStack([given["weights"]] * 2, [cache] * 2, 1e-6, given["scale"])
+        stack(0, 2, None, given["residual"], given["rope"], given["rows"])
         found.append((given["residual"], *cache))
         assert len(calls) == 2 and not stack._counters.any()
     assert all(distance(one, two) < 3e-6 for one, two in zip(*found, strict=True))
@@ -223,7 +225,7 @@ def test_attention_reads_ahead_only_behind_a_product_that_lets_it_come_late(
         pytest.skip("not interpreted")
     assert DECODER_LAYER.examples is not None
     examples = DECODER_LAYER.examples(torch.Generator().manual_seed(3), torch.device("cpu"), False)
-    given = next(dict(each) for each in examples if each["qkv"].dtype == torch.float32 and len(each["residual"]) == 8)
+    given = next(dict(each) for each in examples if is_short_case(each))
     multiply, attend = gpu_decoder_layer.few_rows, gpu_decoder_layer.rope_attention_gpu
     order: list[str] = []
 
@@ -240,10 +242,8 @@ def test_attention_reads_ahead_only_behind_a_product_that_lets_it_come_late(
     monkeypatch.setattr(gpu_decoder_layer, "FEW", few)
     monkeypatch.setattr(gpu_decoder_layer, "few_rows", product)
     monkeypatch.setattr(gpu_decoder_layer, "rope_attention_gpu", attention)
-    weights = LayerWeights(*(given[name] for name in LayerWeights._fields))
-    cache = given["key_cache"], given["value_cache"]
-    stack = gpu_decoder_layer.DeviceLayerStack([weights] * 2, [cache] * 2, 1e-6, given["num_heads"], given["scale"])
-    names = ("rope", "positions", "cache_slot", "block_table", "query_start", "seq_lens")
-    stack(0, 2, None, given["residual"], *(given[name] for name in names))
+    weights, cache = given["weights"], (given["key_cache"], given["value_cache"])
+    stack = gpu_decoder_layer.DeviceLayerStack([weights] * 2, [cache] * 2, 1e-6, given["scale"])
+    stack(0, 2, None, given["residual"], given["rope"], given["rows"])
     assert [each for each in order if each != "product"] == expected
     assert all(order[at + 1] == "ahead" for at, each in enumerate(order) if each == "late")

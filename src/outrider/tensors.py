@@ -24,21 +24,30 @@ class Purpose(IntEnum):
     DRAFT = 3  # a drafter's guess
 
 
+class PagedRows(NamedTuple):
+    """Where a step's query tokens stand, and in which cache blocks the keys and values of their rows lie.
+
+    Row b owns query tokens query_start[b]:query_start[b+1], the last of the seq_lens[b] tokens that it then holds.
+    """
+
+    positions: Tensor  # [T] int64
+    cache_slot: Tensor  # [T] int64, block * block_size + offset where a token's key and value go; -1: nowhere
+    block_table: Tensor  # [B, M] int32
+    query_start: Tensor  # [B+1] int32
+    seq_lens: Tensor  # [B] int32, this step's tokens included
+
+
 @dataclass(slots=True)
 class StepBatch:
-    """One step's inputs. Row b owns query tokens query_start[b]:query_start[b+1].
+    """One step's inputs.
 
     A row's last num_drafts[b] query tokens are drafts to verify. Rows that stop inside their
     prompt own no logits; every other row owns num_drafts[b] + 1 of them.
     """
 
     slot: Tensor  # [B] int64
-    query_start: Tensor  # [B+1] int32
     input_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    seq_lens: Tensor  # [B] int32, this step's tokens included
-    block_table: Tensor  # [B, M] int32
-    cache_slot: Tensor  # [T] int64, block * block_size + offset where a token's key and value go; -1: nowhere
+    rows: PagedRows
     num_drafts: Tensor  # [B] int32
     draft_tokens: Tensor  # [B, K] int64, the slots' guesses; the first num_drafts[b] are among row b's query tokens
     logits_start: Tensor  # [B+1] int32, row b owns logits logits_start[b]:logits_start[b+1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +18,13 @@ from outrider.kernels.gpu.rope_attention import new_counters, rope_attention_gpu
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.min_tokens_mask import MIN_TOKENS_MASK
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
+from outrider.kernels.records import HeadNorms, LayerWeights
 from outrider.kernels.rope import ROPE_STORE
 from outrider.kernels.rope_attention import ROPE_ATTENTION
 from outrider.kernels.sample import GUMBEL_ARGMAX
 from outrider.kernels.truncate import TRUNCATE
 from outrider.models.registry import find_model
-from outrider.tensors import Purpose
+from outrider.tensors import PagedRows, Purpose
 
 
 def cases(sizes: Sizes) -> Iterator[partial[Case]]:
@@ -84,19 +84,20 @@ def _linear(sizes: Sizes, name: str, outputs: int, inputs: int) -> Case:
     return Case(LINEAR, name, copies, moved, 2 * sizes.rows * outputs * inputs)
 
 
-def _paged(sizes: Sizes, rows: int, num_query: int, length: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """block_table, query_start and seq_lens of rows that have filled their blocks; and positions and cache slots."""
+def _paged(sizes: Sizes, rows: int, num_query: int, length: int) -> PagedRows:
+    """The last tokens of rows that have filled their blocks."""
     blocks = -(-length // BLOCK_SIZE)
     table = torch.randperm(rows * blocks).view(rows, blocks)
     positions = torch.arange(length - num_query, length).repeat(rows)
     row = torch.arange(rows).repeat_interleave(num_query)
     slot = table[row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    where = {
-        "block_table": table.to(sizes.device, torch.int32),
-        "query_start": sizes.whole(range(0, rows * num_query + 1, num_query), torch.int32),
-        "seq_lens": sizes.whole([length] * rows, torch.int32),
-    }
-    return where, positions.to(sizes.device), slot.to(sizes.device)
+    return PagedRows(
+        positions=positions.to(sizes.device),
+        cache_slot=slot.to(sizes.device),
+        block_table=table.to(sizes.device, torch.int32),
+        query_start=sizes.whole(range(0, rows * num_query + 1, num_query), torch.int32),
+        seq_lens=sizes.whole([length] * rows, torch.int32),
+    )
 
 
 def _caches(sizes: Sizes, num_blocks: int) -> dict[str, Tensor]:
@@ -105,43 +106,42 @@ def _caches(sizes: Sizes, num_blocks: int) -> dict[str, Tensor]:
     return {name: sizes.draw(*shape, dtype=dtype) for name in ("key_cache", "value_cache")}
 
 
-def _rope_arguments(sizes: Sizes) -> dict[str, Any]:
+def _head_norms(sizes: Sizes) -> HeadNorms:
     config = sizes.config
-    norms = find_model(config.architecture).qk_norm
-    return {
-        "q_norm": sizes.weight(config.head_dim) if norms else None,
-        "k_norm": sizes.weight(config.head_dim) if norms else None,
-        "eps": 1e-6,
-        "rope": config.rope.table(sizes.context, config.head_dim, sizes.device),
-        "num_heads": config.num_heads,
-    }
+    normed = find_model(config.architecture).qk_norm
+    q, k = (sizes.weight(config.head_dim) if normed else None for _ in range(2))
+    return HeadNorms(q, k, 1e-6)
+
+
+def _rope_table(sizes: Sizes) -> Tensor:
+    return sizes.config.rope.table(sizes.context, sizes.config.head_dim, sizes.device)
 
 
 def _rope_store(sizes: Sizes) -> Case:
     config = sizes.config
-    where, positions, slot = _paged(sizes, sizes.rows, 1, sizes.context)
+    rows = _paged(sizes, sizes.rows, 1, sizes.context)
+    qkv = sizes.draw(sizes.rows, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
     given = {
-        "qkv": sizes.draw(sizes.rows, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
-        **_rope_arguments(sizes),
-        **_caches(sizes, where["block_table"].numel()),
-        "positions": positions,
-        "cache_slot": slot,
-        "num_kv_heads": config.num_kv_heads,
+        "qkv": qkv,
+        "norms": _head_norms(sizes),
+        "rope": _rope_table(sizes),
+        "rows": rows,
+        **_caches(sizes, rows.block_table.numel()),
     }
-    return Case(ROPE_STORE, "", [given], 2 * given["qkv"].nbytes)
+    return Case(ROPE_STORE, "", [given], 2 * qkv.nbytes)
 
 
 def _attention(sizes: Sizes, name: str, rows: int, num_query: int, length: int) -> Case:
     config = sizes.config
     num_query, length = min(num_query, length), max(num_query, length)
-    where, positions, _ = _paged(sizes, rows, num_query, length)
+    paged = _paged(sizes, rows, num_query, length)
     query = sizes.draw(rows * num_query, config.num_heads, config.head_dim)
     scale = config.head_dim**-0.5
-    blocks = where["block_table"].numel()
+    blocks = paged.block_table.numel()
     first = _caches(sizes, blocks)
     rest = [_caches(sizes, blocks) for _ in range(num_copies(num_bytes(*first.values())) - 1)]
-    copies = [{"query": query, **caches, **where, "scale": scale} for caches in (first, *rest)]
-    seen = int((positions + 1).sum())
+    copies = [{"query": query, **caches, "rows": paged, "scale": scale} for caches in (first, *rest)]
+    seen = int((paged.positions + 1).sum())
     held = 2 * rows * length * config.num_kv_heads * config.head_dim * sizes.allocator.cache_dtype.itemsize
     operations = 4 * seen * config.num_heads * config.head_dim
     return Case(PAGED_ATTENTION, name, copies, held + 2 * query.nbytes, operations)
@@ -150,32 +150,30 @@ def _attention(sizes: Sizes, name: str, rows: int, num_query: int, length: int) 
 def _rope_attention(sizes: Sizes, name: str, num_query: int) -> Case:
     config, length = sizes.config, sizes.context
     num_query = min(num_query, length)
-    where, positions, slot = _paged(sizes, sizes.rows, num_query, length)
-    qkv = sizes.draw(len(positions), (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    rows = _paged(sizes, sizes.rows, num_query, length)
+    qkv = sizes.draw(len(rows.positions), (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
     given = {
         "qkv": qkv,
-        **_rope_arguments(sizes),
-        "positions": positions,
-        "cache_slot": slot,
-        **where,
-        "num_kv_heads": config.num_kv_heads,
+        "norms": _head_norms(sizes),
+        "rope": _rope_table(sizes),
+        "rows": rows,
         "scale": config.head_dim**-0.5,
     }
-    blocks = where["block_table"].numel()
+    blocks = rows.block_table.numel()
     first = _caches(sizes, blocks)
     rest = [_caches(sizes, blocks) for _ in range(num_copies(num_bytes(*first.values())) - 1)]
     copies = [{**given, **caches} for caches in (first, *rest)]
     counters = new_counters(sizes.device, config.num_kv_heads)  # made once, as by a stack of layers
     kernel = partial(rope_attention_gpu, counters=counters) if sizes.device.type == "cuda" else None
     held = 2 * sizes.rows * length * config.num_kv_heads * config.head_dim * sizes.allocator.cache_dtype.itemsize
-    operations = 4 * int((positions + 1).sum()) * config.num_heads * config.head_dim
+    operations = 4 * int((rows.positions + 1).sum()) * config.num_heads * config.head_dim
     return Case(ROPE_ATTENTION, name, copies, held + 2 * qkv.nbytes, operations, kernel)
 
 
 def _decoder_layer(sizes: Sizes) -> Case:
     config, hidden, wide = sizes.config, sizes.config.hidden_size, sizes.config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    where, positions, slot = _paged(sizes, sizes.rows, 1, sizes.context)
+    rows, norms = _paged(sizes, sizes.rows, 1, sizes.context), _head_norms(sizes)
     shapes = {
         "input_norm": (hidden,),
         "qkv": (query + 2 * key, hidden),
@@ -188,18 +186,18 @@ def _decoder_layer(sizes: Sizes) -> Case:
     given = {
         "x": sizes.draw(sizes.rows, hidden, spread=0.01),
         "residual": sizes.draw(sizes.rows, hidden),
-        **_rope_arguments(sizes),
-        "qkv_bias": None,
-        "positions": positions,
-        "cache_slot": slot,
-        **where,
+        "eps": norms.eps,
+        "rope": _rope_table(sizes),
+        "rows": rows,
         "scale": config.head_dim**-0.5,
     }
-    blocks = where["block_table"].numel()
-    copies = [
-        {**given, **{name: sizes.weight(*shape) for name, shape in shapes.items()}, **_caches(sizes, blocks)}
-        for _ in range(num_copies(stored))
-    ]
+
+    def weights() -> LayerWeights:
+        made = {name: sizes.weight(*shape) for name, shape in shapes.items()}
+        return LayerWeights(qkv_bias=None, q_norm=norms.q, k_norm=norms.k, **made)
+
+    blocks = rows.block_table.numel()
+    copies = [{**given, "weights": weights(), **_caches(sizes, blocks)} for _ in range(num_copies(stored))]
     cache = 2 * sizes.rows * sizes.context * key * sizes.allocator.cache_dtype.itemsize
     operations = 2 * sizes.rows * (hidden * (2 * query + 2 * key + 3 * wide) + 2 * sizes.context * query)
     return Case(DECODER_LAYER, "", copies, stored + cache, operations)

@@ -111,6 +111,7 @@ def _draft_rows(sizes: Sizes) -> Case:
         "limit": slots.tokens.shape[1],
         "mask_token": 0,
         "block_size": BLOCK_SIZE,
+        "shift": 1,
     }
     return Case(DRAFT_ROWS, "", [given], 32 * (len(batch.input_ids) + sizes.rows * masks))
 

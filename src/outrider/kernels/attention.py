@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.op import Example, Op
+from outrider.tensors import PagedRows
 
 _QUERIES_AT_ONCE = 64  # bounds what the reference gathers
 
@@ -24,11 +25,10 @@ def paged_attention_reference(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
+    rows: PagedRows,
     scale: float,
 ) -> Tensor:
+    block_table, query_start, seq_lens = rows.block_table, rows.query_start, rows.seq_lens
     num_rows, max_blocks = block_table.shape
     num_blocks, num_kv_heads, block_size, _ = key_cache.shape
     token = torch.arange(len(query), device=query.device, dtype=torch.int32)
@@ -53,13 +53,13 @@ def paged_attention_reference(
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
     block_size = 16
-    rows = (  # (query tokens, all tokens) of each row
+    cases = (  # (query tokens, all tokens) of each row
         ((1, 1),),
         ((1, 33), (5, 5), (3, 40)),
         ((8, 600), (1, 511), (1, 513), (17, 50)),
         ((130, 301), (1, 16)),
     )
-    for lengths in rows:
+    for lengths in cases:
         for num_heads, num_kv_heads, head_dim, cache in (
             (4, 2, 64, torch.float32),
             (4, 2, 64, torch.bfloat16),
@@ -86,9 +86,13 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
                 "query": 3 * query.to(device, activation),
                 "key_cache": torch.randn(shape, generator=generator).to(device, cache),
                 "value_cache": torch.randn(shape, generator=generator).to(device, cache),
-                "block_table": table.to(device),
-                "query_start": query_lens.cumsum(0).to(device, torch.int32),
-                "seq_lens": torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
+                "rows": PagedRows(
+                    positions=torch.zeros(len(query), dtype=torch.int64, device=device),
+                    cache_slot=torch.full((len(query),), -1, device=device),
+                    block_table=table.to(device),
+                    query_start=query_lens.cumsum(0).to(device, torch.int32),
+                    seq_lens=torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
+                ),
                 "scale": head_dim**-0.5,
             }
 

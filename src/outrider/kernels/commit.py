@@ -28,7 +28,7 @@ def commit_reference(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[
     max_len = slots.tokens.shape[1]
     length = slots.length[slot]
     gained = torch.minimum(verdict.count, max_len - length)
-    committed = batch.query_start.diff() + torch.where(verdict.count > 0, gained - 1 - batch.num_drafts, 0)
+    committed = batch.rows.query_start.diff() + torch.where(verdict.count > 0, gained - 1 - batch.num_drafts, 0)
 
     # Columns a row does not gain write back what is there; taken modulo max_len none meets another.
     column = torch.arange(verdict.tokens.shape[1], device=slot.device)
@@ -85,7 +85,7 @@ def _store_examples(generator: torch.Generator, device: torch.device, wide: bool
     for example in _commit_examples(generator, device, wide):
         slots, batch = example["slots"], example["batch"]
         size, width = batch.draft_tokens.shape
-        real = batch.query_start.diff() > 0
+        real = batch.rows.query_start.diff() > 0
         drawn = torch.randint(0, 99, (size, width), generator=generator).to(device)
         tokens = torch.where(real[:, None], drawn, batch.draft_tokens)
         length = torch.where(real, width, slots.draft_length[batch.slot])

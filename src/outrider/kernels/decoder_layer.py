@@ -12,7 +12,6 @@ gate_up and down are weights as `linear` takes them; input_norm and post_norm as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 from outrider.kernels import activation, attention, linear, norm, rope
 from outrider.kernels.layer_by_ops import Attend, BoundLayer, GatedMlp, LayerOps, LayerParameters, LayersByOps
 from outrider.kernels.op import Example, Op
-from outrider.kernels.records import LayerStack, LayerWeights, one_layer
+from outrider.kernels.records import HeadNorms, LayerStack, LayerWeights
+from outrider.tensors import PagedRows
 
 On = Callable[[Op[..., Any]], Callable[..., Any]]
 """Which implementation of an op to take."""
@@ -49,22 +49,20 @@ def attend_by_ops(on: On) -> Attend:
     """Attention over the paged cache in two ops."""
     rope_store, paged_attention = on(rope.ROPE_STORE), on(attention.PAGED_ATTENTION)
 
-    def attend(heads: Tensor, layer: BoundLayer, where: tuple[Tensor, ...]) -> Tensor:
-        (table, positions, cache_slot, *rows), cache = where, layer.cache
-        norms = layer.parameters.q_norm, layer.parameters.k_norm, layer.eps
-        counts = layer.num_heads, cache[0].shape[1]
-        query = rope_store(heads, *norms, table, positions, *cache, cache_slot, *counts)
-        mixed: Tensor = paged_attention(query, *cache, *rows, layer.scale)
+    def attend(heads: Tensor, layer: BoundLayer, rope: Tensor, rows: PagedRows) -> Tensor:
+        norms = HeadNorms(layer.parameters.q_norm, layer.parameters.k_norm, layer.eps)
+        query = rope_store(heads, norms, rope, rows, *layer.cache)
+        mixed: Tensor = paged_attention(query, *layer.cache, rows, layer.scale)
         return mixed.flatten(1)
 
     return attend
 
 
-def bind(weights: LayerWeights, cache: tuple[Tensor, Tensor], eps: float, num_heads: int, scale: float) -> BoundLayer:
+def bind(weights: LayerWeights, cache: tuple[Tensor, Tensor], eps: float, scale: float) -> BoundLayer:
     """A layer of dense weights with its cache."""
     _, _, _, _, _, out, post_norm, gate_up, down = weights
     parameters = LayerParameters(*weights[:5], out, None, post_norm)
-    return BoundLayer(parameters, GatedMlp(gate_up, None, down, None), cache, eps, num_heads, scale)
+    return BoundLayer(parameters, GatedMlp(gate_up, None, down, None), cache, eps, scale)
 
 
 def layers_by_ops(
@@ -72,26 +70,26 @@ def layers_by_ops(
     layers: Sequence[LayerWeights],
     caches: Sequence[tuple[Tensor, Tensor]],  # keys and values
     eps: float,
-    num_heads: int,
     scale: float,
 ) -> LayersByOps:
     """Layers of dense weights as sequences of ops, each as `on` gives it."""
-    bound = [bind(weights, cache, eps, num_heads, scale) for weights, cache in zip(layers, caches, strict=True)]
+    bound = [bind(weights, cache, eps, scale) for weights, cache in zip(layers, caches, strict=True)]
     return LayersByOps(bound, layer_ops(on), attend_by_ops(on))
 
 
-def decoder_layer_by_ops(on: On) -> Callable[..., Tensor | None]:
-    """One layer as a sequence of ops."""
-    layer = one_layer(partial(layers_by_ops, on))
-
-    # a function of this file, since an op's kernels are looked for by the name of its reference's file
-    def decoder_layer(*given: Any, **named: Any) -> Tensor | None:
-        return layer(*given, **named)
-
-    return decoder_layer
-
-
-decoder_layer_reference = decoder_layer_by_ops(lambda op: op.reference)
+def decoder_layer_reference(
+    x: Tensor | None,
+    residual: Tensor,
+    weights: LayerWeights,
+    eps: float,
+    rope: Tensor,
+    rows: PagedRows,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    scale: float,
+) -> Tensor | None:
+    layer = layers_by_ops(lambda op: op.reference, [weights], [(key_cache, value_cache)], eps, scale)
+    return layer(0, 1, x, residual, rope, rows)
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
@@ -121,34 +119,39 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
                 position += range(length - count, length)
                 slot += [sum(blocks[:row]) * 16 + place for place in range(length - count, length)]
             angles = torch.rand(max(position) + 1, head_dim // 2, generator=generator) * 7
-            example = {
+            rows = PagedRows(
+                positions=torch.tensor(position, device=device),
+                cache_slot=torch.tensor(slot, device=device),
+                block_table=table.to(device),
+                query_start=starts.to(device, torch.int32),
+                seq_lens=torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
+            )
+            example: dict[str, Any] = {
                 "x": draw(tokens, hidden, dtype=activation_type) if width != 67 else None,
                 "residual": draw(tokens, hidden, dtype=activation_type),
-                "input_norm": draw(hidden, centre=1.0),
-                "qkv": draw(heads, hidden, spread=hidden**-0.5),
-                "qkv_bias": draw(heads) if width == 96 else None,
-                "q_norm": None if width == 96 else draw(head_dim, centre=1.0),
-                "k_norm": None if width == 96 else draw(head_dim, centre=1.0),
-                "out": draw(hidden, num_heads * head_dim, spread=hidden**-0.5),
-                "post_norm": draw(hidden, centre=1.0),
-                "gate_up": draw(2 * width, hidden, spread=hidden**-0.5),
-                "down": draw(hidden, width, spread=width**-0.5),
+                "weights": LayerWeights(
+                    input_norm=draw(hidden, centre=1.0),
+                    qkv=draw(heads, hidden, spread=hidden**-0.5),
+                    qkv_bias=draw(heads) if width == 96 else None,
+                    q_norm=None if width == 96 else draw(head_dim, centre=1.0),
+                    k_norm=None if width == 96 else draw(head_dim, centre=1.0),
+                    out=draw(hidden, num_heads * head_dim, spread=hidden**-0.5),
+                    post_norm=draw(hidden, centre=1.0),
+                    gate_up=draw(2 * width, hidden, spread=hidden**-0.5),
+                    down=draw(hidden, width, spread=width**-0.5),
+                ),
                 "eps": 1e-6,
                 "rope": torch.cat((angles.cos(), angles.sin()), dim=-1).to(device),
-                "positions": torch.tensor(position, device=device),
+                "rows": rows,
                 "key_cache": draw(sum(blocks), num_kv_heads, 16, head_dim),
                 "value_cache": draw(sum(blocks), num_kv_heads, 16, head_dim),
-                "cache_slot": torch.tensor(slot, device=device),
-                "block_table": table.to(device),
-                "query_start": starts.to(device, torch.int32),
-                "seq_lens": torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
-                "num_heads": num_heads,
                 "scale": head_dim**-0.5,
             }
             yield example
             if width == 160:
                 joined = draw(tokens, 2 * hidden, dtype=activation_type)
-                yield {**example, "x": joined, "input_norm": None, "qkv": draw(heads, 2 * hidden, spread=hidden**-0.5)}
+                wide_qkv = draw(heads, 2 * hidden, spread=hidden**-0.5)
+                yield {**example, "x": joined, "weights": example["weights"]._replace(input_norm=None, qkv=wide_qkv)}
 
 
 DECODER_LAYER = Op(
@@ -163,9 +166,9 @@ DECODER_LAYER = Op(
 
 
 def layer_stack(
-    layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]], eps: float, num_heads: int, scale: float
+    layers: Sequence[LayerWeights], caches: Sequence[tuple[Tensor, Tensor]], eps: float, scale: float
 ) -> LayerStack:
     """Layers with their caches of keys and values as the stack of the device that they are on."""
     file = DECODER_LAYER.module(caches[0][0].device.type)
-    stack: LayerStack = file.DeviceLayerStack(layers, caches, eps, num_heads, scale)
+    stack: LayerStack = file.DeviceLayerStack(layers, caches, eps, scale)
     return stack

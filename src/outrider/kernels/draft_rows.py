@@ -1,13 +1,16 @@
-"""The query rows with which a draft head follows a step of its target.
+"""The query rows with which a draft model follows a step of its target.
 
-The target has run row b's query tokens; the first committed[b] of them stand, at positions s, s+1, ... The head
-runs one row for each, at that same position: its token is the one AFTER the position (ids shifted left by one),
-its feature the position's own. The last of them is the bonus row, whose token is the target's own newest.
-Where a row is past its prompt, num_masks mask rows follow at the next positions (P-EAGLE, arXiv
-2602.01469): the mask token, and no feature.
+The target has run row b's query tokens; the first committed[b] of them are accepted, at positions s, s+1, ... The
+model's row at position p holds the token at p + shift:
+
+    shift 1    an EAGLE head: committed[b] rows, each with the feature of its own position
+    shift 0    a draft model: one row more, at the position of the target's newest token, which has no feature
+
+The last of these is the bonus row: it holds the target's newest token. Where a row is past its prompt, num_masks mask
+rows follow at the next positions (P-EAGLE, arXiv 2602.01469): the mask token, and no feature.
 
 Rows at positions from `limit` on are left out. Rows of all requests are packed from the front; what is left of the
-num_rows is padding, which goes nowhere. So shapes follow from T, B and num_masks alone.
+R = T + B * (1 - shift + num_masks) rows is padding, which goes nowhere. So shapes follow from T and B alone.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from outrider.kernels.commit import commit_reference
 from outrider.kernels.op import Example, Op
 from outrider.kernels.records import DraftRows
 from outrider.kernels.step_inputs import assemble_reference, example_rows, example_step, locate
-from outrider.tensors import Slots, StepBatch, Verdict
+from outrider.tensors import PagedRows, Slots, StepBatch, Verdict
 
 
 def draft_rows_reference(
@@ -30,38 +33,43 @@ def draft_rows_reference(
     committed: Tensor,  # [B] int32
     num_drafts: int,
     num_masks: int,  # num_drafts - 1, or 0 where drafts are made one after another
-    limit: int,  # positions the head has
+    limit: int,  # positions the model has
     mask_token: int,
     block_size: int,
+    shift: int,  # 1 or 0
 ) -> DraftRows:
-    size, num_query = batch.slot.shape[0], batch.input_ids.shape[0]
-    num_rows = num_query + size * num_masks
-    start = batch.seq_lens - batch.query_start.diff()  # [B]
-    speaks = batch.logits_start.diff() > 0
-    wanted = committed + torch.where(speaks, num_masks, 0)
+    target, size, num_query = batch.rows, batch.slot.shape[0], batch.input_ids.shape[0]
+    num_rows = num_query + size * (1 - shift + num_masks)
+    start = target.seq_lens - target.query_start.diff()  # [B]
+    samples = batch.logits_start.diff() > 0
+    owned = torch.where(committed > 0, committed + 1 - shift, 0)  # with tokens that are known
+    wanted = owned + torch.where(samples, num_masks, 0)
     count = torch.minimum(wanted, limit - start).clamp(min=0)
     query_start = torch.nn.functional.pad(count.cumsum(0), (1, 0)).int()
-    length = torch.where(speaks, limit - (start + committed - 1), 0).clamp(0, num_drafts).int()
+    length = torch.where(samples, limit - (start + owned - 1), 0).clamp(0, num_drafts).int()
 
-    row, place = locate(query_start, num_rows)
-    real = place < count[row]
-    known = place < committed[row]
-    positions = torch.where(real, start[row] + place, 0).long()
-    following = slots.tokens[batch.slot[row], (positions + 1).clamp(max=slots.tokens.shape[1] - 1)]
-    input_ids = torch.where(real, torch.where(known, following, mask_token), 0)
-    feature = torch.where(known, batch.query_start[row] + place, num_query)
+    row, offset = locate(query_start, num_rows)
+    real = offset < count[row]
+    known = offset < owned[row]
+    positions = torch.where(real, start[row] + offset, 0).long()
+    token = slots.tokens[batch.slot[row], (positions + shift).clamp(max=slots.tokens.shape[1] - 1)]
+    input_ids = torch.where(real, torch.where(known, token, mask_token), 0)
+    feature = torch.where(offset < committed[row], target.query_start[row] + offset, num_query)
     source = torch.where(real, feature, 0).long()
-    block = batch.block_table[row, positions // block_size].long()
+    block = target.block_table[row, positions // block_size].long()
     cache_slot = torch.where(real, block * block_size + positions % block_size, -1)
 
-    guess = torch.arange(num_drafts, device=committed.device).clamp(max=num_masks)
-    bonus = query_start[:-1] + committed - 1
-    logits_index = (bonus[:, None] + guess).clamp(0, num_rows - 1).long().flatten()
-    drafts = torch.arange(num_drafts, device=committed.device)
-    guess_slot = batch.slot.repeat_interleave(num_drafts)
-    guess_position = (slots.length[batch.slot].long()[:, None] + drafts).flatten()
-    rows = input_ids, source, positions, cache_slot, logits_index, guess_slot, guess_position
-    return query_start, (start + count).int(), length, *rows
+    draft = torch.arange(num_drafts, device=committed.device)
+    bonus = query_start[:-1] + owned - 1
+    return DraftRows(
+        rows=PagedRows(positions, cache_slot, target.block_table, query_start, (start + count).int()),
+        length=length,
+        input_ids=input_ids,
+        source=source,
+        logits_index=(bonus[:, None] + draft.clamp(max=num_masks)).clamp(0, num_rows - 1).long().flatten(),
+        draft_slot=batch.slot.repeat_interleave(num_drafts),
+        draft_position=(slots.length[batch.slot].long()[:, None] + draft).flatten(),
+    )
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
@@ -82,7 +90,7 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
             count = (columns[3] * (1 + part * (columns[2] + 1)).floor()).int()
             gained = torch.full((len(rows), width + 1), 7, device=device)
             committed, _ = commit_reference(slots, batch, Verdict(gained, count))
-            yield {
+            example = {
                 "slots": slots,
                 "batch": batch,
                 "committed": committed,
@@ -92,6 +100,8 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
                 "mask_token": 9,
                 "block_size": 4,
             }
+            yield {**example, "shift": 1}
+            yield {**example, "shift": 0}
 
 
 DRAFT_ROWS = Op(

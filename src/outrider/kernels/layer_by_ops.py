@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from outrider.kernels.records import take_taps
+from outrider.tensors import PagedRows
 
 
 class LayerOps(NamedTuple):
@@ -92,11 +93,10 @@ class BoundLayer(NamedTuple):
     mlp: Mlp
     cache: tuple[Tensor, Tensor]  # keys and values
     eps: float
-    num_heads: int
     scale: float
 
 
-Attend = Callable[[Tensor, BoundLayer, tuple[Tensor, ...]], Tensor]
+Attend = Callable[[Tensor, BoundLayer, Tensor, PagedRows], Tensor]
 """heads [T, (Hq + 2*Hkv) * D], of a layer, at rope and the step's rows -> [T, Hq * D].
 
 Norms q and k if the layer does, turns them, writes keys and values into the cache, and attends.
@@ -116,20 +116,15 @@ class LayersByOps:
         x: Tensor | None,
         residual: Tensor,
         rope: Tensor,
-        positions: Tensor,
-        cache_slot: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
+        rows: PagedRows,
         taps: Sequence[int] = (),
         features: Tensor | None = None,
     ) -> Tensor | None:
         """Runs layers first:last with ops that write the residual stream in place."""
-        where = rope, positions, cache_slot, block_table, query_start, seq_lens
         for index in range(first, last):
             layer = self._layers[index]
             take_taps(index, None if layer.parameters.input_norm is None else x, residual, taps, features)
             residual, heads = before_attention(self._ops, layer.parameters, x, residual, layer.eps)
-            mixed = self._attend(heads, layer, where)
+            mixed = self._attend(heads, layer, rope, rows)
             residual, x = after_attention(self._ops, layer.parameters, layer.mlp, mixed, residual, layer.eps)
         return x

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-DraftRows = tuple[Tensor, ...]
-"""query_start [B+1] int32, seq_lens [B] int32, length [B] int32; input_ids, source, positions, cache_slot, all
-[num_rows] int64; logits_index, guess_slot, guess_position, all [B * num_drafts] int64.
+from outrider.tensors import PagedRows
 
-source: the step's query token whose feature the row takes; T for a mask row. length: how many of num_drafts guesses
-have a position below `limit`, 0 inside a prompt. logits_index: the rows that give the guesses, request by request,
-the bonus row first, then the num_masks mask rows; indices past them repeat the last. guess_slot and guess_position:
-whose guess each is, and where it would stand, the first of a request right behind its last committed token.
-"""
+
+class HeadNorms(NamedTuple):
+    """RMSNorm weights [D] of each query and key head, None where heads are not normed."""
+
+    q: Tensor | None
+    k: Tensor | None
+    eps: float
+
+
+class DraftRows(NamedTuple):
+    """The rows that a draft model runs after a step of its target: R tokens, some of which give the B * K drafts."""
+
+    rows: PagedRows  # of R tokens
+    length: Tensor  # [B] int32, how many of the K drafts have a position below the model's limit; 0 inside a prompt
+    input_ids: Tensor  # [R] int64
+    source: Tensor  # [R] int64, the step's query token at the same position; T where the target has not run one
+    logits_index: Tensor  # [B * K] int64, the rows that give the drafts; indices past a request's last repeat it
+    draft_slot: Tensor  # [B * K] int64, whose draft each is
+    draft_position: Tensor  # [B * K] int64, of the token drafted: the first right behind the last committed token
 
 
 class LayerWeights(NamedTuple):
@@ -63,11 +75,7 @@ class LayerStack(Protocol):
         x: Tensor | None,
         residual: Tensor,
         rope: Tensor,
-        positions: Tensor,
-        cache_slot: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
+        rows: PagedRows,
         taps: Sequence[int] = (),
         features: Tensor | None = None,
     ) -> Tensor | None:
@@ -75,37 +83,3 @@ class LayerStack(Protocol):
 
         `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
         """
-
-
-def one_layer(stack: Callable[..., LayerStack]) -> Callable[..., Tensor | None]:
-    """One layer alone, as a stack of one."""
-
-    def decoder_layer(
-        x: Tensor | None,
-        residual: Tensor,
-        input_norm: Tensor | None,
-        qkv: Tensor,
-        qkv_bias: Tensor | None,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        out: Tensor,
-        post_norm: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        eps: float,
-        rope: Tensor,
-        positions: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        cache_slot: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        num_heads: int,
-        scale: float,
-    ) -> Tensor | None:
-        weights = LayerWeights(input_norm, qkv, qkv_bias, q_norm, k_norm, out, post_norm, gate_up, down)
-        where = rope, positions, cache_slot, block_table, query_start, seq_lens
-        return stack([weights], [(key_cache, value_cache)], eps, num_heads, scale)(0, 1, x, residual, *where)
-
-    return decoder_layer

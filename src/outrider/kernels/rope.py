@@ -1,7 +1,7 @@
 """What stands between the qkv product and attention: per-head norms, rotation, and the cache write.
 
-qkv [T, (Hq + 2*Hkv) * D]: query heads, then key heads, then value heads. q_norm and k_norm [D] are RMSNorm
-weights applied to each head (Qwen3), or None (Llama). rope [max_len, D] float32 holds for each position the
+qkv [T, (Hq + 2*Hkv) * D]: query heads, then key heads, then value heads. The norms are RMSNorm
+weights [D] applied to each head (Qwen3), or None (Llama). rope [max_len, D] float32 holds for each position the
 cosines of the D/2 frequencies, then their sines; element i of a head turns with element i + D/2 (the
 "rotate_half" form; Su et al., 2021). positions [T] int64. key_cache and value_cache [num_blocks, Hkv,
 block_size, D]; token t's key and value go to cache_slot[t] = block * block_size + offset, nowhere if that
@@ -18,30 +18,23 @@ from torch import Tensor
 
 from outrider.kernels.norm import rms_norm_reference
 from outrider.kernels.op import Example, Op
+from outrider.kernels.records import HeadNorms
+from outrider.tensors import PagedRows
 
 
 def rope_store_reference(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    rope: Tensor,
-    positions: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_slot: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    qkv: Tensor, norms: HeadNorms, rope: Tensor, rows: PagedRows, key_cache: Tensor, value_cache: Tensor
 ) -> Tensor:
-    heads = qkv.reshape(len(qkv), num_heads + 2 * num_kv_heads, -1)
-    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if q_norm is not None:
-        query = rms_norm_reference(query, q_norm, eps)
-    if k_norm is not None:
-        key = rms_norm_reference(key, k_norm, eps)
-    angles = rope[positions].unsqueeze(1)
-    _store(_rotate(key, angles), key_cache, cache_slot)
-    _store(value, value_cache, cache_slot)
+    _, num_kv_heads, _, head_dim = key_cache.shape
+    heads = qkv.reshape(len(qkv), -1, head_dim)
+    query, key, value = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norms.q is not None:
+        query = rms_norm_reference(query, norms.q, norms.eps)
+    if norms.k is not None:
+        key = rms_norm_reference(key, norms.k, norms.eps)
+    angles = rope[rows.positions].unsqueeze(1)
+    _store(_rotate(key, angles), key_cache, rows.cache_slot)
+    _store(value, value_cache, rows.cache_slot)
     return _rotate(query, angles)
 
 
@@ -74,21 +67,25 @@ def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> I
             caches = torch.randn(2, 5, num_kv_heads, block_size, head_dim, generator=generator).to(device, dtype)
             slot = torch.randperm(5 * block_size, generator=generator)[:tokens]
             slot[1::3] = -1
+            nobody = torch.zeros(1, dtype=torch.int32, device=device)
+            rows = PagedRows(
+                positions=torch.randint(max_len, (tokens,), generator=generator).to(device),
+                cache_slot=slot.to(device),
+                block_table=nobody[:, None],
+                query_start=nobody,
+                seq_lens=nobody[:0],
+            )
             example = {
                 "qkv": qkv.to(device, activation),
-                "q_norm": norms[0],
-                "k_norm": norms[1],
-                "eps": 1e-6,
+                "norms": HeadNorms(norms[0], norms[1], 1e-6),
                 "rope": torch.cat((angles.cos(), angles.sin()), dim=-1).to(device),
-                "positions": torch.randint(max_len, (tokens,), generator=generator).to(device),
+                "rows": rows,
                 "key_cache": caches[0],
                 "value_cache": caches[1],
-                "cache_slot": slot.to(device),
-                "num_heads": num_heads,
-                "num_kv_heads": num_kv_heads,
             }
             yield example
-            yield {**example, "q_norm": None, "k_norm": None, "cache_slot": torch.full((tokens,), -1, device=device)}
+            nowhere = rows._replace(cache_slot=torch.full((tokens,), -1, device=device))
+            yield {**example, "norms": HeadNorms(None, None, 1e-6), "rows": nowhere}
 
 
 ROPE_STORE = Op(

@@ -16,30 +16,22 @@ from torch import Tensor
 
 from outrider.kernels.attention import paged_attention_reference
 from outrider.kernels.op import Example, Op
+from outrider.kernels.records import HeadNorms
 from outrider.kernels.rope import rope_store_reference
+from outrider.tensors import PagedRows
 
 
 def rope_attention_reference(
     qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    norms: HeadNorms,
     rope: Tensor,
-    positions: Tensor,
+    rows: PagedRows,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_slot: Tensor,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
     scale: float,
 ) -> Tensor:
-    heads = num_heads, num_kv_heads
-    cache = key_cache, value_cache
-    query = rope_store_reference(qkv, q_norm, k_norm, eps, rope, positions, *cache, cache_slot, *heads)
-    return paged_attention_reference(query, *cache, block_table, query_start, seq_lens, scale)
+    query = rope_store_reference(qkv, norms, rope, rows, key_cache, value_cache)
+    return paged_attention_reference(query, key_cache, value_cache, rows, scale)
 
 
 def rope_attention_case(
@@ -77,30 +69,26 @@ def rope_attention_case(
     angles = torch.rand(max(length for _, length in lengths), head_dim // 2, generator=generator) * 7
     qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator)
     weights = (1 + 0.3 * torch.randn(2, head_dim, generator=generator)).to(device, cache)
+    starts = torch.tensor([0, *(count for count, _ in lengths)]).cumsum(0)
+    rows = PagedRows(
+        positions=positions.to(device),
+        cache_slot=slots.to(device),
+        block_table=table.to(device),
+        query_start=starts.to(device, torch.int32),
+        seq_lens=torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
+    )
     given: dict[str, Any] = {
         "qkv": qkv.to(device, activation),
-        "q_norm": weights[0] if norms else None,
-        "k_norm": weights[1] if norms else None,
-        "eps": 1e-6,
+        "norms": HeadNorms(weights[0] if norms else None, weights[1] if norms else None, 1e-6),
         "rope": torch.cat((angles.cos(), angles.sin()), dim=-1).to(device),
-        "positions": positions.to(device),
         "key_cache": caches[0].to(device, cache),
         "value_cache": caches[1].to(device, cache),
-        "cache_slot": slots.to(device),
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
     }
     nowhere = torch.arange(tokens, device=device) % 5 == 4
-    rope_store_reference(**given | {"cache_slot": torch.where(nowhere, given["cache_slot"], -1)})
-    starts = torch.tensor([0, *(count for count, _ in lengths)]).cumsum(0)
-    return {
-        **given,
-        "cache_slot": torch.where(nowhere, -1, given["cache_slot"]),
-        "block_table": table.to(device),
-        "query_start": starts.to(device, torch.int32),
-        "seq_lens": torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
-        "scale": head_dim**-0.5,
-    }
+    stored = rows._replace(cache_slot=torch.where(nowhere, rows.cache_slot, -1))
+    rope_store_reference(**given, rows=stored)
+    left = rows._replace(cache_slot=torch.where(nowhere, -1, rows.cache_slot))
+    return {**given, "rows": left, "scale": head_dim**-0.5}
 
 
 def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:

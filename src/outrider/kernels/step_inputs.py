@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.op import Example, Op
-from outrider.tensors import Draft, Slots, StepBatch
+from outrider.tensors import Draft, PagedRows, Slots, StepBatch
 
 
 def locate(start: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -73,12 +73,14 @@ def assemble_reference(
     logits_index = torch.where(place < owned[owner], logits_index, 0)
     return StepBatch(
         slot=slot.contiguous(),
-        query_start=query_start,
         input_ids=input_ids,
-        positions=positions,
-        seq_lens=(computed + num_tokens).int(),
-        block_table=slots.block_table[slot],
-        cache_slot=cache_slot,
+        rows=PagedRows(
+            positions=positions,
+            cache_slot=cache_slot,
+            block_table=slots.block_table[slot],
+            query_start=query_start,
+            seq_lens=(computed + num_tokens).int(),
+        ),
         num_drafts=num_drafts.int(),
         draft_tokens=slots.draft_tokens[slot],
         logits_start=logits_start,

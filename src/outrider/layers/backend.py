@@ -115,8 +115,7 @@ def _kernel_stacks(layers: Sequence[DecoderLayer], caches: Sequence[LayerCache])
     for spec, group in groupby(layers, key=lambda layer: layer.spec):
         weights = [_fused_weights(layer) for layer in group]
         end = start + len(weights)
-        heads = spec.attention.num_heads
-        yield start, end, layer_stack(weights, caches[start:end], spec.eps, heads, spec.attention.scale)
+        yield start, end, layer_stack(weights, caches[start:end], spec.eps, spec.attention.scale)
         start = end
 
 

@@ -23,9 +23,7 @@ def layers_by_ops(layers: Sequence[DecoderLayer], caches: Sequence[LayerCache]) 
     device = caches[0].key.device
     bound = []
     for layer, cache in zip(layers, caches, strict=True):
-        attention = layer.spec.attention
-        sizes = layer.spec.eps, attention.num_heads, attention.scale
-        bound.append(BoundLayer(layer.parameters(), layer.mlp, cache, *sizes))
+        bound.append(BoundLayer(layer.parameters(), layer.mlp, cache, layer.spec.eps, layer.spec.attention.scale))
 
     def on(op: Op[..., Tensor]) -> Callable[..., Tensor]:
         return op.on(device)

@@ -46,12 +46,11 @@ class DecoderStack(Sequence[DecoderLayer]):
         if self._bound is None or self._cache is not cache:
             self._bound, self._cache = self.choice.backend.bind(self._layers, cache), cache
         last = len(self) if last is None else last
-        where = batch.positions, batch.cache_slot, batch.block_table, batch.query_start, batch.seq_lens
         for start, end, stack in self._bound:
             begin, stop = max(first, start) - start, min(last, end) - start
             if begin < stop:
                 own = [tap - start for tap in taps] if start else taps
-                x = stack(begin, stop, x, residual, rope, *where, own, features)
+                x = stack(begin, stop, x, residual, rope, batch.rows, own, features)
         return x
 
     def slots(self, prefix: str) -> WeightSlots:

@@ -15,7 +15,10 @@ from outrider.kernels.op import FOLDERS
 ROOT = Path(outrider.kernels.__file__).parent
 PLUMBING = {
     ".": {"layer_by_ops", "op", "records"},
-    "cpu": {"amx", "attention_tasks", "attention_tiles", "emit", "jit", "layer_phases", "layer_stack", "threads"},
+    "cpu": {
+        *("addresses", "amx", "attention_tasks", "attention_tiles"),
+        *("emit", "jit", "layer_phases", "layer_stack", "threads"),
+    },
     "gpu": {"attention_shares", "attention_steps", "partial_norm", "triton", "warmup"},
 }
 """Files of a folder that are no op's."""

@@ -24,7 +24,7 @@ from outrider.layers.parameter import Allocator
 from outrider.layers.rope import Rope
 from outrider.layers.spec import AttentionSpec, LayerFeature, LayerSpec
 from outrider.layers.stack import DecoderStack
-from outrider.tensors import StepBatch
+from outrider.tensors import PagedRows, StepBatch
 
 CPU = torch.device("cpu")
 PLAIN = LayerSpec(48, 1e-6, AttentionSpec(4, 2, 16, qk_norm=True), GatedMlpSpec(80))
@@ -82,12 +82,14 @@ def _step() -> StepBatch:
     none = torch.zeros(1, dtype=torch.int64)
     return StepBatch(
         slot=none,
-        query_start=torch.tensor([0, LENGTH], dtype=torch.int32),
         input_ids=positions,
-        positions=positions,
-        seq_lens=torch.tensor([LENGTH], dtype=torch.int32),
-        block_table=torch.tensor([[0, 1]], dtype=torch.int32),
-        cache_slot=positions,
+        rows=PagedRows(
+            positions=positions,
+            cache_slot=positions,
+            block_table=torch.tensor([[0, 1]], dtype=torch.int32),
+            query_start=torch.tensor([0, LENGTH], dtype=torch.int32),
+            seq_lens=torch.tensor([LENGTH], dtype=torch.int32),
+        ),
         num_drafts=whole,
         draft_tokens=none[:, None],
         logits_start=whole,

@@ -90,7 +90,8 @@ def test_assemble(assemble, seed: int) -> None:
         "logits_slot": owner,
         "logits_position": predicted,
     }
-    assert {field.name: getattr(batch, field.name).tolist() for field in fields(batch)} == expected
+    found = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "rows"}
+    assert {name: value.tolist() for name, value in (found | batch.rows._asdict()).items()} == expected
 
 
 @pytest.mark.parametrize("assemble", ASSEMBLES)
@@ -100,11 +101,12 @@ def test_a_padded_batch_writes_nowhere(assemble) -> None:
     num_logits = sum(row[2] + 1 for row in rows if row[3])
     alone = assemble(slots, *columns(rows), num_query, num_logits, BLOCK)
     padded = assemble(slots, *columns([*rows, (8, 0, 0, 0), (8, 0, 0, 0)]), num_query + 5, num_logits + 3, BLOCK)
-    for name in ("input_ids", "positions", "cache_slot"):
-        assert torch.equal(getattr(padded, name)[:num_query], getattr(alone, name))
-    assert (padded.cache_slot[num_query:] == -1).all()
+    assert torch.equal(padded.input_ids[:num_query], alone.input_ids)
+    for name in ("positions", "cache_slot"):
+        assert torch.equal(getattr(padded.rows, name)[:num_query], getattr(alone.rows, name))
+    assert (padded.rows.cache_slot[num_query:] == -1).all()
     assert torch.equal(padded.logits_index[:num_logits], alone.logits_index)
-    assert padded.query_start[-1] == num_query and padded.logits_start[-1] == num_logits
+    assert padded.rows.query_start[-1] == num_query and padded.logits_start[-1] == num_logits
 
 
 @pytest.mark.parametrize("commit", COMMITS)

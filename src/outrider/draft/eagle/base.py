@@ -240,7 +240,7 @@ class HeadDrafter(Drafter):
     def rows(self, context: DraftContext, num_masks: int) -> HeadRows:
         """The rows of every request: its committed tokens of this step, and after them `num_masks` mask rows."""
         batch = context.batch
-        query_start, seq_lens, length, input_ids, source, positions, cache_slot, *by_guess = self._draft_rows(
+        found = self._draft_rows(
             context.slots,
             batch,
             context.committed,
@@ -249,17 +249,10 @@ class HeadDrafter(Drafter):
             self.limit,
             self.config.mask_token_id or 0,
             self.target.sizes.block_size,
+            self.config.shift,
         )
-        own = replace(
-            batch,
-            query_start=query_start,
-            seq_lens=seq_lens,
-            input_ids=input_ids,
-            positions=positions,
-            cache_slot=cache_slot,
-        )
-        guesses, slot, position = by_guess
-        return HeadRows(own, source, guesses, slot, position, length)
+        own = replace(batch, input_ids=found.input_ids, rows=found.rows)
+        return HeadRows(own, found.source, found.logits_index, found.draft_slot, found.draft_position, found.length)
 
     def hidden(self, context: DraftContext, rows: HeadRows, mask_row: Tensor | None = None) -> Tensor:
         """[rows, H], the projected features that each row takes; a mask row takes `mask_row` [1, H]."""

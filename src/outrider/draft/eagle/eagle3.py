@@ -21,7 +21,7 @@ from outrider.draft.base import AcceptancePattern, DraftContext, Drafter
 from outrider.draft.eagle.base import HeadDrafter, HeadRows
 from outrider.draft.eagle.peagle import PEagle
 from outrider.kernels.single_rows import SINGLE_ROWS
-from outrider.tensors import Draft, StepBatch
+from outrider.tensors import Draft, PagedRows, StepBatch
 
 
 class Eagle3(HeadDrafter):
@@ -64,10 +64,15 @@ class Eagle3(HeadDrafter):
         """The first pass's rows that give drafts [B], the drafts' positions [B] in each pass, and further batches."""
         batch = context.batch
         query_start, bonus, guessed, *by_pass = SINGLE_ROWS.on(batch.slot.device)(
-            rows.guesses, rows.position, rows.length, batch.block_table, self.num_drafts, self.target.sizes.block_size
+            rows.guesses,
+            rows.position,
+            rows.length,
+            batch.rows.block_table,
+            self.num_drafts,
+            self.target.sizes.block_size,
         )
         singles = [
-            replace(batch, query_start=query_start, seq_lens=lens, positions=positions, cache_slot=slots)
-            for lens, positions, slots in zip(*by_pass, strict=True)
+            replace(batch, rows=PagedRows(positions, cache_slot, batch.rows.block_table, query_start, seq_lens))
+            for seq_lens, positions, cache_slot in zip(*by_pass, strict=True)
         ]
         return bonus, guessed.unbind(), singles

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import SERIAL, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import compiled
+from outrider.kernels.cpu.jit import compiled, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 
@@ -29,7 +29,7 @@ def _gate_row(emitter: Emitter, gate: Int, up: Int, out: Int, size: Int) -> None
     emitter.sweep(size, step, [])
 
 
-@compiled()
+@task()
 def gate_rows(tickets: int, gate_up: int, out: int, rows: int, size: int) -> None:
     """Takes rows, one at a time."""
     while True:

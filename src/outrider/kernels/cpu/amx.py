@@ -18,12 +18,12 @@ from functools import partial
 from typing import Any
 
 import llvmlite.binding
-import numpy as np
 from llvmlite import ir
 
 from outrider.kernels.cpu.activation import silu_mul
-from outrider.kernels.cpu.emit import BFLOAT16, LANES, NO, SERIAL, Emitter, Int, Vector, address, emitted, keep
-from outrider.kernels.cpu.jit import compiled
+from outrider.kernels.cpu.addresses import Product
+from outrider.kernels.cpu.emit import BFLOAT16, LANES, NO, Emitter, Int, Vector, emitted
+from outrider.kernels.cpu.jit import allocate, compiled, free, larger, smaller, task
 from outrider.kernels.cpu.threads import add, parallel, read
 
 _BYTE = ir.IntType(8)
@@ -103,8 +103,6 @@ def _pack(emitter: Emitter, x: Int, count: Int, size: Int, first: Int, last: Int
 
 
 def _tile_call(emitter: Emitter, name: str, *arguments: Any) -> None:
-    if not _EXISTS:
-        return  # the code is compiled with the rest of a layer, and never reached
     given = [ir.Constant(_BYTE, each) if isinstance(each, int) else each for each in arguments]
     emitter.call(f"llvm.x86.{name}", ir.VoidType(), *given)
 
@@ -247,7 +245,7 @@ def _multiply(
 def tile_height(rows: int) -> int:
     """How many tokens a tile holds: the least power of two that is enough, 16 at most."""
     height = 1
-    while height < min(rows, LANES):
+    while height < rows and height < LANES:
         height *= 2
     return height
 
@@ -258,7 +256,7 @@ def small(rows: int, inputs: int) -> bool:
     return rows <= LANES and rows * inputs <= _SMALL
 
 
-@compiled()
+@task(exists=AVAILABLE)
 def pack(tickets: int, x: int, rows: int, inputs: int, height: int, packed: int) -> None:
     """Takes 16 rows, or `height` if they are all, and 256 of their inputs."""
     parts = (inputs + 255) // 256
@@ -268,83 +266,61 @@ def pack(tickets: int, x: int, rows: int, inputs: int, height: int, packed: int)
         if row >= rows:
             break
         place = packed + row * inputs * 4
-        _pack(x + row * inputs * 4, min(rows - row, height), inputs, first, min(first + 256, inputs), height, place)
+        last = smaller(first + 256, inputs)
+        _pack(x + row * inputs * 4, smaller(rows - row, height), inputs, first, last, height, place)
 
 
-@compiled()
+@task(exists=AVAILABLE)
 def products(
-    tickets: int,
-    packed: int,
-    rows: int,
-    height: int,
-    inputs: int,
-    weight: int,
-    bias: int,  # 0: none
-    outputs: int,
-    gated: int,
-    out: int,
-    threads: int,
+    tickets: int, packed: int, rows: int, height: int, product: Product, gated: int, out: int, threads: int
 ) -> None:
     """Takes some outputs of all rows: many at first, and fewer the fewer are left, so that threads end together.
 
     Gated, the weight has gates for `outputs` columns and then as many columns, and their products are what comes out.
     """
+    weight, bias, inputs, outputs, _ = product
     width, apart = (LANES, outputs) if gated else (_OUTPUTS, LANES)
     blocks, size = (outputs + width - 1) // width, inputs * 2 * _OUTPUTS
-    most, least = max(_TASK[1] // size, 1), max(_TASK[0] // size, 1)
-    scratch = np.empty(4 * _TILE, np.uint8)
-    _configure(height, address(scratch))
+    most, least = larger(_TASK[1] // size, 1), larger(_TASK[0] // size, 1)
+    scratch = allocate(4 * _TILE)
+    _configure(height, scratch)
     while True:
-        share = max(min((blocks - read(tickets)) // (2 * threads), most), least)
+        share = larger(smaller((blocks - read(tickets)) // (2 * threads), most), least)
         start = add(tickets, share)
         if start >= blocks:
             break
         for row in range(0, rows, 2 * LANES):  # which stay in the first cache while weights pass
-            x, left = packed + row * inputs * 4, min(rows - row, 2 * LANES)
-            for each in range(start, min(start + share, blocks)):
-                o = min(each * width, outputs - width)
+            x, left = packed + row * inputs * 4, smaller(rows - row, 2 * LANES)
+            for each in range(start, smaller(start + share, blocks)):
+                o = smaller(each * width, outputs - width)
                 weights, added = weight + o * inputs * 2, bias + o * 2 if bias != 0 else bias
                 place = out + (row * outputs + o) * 4
-                _multiply(height, weights, apart, gated, added, inputs, x, place, outputs, left, address(scratch))
-    _release(address(scratch))
-    keep(scratch)
+                _multiply(height, weights, apart, gated, added, inputs, x, place, outputs, left, scratch)
+    _release(scratch)
+    free(scratch)
 
 
-@compiled()
-def alone(
-    tickets: int,
-    x: int,
-    rows: int,
-    height: int,
-    inputs: int,
-    weight: int,
-    bias: int,
-    outputs: int,
-    gated: int,
-    out: int,
-    threads: int,
-) -> None:
+@task(exists=AVAILABLE)
+def alone(tickets: int, x: int, rows: int, height: int, product: Product, gated: int, out: int, threads: int) -> None:
     """`pack` and `products` in one, for up to 16 rows: every thread packs them all, and waits for none to do it."""
-    packed = np.empty(height * inputs, np.float32)
-    _pack(x, rows, inputs, 0, inputs, height, address(packed))
-    products(tickets, address(packed), rows, height, inputs, weight, bias, outputs, gated, out, threads)
-    keep(packed)
+    inputs = product.inputs
+    packed = allocate(height * inputs * 4)
+    _pack(x, rows, inputs, 0, inputs, height, packed)
+    products(tickets, packed, rows, height, product, gated, out, threads)
+    free(packed)
 
 
 @compiled()
-def multiply(x: int, weight: int, bias: int, out: int, rows: int, inputs: int, outputs: int, threads: int) -> None:
+def multiply(x: int, product: Product, out: int, rows: int, threads: int) -> None:
     """out = x @ weight.T + bias"""
-    height = tile_height(rows)
-    if rows * inputs * outputs < SERIAL:
-        threads = 1
+    height, inputs, outputs = tile_height(rows), product.inputs, product.outputs
     if small(rows, inputs):
-        parallel(alone, threads, (x, rows, height, inputs, weight, bias, outputs, NO, out, threads))
+        parallel(alone, threads, (x, rows, height, product, NO, out, threads))
         return
-    packed = np.empty((rows + height - 1) // height * height * inputs, np.float32)
-    parallel(pack, threads, (x, rows, inputs, height, address(packed)))
-    block = max(_PANEL // (inputs * 4) // (2 * LANES), 1) * 2 * LANES
+    packed = allocate((rows + height - 1) // height * height * inputs * 4)
+    parallel(pack, threads, (x, rows, inputs, height, packed))
+    block = larger(_PANEL // (inputs * 4) // (2 * LANES), 1) * 2 * LANES
     for row in range(0, rows, block):
-        count, place = min(rows - row, block), out + row * outputs * 4
-        work = (address(packed) + row * inputs * 4, count, height, inputs, weight, bias, outputs, NO, place, threads)
-        parallel(products, threads, work)
-    keep(packed)
+        count, place = smaller(rows - row, block), out + row * outputs * 4
+        parallel(products, threads, (packed + row * inputs * 4, count, height, product, NO, place, threads))
+    free(packed)

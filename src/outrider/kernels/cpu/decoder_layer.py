@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.cpu import amx
-from outrider.kernels.cpu.emit import BFLOAT16, CACHES, KIND, LANES
-from outrider.kernels.cpu.layer_phases import whole
-from outrider.kernels.cpu.layer_stack import layers_kernel
+from outrider.kernels.cpu.addresses import address, heads_of, rows_of
+from outrider.kernels.cpu.emit import BFLOAT16, KIND
+from outrider.kernels.cpu.layer_phases import Shape
+from outrider.kernels.cpu.layer_stack import FEW, few_tokens, many_tokens
+from outrider.kernels.cpu.linear import FEW as FEW_ROWS
 from outrider.kernels.cpu.threads import num_threads
 from outrider.kernels.decoder_layer import layers_by_ops
-from outrider.kernels.records import LayerWeights, one_layer
+from outrider.kernels.records import LayerWeights
+from outrider.tensors import PagedRows
 
 
 class DeviceLayerStack:
@@ -29,26 +32,26 @@ class DeviceLayerStack:
         layers: Sequence[LayerWeights],
         caches: Sequence[tuple[Tensor, Tensor]],  # keys and values
         eps: float,
-        num_heads: int,
         scale: float,
     ) -> None:
-        self._layers = [(*layer, *cache) for layer, cache in zip(layers, caches, strict=True)]
+        tensors = [(*layer, *cache) for layer, cache in zip(layers, caches, strict=True)]
         first, (keys, _) = layers[0], caches[0]
-        for one in self._layers:
-            for given, other in zip(one, self._layers[0], strict=True):
+        for one in tensors:
+            for given, other in zip(one, tensors[0], strict=True):
                 assert given is None or other is None or (given.shape == other.shape and given.dtype == other.dtype)
                 assert given is None or given.is_contiguous()
-        self._by_ops = layers_by_ops(lambda op: op.on("cpu"), layers, caches, eps, num_heads, scale)
-        self._eps, self._num_heads, self._scale = eps, num_heads, scale
-        self._table = np.array(
-            [[*(0 if tensor is None else tensor.data_ptr() for tensor in one), 0] for one in self._layers], np.int64
+        self._by_ops = layers_by_ops(lambda op: op.on("cpu"), layers, caches, eps, scale)
+        self._eps, self._scale = eps, scale
+        table = [[*(address(tensor) for tensor in one), 0] for one in tensors]
+        self._table = np.array(table, np.int64)
+        _, num_kv_heads, _, head_dim = keys.shape
+        num_heads = len(first.qkv) // head_dim - 2 * num_kv_heads
+        self._heads, self._kind = heads_of(num_heads, *caches[0]), KIND[first.qkv.dtype]
+        self._inputs, self._width = first.qkv.shape[1], first.down.shape[1]
+        self._tiles = amx.AVAILABLE and self._kind == BFLOAT16
+        self._all_tiled = self._tiles and all(
+            amx.fits(weight.shape[1], weight.shape[0]) for weight in (first.qkv, first.out, first.gate_up, first.down)
         )
-        self._heads, self._width, self._kind = len(first.qkv), first.down.shape[1], KIND[first.qkv.dtype]
-        self._inputs = first.qkv.shape[1]
-        _, self._num_kv_heads, self._block_size, self._head_dim = keys.shape
-        self._cache_kind = KIND[keys.dtype]
-        assert self._cache_kind in CACHES, f"keys and values in {keys.dtype}"
-        assert self._block_size % LANES == 0, f"the CPU kernel reads keys in sixteens: block_size {self._block_size}"
 
     def __call__(
         self,
@@ -57,11 +60,7 @@ class DeviceLayerStack:
         x: Tensor | None,
         residual: Tensor,
         rope: Tensor,
-        positions: Tensor,
-        cache_slot: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
+        rows: PagedRows,
         taps: Sequence[int] = (),
         features: Tensor | None = None,
     ) -> Tensor | None:
@@ -69,12 +68,11 @@ class DeviceLayerStack:
 
         `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
         """
-        (tokens, hidden), (rows, max_blocks) = residual.shape, block_table.shape
-        tiles = amx.AVAILABLE and self._kind == BFLOAT16
-        if not whole(tiles, tokens, self._inputs, hidden, self._num_heads * self._head_dim, self._heads, self._width):
-            where = rope, positions, cache_slot, block_table, query_start, seq_lens
-            return self._by_ops(first, last, x, residual, *where, taps, features)
-        assert residual.is_contiguous() and (x is None or x.is_contiguous()) and block_table.is_contiguous()
+        tokens, hidden = residual.shape
+        # one launch serves few tokens, and more where the matrix unit multiplies all of it
+        if tokens > FEW_ROWS and not self._all_tiled:
+            return self._by_ops(first, last, x, residual, rope, rows, taps, features)
+        assert residual.is_contiguous() and (x is None or x.is_contiguous())
         result = torch.empty_like(residual)
         stride = 0
         self._table[:, -1] = 0  # what the last call tapped may be gone
@@ -84,37 +82,26 @@ class DeviceLayerStack:
             for place, tap in enumerate(taps):
                 if first <= tap < last:
                     self._table[tap, -1] = features.data_ptr() + place * hidden * 4
-        layers_kernel(
-            self._table.ctypes.data + first * self._table.strides[0],
-            last - first,
-            stride,
-            0 if x is None else x.data_ptr(),
-            residual.data_ptr(),
-            self._kind,
-            tiles,
-            self._eps,
-            rope.data_ptr(),
-            positions.data_ptr(),
-            self._cache_kind,
-            cache_slot.data_ptr(),
-            block_table.data_ptr(),
-            query_start.data_ptr(),
-            seq_lens.data_ptr(),
-            rows,
-            max_blocks,
-            self._block_size,
-            self._num_heads,
-            self._num_kv_heads,
-            self._head_dim,
-            self._scale,
-            tokens,
-            self._inputs,
-            hidden,
-            self._width,
-            result.data_ptr(),
-            num_threads(),
-        )
+        sizes = self._kind, int(self._tiles), self._inputs, hidden, self._width, stride
+        shape = Shape(*sizes, rope.data_ptr(), self._eps, self._scale, self._heads)
+        layers = self._table.ctypes.data + first * self._table.strides[0]
+        at = address(x), residual.data_ptr(), result.data_ptr()
+        run = few_tokens if tokens <= FEW else many_tokens
+        run(layers, last - first, shape, rows_of(rows), *at, num_threads())
         return result
 
 
-decoder_layer_cpu = one_layer(DeviceLayerStack)
+def decoder_layer_cpu(
+    x: Tensor | None,
+    residual: Tensor,
+    weights: LayerWeights,
+    eps: float,
+    rope: Tensor,
+    rows: PagedRows,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    scale: float,
+) -> Tensor | None:
+    """One layer alone, as a stack of one."""
+    stack = DeviceLayerStack([weights], [(key_cache, value_cache)], eps, scale)
+    return stack(0, 1, x, residual, rope, rows)

@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.addresses import Rows, SlotTables, rows_of, slots_of
+from outrider.kernels.cpu.jit import compiled, larger, pointer, smaller
 from outrider.kernels.records import DraftRows
-from outrider.tensors import Slots, StepBatch
+from outrider.tensors import PagedRows, Slots, StepBatch
+
+
+class Made(NamedTuple):
+    """What is to be made: see `draft_rows_reference`."""
+
+    num_drafts: int
+    num_masks: int
+    limit: int
+    mask_token: int
+    block_size: int
+    shift: int
 
 
 @compiled()
 def _draft_rows_kernel(
-    tokens_at: int,
-    committed_length_at: int,
+    tables: SlotTables,
+    target: Rows,
     slot_at: int,
-    query_start_at: int,
-    seq_lens_at: int,
-    table_at: int,
     logits_start_at: int,
     committed_at: int,
+    made: Made,
     wide_at: int,
     narrow_at: int,
-    size: int,
-    num_query: int,
-    num_slots: int,
-    max_len: int,
-    max_blocks: int,
-    num_drafts: int,
-    num_masks: int,
-    limit: int,
-    mask_token: int,
-    block_size: int,
 ) -> None:
-    tokens = carray(pointer(tokens_at), (num_slots, max_len), np.int64)
+    num_drafts, num_masks, limit, mask_token, block_size, shift = made
+    size, num_query, max_len, max_blocks = target.num_rows, target.num_tokens, tables.max_len, target.max_blocks
+    tokens = carray(pointer(tables.tokens), (tables.num_slots, max_len), np.int64)
+    committed_length = carray(pointer(tables.length), (tables.num_slots,), np.int32)
     slot = carray(pointer(slot_at), (size,), np.int64)
-    target_start = carray(pointer(query_start_at), (size + 1,), np.int32)
-    target_lens = carray(pointer(seq_lens_at), (size,), np.int32)
-    table = carray(pointer(table_at), (size, max_blocks), np.int32)
+    target_start = carray(pointer(target.query_start), (size + 1,), np.int32)
+    target_lens = carray(pointer(target.seq_lens), (size,), np.int32)
+    table = carray(pointer(target.block_table), (size, max_blocks), np.int32)
     logits_start = carray(pointer(logits_start_at), (size + 1,), np.int32)
     committed = carray(pointer(committed_at), (size,), np.int32)
-    num_rows = num_query + size * num_masks
-    committed_length = carray(pointer(committed_length_at), (num_slots,), np.int32)
+    num_rows = num_query + size * (1 - shift + num_masks)
     wide = carray(pointer(wide_at), (4 * num_rows + 3 * size * num_drafts,), np.int64)
     input_ids, source = wide[:num_rows], wide[num_rows : 2 * num_rows]
     positions, cache_slot = wide[2 * num_rows : 3 * num_rows], wide[3 * num_rows : 4 * num_rows]
-    by_guess = wide[4 * num_rows :]
-    logits_index, guess_slot = by_guess[: size * num_drafts], by_guess[size * num_drafts : 2 * size * num_drafts]
-    guess_position = by_guess[2 * size * num_drafts :]
+    by_draft = wide[4 * num_rows :]
+    logits_index, draft_slot = by_draft[: size * num_drafts], by_draft[size * num_drafts : 2 * size * num_drafts]
+    draft_position = by_draft[2 * size * num_drafts :]
     narrow = carray(pointer(narrow_at), (3 * size + 1,), np.int32)
     query_start, seq_lens, length = narrow[: size + 1], narrow[size + 1 : 2 * size + 1], narrow[2 * size + 1 :]
 
@@ -57,28 +61,26 @@ def _draft_rows_kernel(
     query_start[0] = 0
     for row in range(size):
         start = target_lens[row] - (target_start[row + 1] - target_start[row])
-        stand = committed[row]
-        speaks = logits_start[row + 1] > logits_start[row]
-        bonus = at + stand - 1
-        count = max(min(stand + (num_masks if speaks else 0), limit - start), 0)
+        accepted = committed[row]
+        owned = accepted + 1 - shift if accepted > 0 else 0
+        samples = logits_start[row + 1] > logits_start[row]
+        bonus = at + owned - 1
+        count = larger(smaller(owned + (num_masks if samples else 0), limit - start), 0)
         for place in range(count):
             position = start + place
-            if place < stand:
-                input_ids[at] = tokens[slot[row], min(position + 1, max_len - 1)]
-                source[at] = target_start[row] + place
-            else:
-                input_ids[at] = mask_token
-                source[at] = num_query
+            known = place < owned
+            input_ids[at] = tokens[slot[row], smaller(position + shift, max_len - 1)] if known else mask_token
+            source[at] = target_start[row] + place if place < accepted else num_query
             positions[at] = position
             cache_slot[at] = np.int64(table[row, position // block_size]) * block_size + position % block_size
             at += 1
         query_start[row + 1] = at
         seq_lens[row] = start + count
-        length[row] = min(max(limit - (start + stand - 1), 0), num_drafts) if speaks else 0
+        length[row] = smaller(larger(limit - (start + owned - 1), 0), num_drafts) if samples else 0
         for guess in range(num_drafts):
-            logits_index[row * num_drafts + guess] = min(max(bonus + min(guess, num_masks), 0), num_rows - 1)
-            guess_slot[row * num_drafts + guess] = slot[row]
-            guess_position[row * num_drafts + guess] = committed_length[slot[row]] + guess
+            logits_index[row * num_drafts + guess] = smaller(larger(bonus + smaller(guess, num_masks), 0), num_rows - 1)
+            draft_slot[row * num_drafts + guess] = slot[row]
+            draft_position[row * num_drafts + guess] = committed_length[slot[row]] + guess
     for i in range(at, num_rows):
         input_ids[i], source[i], positions[i], cache_slot[i] = 0, 0, 0, -1
 
@@ -92,34 +94,20 @@ def draft_rows_cpu(
     limit: int,
     mask_token: int,
     block_size: int,
+    shift: int,
 ) -> DraftRows:
     """One call that fills two buffers, of which the results are views."""
     size, num_query = batch.slot.shape[0], batch.input_ids.shape[0]
-    num_rows = num_query + size * num_masks
-    assert slots.tokens.is_contiguous() and batch.block_table.is_contiguous() and committed.dtype == torch.int32
+    num_rows = num_query + size * (1 - shift + num_masks)
+    assert committed.dtype == torch.int32
     wide = torch.empty(4 * num_rows + 3 * size * num_drafts, dtype=torch.int64)
     narrow = torch.empty(3 * size + 1, dtype=torch.int32)
-    _draft_rows_kernel(
-        slots.tokens.data_ptr(),
-        slots.length.data_ptr(),
-        batch.slot.data_ptr(),
-        batch.query_start.data_ptr(),
-        batch.seq_lens.data_ptr(),
-        batch.block_table.data_ptr(),
-        batch.logits_start.data_ptr(),
-        committed.data_ptr(),
-        wide.data_ptr(),
-        narrow.data_ptr(),
-        size,
-        num_query,
-        slots.tokens.shape[0],
-        slots.tokens.shape[1],
-        batch.block_table.shape[1],
-        num_drafts,
-        num_masks,
-        limit,
-        mask_token,
-        block_size,
+    at = batch.slot.data_ptr(), batch.logits_start.data_ptr(), committed.data_ptr()
+    made = Made(num_drafts, num_masks, limit, mask_token, block_size, shift)
+    _draft_rows_kernel(slots_of(slots), rows_of(batch.rows), *at, made, wide.data_ptr(), narrow.data_ptr())
+    input_ids, source, positions, cache_slot, *by_draft = wide.split_with_sizes(
+        [num_rows] * 4 + [size * num_drafts] * 3
     )
-    by_row_and_guess = wide.split_with_sizes([num_rows] * 4 + [size * num_drafts] * 3)
-    return *narrow.split_with_sizes([size + 1, size, size]), *by_row_and_guess
+    query_start, seq_lens, length = narrow.split_with_sizes([size + 1, size, size])
+    rows = PagedRows(positions, cache_slot, batch.rows.block_table, query_start, seq_lens)
+    return DraftRows(rows, length, input_ids, source, *by_draft)

@@ -18,8 +18,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.kernels.cpu.jit import compiled
-
 LANES = 16
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -33,17 +31,6 @@ _POINTER = ir.IntType(8).as_pointer()
 _FLOATS, _INTS, _HALVES = (ir.VectorType(each, LANES) for each in (_F32, _I32, _I16))
 WIDTH = {FLOAT32: 4, BFLOAT16: 2, FLOAT16: 2}
 _STORED = {FLOAT32: (_F32, "f32"), BFLOAT16: (_I16, "i16"), FLOAT16: (ir.HalfType(), "f16")}
-
-
-@compiled()
-def address(memory: Any) -> int:
-    """Where an array made in a kernel lies. It goes with the last name for it: see `keep`."""
-    return np.int64(memory.ctypes.data)  # type: ignore[return-value]
-
-
-@compiled()
-def keep(memory: Any) -> None:
-    """Called after the last use of an array's address: numba frees what no name refers to any more."""
 
 
 Int: TypeAlias = Any

@@ -1,43 +1,172 @@
-"""What the CPU kernels of this package share: a typed `njit` and raw addresses.
+"""What compiles the CPU kernels: a typed `njit`, tasks that are compiled once each, and raw memory.
 
 A tensor is handed over as `tensor.data_ptr()`, an int: unboxing an array costs about a microsecond
 and a step has dozens of them. The launcher beside each kernel checks dtype and layout instead.
+
+numba links the code of a function into each of its callers and optimises it there again. A `task` is compiled once:
+its callers hold its name, and the loader puts in the address.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar, get_type_hints
 
+import llvmlite.binding
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Floats: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float32]]"
 Tokens: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
+_KERNELS = Path(__file__).parent.parent
+_IMPORT = re.compile(r"^from outrider\.kernels\.?([\w.]*) import (.*)$", re.MULTILINE)
 
-_SOURCES = sorted([*Path(__file__).parent.parent.glob("*.py"), *Path(__file__).parent.glob("*.py")])
-_STAMP = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in _SOURCES)
+
+def _imported(text: str) -> Iterator[Path]:
+    """The files of `outrider.kernels` that a file's text imports."""
+    for module, names in _IMPORT.findall(text):
+        place = _KERNELS.joinpath(*module.split("."))
+        for path in (place, *(place / name.strip() for name in names.split(","))):
+            if path.with_suffix(".py").is_file():
+                yield path.with_suffix(".py")
+
+
+@cache
+def stamp(path: Path) -> str:
+    """A digest of a file and of all that it imports from `outrider.kernels`, by content.
+
+    What numba keeps of a function holds the code of those it calls, but is thrown away only when the stamp changes
+    that it takes of the function's own file. So it is given this one.
+    """
+    found: dict[str, str] = {}
+    left = [path]
+    while left:
+        path = left.pop()
+        if str(path) not in found:
+            found[str(path)] = path.read_text()
+            left += _imported(found[str(path)])
+    return sha256("\0".join(found[name] for name in sorted(found)).encode()).hexdigest()
+
+
+def needed(function: Callable[..., Any], seen: set[str] | None = None) -> Iterator[Task]:
+    """The tasks that a kernel's code names, itself or in the kernels that are linked into it."""
+    seen = set() if seen is None else seen
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        yield from getattr(value, "needs", ())
+        if isinstance(value, Task):
+            yield value
+        elif (inner := getattr(value, "py_func", None)) is not None and inner.__qualname__ not in seen:
+            seen.add(inner.__qualname__)
+            yield from needed(inner, seen)
 
 
 def compiled(*, inline: str = "never") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """`numba.njit`, cached on disk and without the GIL, that keeps the function's type.
 
-    What numba keeps of a function holds the code of those it calls, but is thrown away only when the function's own
-    file changes. So the stamp it compares is made that of all files here.
+    Called from Python, or linked into the kernels that call it.
     """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         dispatcher = numba.njit(cache=True, nogil=True, inline=inline, error_model="numpy")(function)
-        dispatcher._cache._cache_file._source_stamp = _STAMP
+        dispatcher._cache._cache_file._source_stamp = stamp(Path(function.__code__.co_filename))
+        compile_or_load = dispatcher.compile
+
+        def after_tasks(signature: Any) -> Any:
+            for task in needed(function):
+                task.load()
+            return compile_or_load(signature)
+
+        dispatcher.compile = after_tasks
         jit: Callable[P, R] = dispatcher
         return jit
+
+    return wrap
+
+
+_TYPES = {int: types.int64, float: types.float64, bool: types.boolean, Any: types.int64, type(None): types.void}
+
+
+def _numba_type(hint: Any) -> Any:
+    if hint in _TYPES:
+        return _TYPES[hint]
+    fields = get_type_hints(hint)
+    return types.BaseTuple.from_types([_numba_type(fields[name]) for name in hint._fields], hint)
+
+
+class Task:
+    """A function of numbers and named tuples of them that kernels call, compiled once and called by its name.
+
+    It may be absent where the processor lacks what it needs: then its callers must not reach it.
+    """
+
+    def __init__(self, function: Callable[..., Any], exists: bool) -> None:
+        self.function, self.exists, self._loaded = function, exists, False
+        self.symbol = f"{function.__module__}.{function.__qualname__}"
+        hints = get_type_hints(function)
+        self.result = _numba_type(hints.pop("return"))
+        self.arguments = tuple(_numba_type(hint) for hint in hints.values())
+        self._dispatcher: Any = compiled()(function)
+        _declare(self)
+
+    def load(self) -> None:
+        """Compiles it, or takes it from the cache, and gives its address to the loader; those that it calls first."""
+        if self._loaded:
+            return
+        self._loaded = True
+        if not self.exists:
+            llvmlite.binding.add_symbol(self.symbol, llvmlite.binding.address_of_symbol("abort"))
+            return
+        self._dispatcher.compile(self.arguments)
+        overload = self._dispatcher.overloads[self.arguments]
+        address = overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name)
+        llvmlite.binding.add_symbol(self.symbol, address)
+
+    def call(self, context: Any, builder: Any, arguments: Any) -> Any:
+        """Emits a call."""
+        convention = context.call_conv
+        function_type = convention.get_function_type(self.result, self.arguments)
+        function = cgutils.get_or_insert_function(builder.module, function_type, self.symbol)
+        return convention.call_function(builder, function, self.result, self.arguments, arguments)[1]
+
+
+def _declare(task: Task) -> None:
+    """Tells numba what a call of the task is."""
+
+    class Call(AbstractTemplate):  # type: ignore[misc]
+        key = task
+
+        def generic(self, arguments: Any, named: Any) -> Any:
+            return task.result(*task.arguments)
+
+    infer_global(task, types.Function(Call))
+
+    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        result = task.call(context, builder, arguments)
+        return context.get_dummy_value() if task.result is types.void else result
+
+    lower_builtin(task, *task.arguments)(lower)
+
+
+def task(*, exists: bool = True) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A `Task` that mypy knows by the function's type."""
+
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        made: Any = Task(function, exists)
+        typed: Callable[P, R] = made
+        return typed
 
     return wrap
 
@@ -51,6 +180,61 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 pointer: Callable[[int], Any] = intrinsic(_pointer)
 """Inside a kernel: the address of a tensor, for `numba.carray(pointer(address), shape, dtype)`."""
+
+_INT = ir.IntType(64)
+_LINE = 64  # bytes, on which memory begins
+
+
+def _allocate(typing_context: Any, size: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        raw = context.nrt.allocate(builder, builder.add(arguments[0], _INT(2 * _LINE)))
+        address = builder.and_(builder.add(builder.ptrtoint(raw, _INT), _INT(2 * _LINE - 1)), _INT(-_LINE))
+        before = builder.inttoptr(builder.sub(address, _INT(8)), _INT.as_pointer())
+        builder.store(builder.ptrtoint(raw, _INT), before)
+        return address
+
+    return types.int64(types.int64), codegen
+
+
+def _free(typing_context: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        before = builder.inttoptr(builder.sub(arguments[0], _INT(8)), _INT.as_pointer())
+        context.nrt.free(builder, builder.inttoptr(builder.load(before), cgutils.voidptr_t))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _clear(typing_context: Any, address: Any, size: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        cgutils.memset(builder, builder.inttoptr(arguments[0], cgutils.voidptr_t), arguments[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+allocate: Callable[[int], int] = intrinsic(_allocate)
+"""Inside a kernel: so many bytes, from the start of a cache line on. numpy's arrays would take a second to compile."""
+free: Callable[[int], None] = intrinsic(_free)
+"""Gives back what `allocate` gave."""
+clear: Callable[[int, int], None] = intrinsic(_clear)
+"""Sets so many bytes from an address on to 0."""
+
+
+def _chosen(sign: str) -> Callable[[int, int], int]:
+    def typing(typing_context: Any, a: Any, b: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a, b = arguments
+            return builder.select(builder.icmp_signed(sign, a, b), a, b)
+
+        return types.int64(types.int64, types.int64), codegen
+
+    made: Callable[[int, int], int] = intrinsic(typing)
+    return made
+
+
+smaller, larger = _chosen("<"), _chosen(">")
+"""Of two int64. numba compiles a function for each use of `min` and `max`."""
 
 
 _LEAST_INT = np.int32(-(2**31))

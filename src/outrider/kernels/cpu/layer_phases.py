@@ -8,14 +8,17 @@ import numpy as np
 from numba import carray
 
 from outrider.kernels.cpu.activation import gate_rows
+from outrider.kernels.cpu.addresses import Heads, Norms, Product, Rows
 from outrider.kernels.cpu.amx import alone, fits, pack, products, small, tile_height
-from outrider.kernels.cpu.attention_tasks import attend, join
+from outrider.kernels.cpu.attention_tasks import Plan, attend, join
 from outrider.kernels.cpu.emit import LANES, NO, YES, copy_row
-from outrider.kernels.cpu.jit import compiled, pointer
-from outrider.kernels.cpu.linear import FEW, few_rows
+from outrider.kernels.cpu.jit import compiled, larger, pointer, task
+from outrider.kernels.cpu.linear import few_rows
 from outrider.kernels.cpu.norm import norm_rows
 from outrider.kernels.cpu.rope import rope_tokens
 from outrider.kernels.cpu.threads import PHASE, add, enter, leave
+
+LAYER = 12 * 8  # bytes of a layer in the table
 
 
 class Shape(NamedTuple):
@@ -23,18 +26,14 @@ class Shape(NamedTuple):
 
     kind: int  # of the weights
     tiles: int  # whether the matrix unit may be used
-    rope: int
-    cache_kind: int
-    block_table: int
-    max_blocks: int
-    block_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     inputs: int
     hidden: int
     width: int
     tap_stride: int
+    rope: int
+    eps: float
+    scale: float
+    heads: Heads
 
 
 class Memory(NamedTuple):
@@ -46,52 +45,32 @@ class Memory(NamedTuple):
     packed: int
 
 
-class Plan(NamedTuple):
-    """The attention of some tokens: see `_attention.plan`."""
-
-    tasks: int
-    num_tasks: int
-    num_areas: int
-    num_owned: int
-
-
-@compiled()
+@task()
 def _linear(
-    phase: int,
-    packed: int,
-    x: int,
-    weight: int,
-    bias: int,
-    out: int,
-    rows: int,
-    inputs: int,
-    outputs: int,
-    gated: int,
-    kind: int,
-    tiles: int,
-    threads: int,
+    phase: int, packed: int, x: int, product: Product, out: int, rows: int, gated: int, tiles: int, threads: int
 ) -> int:
     """One product, by whichever kernel `linear` would take; returns the phase after it. Gated only where tiles fit."""
-    if tiles and fits(inputs, outputs):
+    inputs = product.inputs
+    if tiles and fits(inputs, product.outputs):
         height = tile_height(rows)
         if small(rows, inputs):
             enter(phase)
-            alone(phase, x, rows, height, inputs, weight, bias, outputs, gated, out, threads)
+            alone(phase, x, rows, height, product, gated, out, threads)
         else:
             enter(phase)
             pack(phase, x, rows, inputs, height, packed)
             leave(phase)
             phase += PHASE
             enter(phase)
-            products(phase, packed, rows, height, inputs, weight, bias, outputs, gated, out, threads)
+            products(phase, packed, rows, height, product, gated, out, threads)
     else:
         enter(phase)
-        few_rows(phase, x, weight, bias, out, rows, inputs, outputs, kind, threads)
+        few_rows(phase, x, product, out, rows, threads)
     leave(phase)
     return phase + PHASE
 
 
-@compiled()
+@task()
 def _copy_rows(tickets: int, x: int, out: int, stride: int, rows: int, size: int) -> None:
     """Takes rows, one at a time; those of `out` lie `stride` bytes apart."""
     while True:
@@ -101,154 +80,116 @@ def _copy_rows(tickets: int, x: int, out: int, stride: int, rows: int, size: int
         copy_row(x + row * size * 4, out + row * stride, size)
 
 
-@compiled()
+@task()
 def before_attention(
     phase: int,
     threads: int,
     layer: int,
     shape: Shape,
-    eps: float,
+    rows: Rows,
     x: int,
     residual: int,
-    positions: int,
-    cache_slot: int,
-    tokens: int,
     tapped: int,  # of the tokens before, in the whole step
     memory: Memory,
     query: int,
 ) -> int:
     """A layer up to its keys and values in the cache; returns the phase after it."""
-    input_norm, qkv, qkv_bias, q_norm, k_norm, _, _, _, _, keys, values, tap = carray(pointer(layer), (12,), np.int64)
-    kind, tiles, hidden, stride, normed = shape.kind, shape.tiles, shape.hidden, shape.tap_stride, memory.normed
-    both = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    weights = carray(pointer(layer), (12,), np.int64)
+    input_norm, qkv, qkv_bias, tap = weights[0], weights[1], weights[2], weights[11]
+    kind, hidden, heads, tokens = shape.kind, shape.hidden, shape.heads, rows.num_tokens
     if input_norm == 0:
         reads = x
     else:
-        reads = normed
+        reads = memory.normed
         enter(phase)
         if x == 0:
-            norm_rows(phase, residual, NO, input_norm, kind, normed, tokens, hidden, eps)
+            norm_rows(phase, residual, NO, input_norm, kind, reads, tokens, hidden, shape.eps)
         else:
-            norm_rows(phase, x, residual, input_norm, kind, normed, tokens, hidden, eps)
+            norm_rows(phase, x, residual, input_norm, kind, reads, tokens, hidden, shape.eps)
         leave(phase)
         phase += PHASE
     if tap != 0:
         enter(phase)
-        _copy_rows(phase, residual, tap + tapped * stride, stride, tokens, hidden)
+        _copy_rows(phase, residual, tap + tapped * shape.tap_stride, shape.tap_stride, tokens, hidden)
         leave(phase)
         phase += PHASE
-    sizes = (tokens, shape.inputs, both, NO, kind, tiles, threads)
-    phase = _linear(phase, memory.packed, reads, qkv, qkv_bias, memory.wide, *sizes)
+    both = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    product = Product(qkv, qkv_bias, shape.inputs, both, kind)
+    phase = _linear(phase, memory.packed, reads, product, memory.wide, tokens, NO, shape.tiles, threads)
     enter(phase)
-    rope_tokens(
-        phase,
-        memory.wide,
-        q_norm,
-        k_norm,
-        kind,
-        eps,
-        shape.rope,
-        positions,
-        keys,
-        values,
-        shape.cache_kind,
-        cache_slot,
-        shape.block_size,
-        shape.num_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        query,
-        tokens,
-    )
+    norms = Norms(weights[3], weights[4], kind, shape.eps)
+    rope_tokens(phase, memory.wide, norms, shape.rope, rows, weights[9], weights[10], heads, query)
     leave(phase)
     return phase + PHASE
 
 
-@compiled()
+@task()
 def from_attention(
     phase: int,
     threads: int,
     layer: int,
     shape: Shape,
-    eps: float,
-    scale: float,
+    rows: Rows,
     plan: Plan,
     areas: int,
     residual: int,
-    tokens: int,
     memory: Memory,
     query: int,
     result: int,
 ) -> None:
     """What follows in a layer, from attention on."""
-    _, _, _, _, _, out, post_norm, gate_up, down, keys, values, _ = carray(pointer(layer), (12,), np.int64)
-    hidden, width, head_dim = shape.hidden, shape.width, shape.head_dim
-    group, heads = shape.num_heads // shape.num_kv_heads, shape.num_heads * head_dim
+    weights = carray(pointer(layer), (12,), np.int64)
+    out, post_norm, gate_up, down = weights[5], weights[6], weights[7], weights[8]
+    hidden, width, heads, kind, tokens = shape.hidden, shape.width, shape.heads, shape.kind, rows.num_tokens
     normed, wide, gated, packed = memory
     enter(phase)
-    attend(
-        phase,
-        plan.tasks,
-        plan.num_tasks,
-        areas,
-        query,
-        keys,
-        values,
-        shape.cache_kind,
-        shape.block_table,
-        shape.max_blocks,
-        group,
-        shape.num_kv_heads,
-        shape.block_size,
-        head_dim,
-        scale,
-        wide,
-        plan.num_owned,
-        tokens,
-    )
+    attend(phase, plan, areas, query, weights[9], weights[10], rows, heads, shape.scale, wide, tokens)
     leave(phase)
     phase += PHASE
     if plan.num_areas > 0:
         enter(phase)
-        join(phase, plan.tasks, plan.num_tasks, areas, shape.cache_kind, group, shape.num_kv_heads, head_dim, wide)
+        join(phase, plan, areas, heads, wide)
         leave(phase)
         phase += PHASE
-    how = (shape.kind, shape.tiles, threads)
-    phase = _linear(phase, packed, wide, out, NO, result, tokens, heads, hidden, NO, *how)
+    product = Product(out, NO, heads.num_heads * heads.head_dim, hidden, kind)
+    phase = _linear(phase, packed, wide, product, result, tokens, NO, shape.tiles, threads)
     enter(phase)
-    norm_rows(phase, result, residual, post_norm, shape.kind, normed, tokens, hidden, eps)
+    norm_rows(phase, result, residual, post_norm, kind, normed, tokens, hidden, shape.eps)
     leave(phase)
     phase += PHASE
     if shape.tiles and fits(hidden, width):
-        phase = _linear(phase, packed, normed, gate_up, NO, gated, tokens, hidden, width, YES, *how)
+        product = Product(gate_up, NO, hidden, width, kind)
+        phase = _linear(phase, packed, normed, product, gated, tokens, YES, shape.tiles, threads)
     else:
-        phase = _linear(phase, packed, normed, gate_up, NO, wide, tokens, hidden, 2 * width, NO, *how)
+        product = Product(gate_up, NO, hidden, 2 * width, kind)
+        phase = _linear(phase, packed, normed, product, wide, tokens, NO, shape.tiles, threads)
         enter(phase)
         gate_rows(phase, wide, gated, tokens, width)
         leave(phase)
         phase += PHASE
-    _linear(phase, packed, gated, down, NO, result, tokens, width, hidden, NO, *how)
-
-
-@compiled()
-def whole(tiles: int, tokens: int, inputs: int, hidden: int, heads: int, both: int, width: int) -> bool:
-    """Whether one launch serves: at few tokens any, at more where the matrix unit multiplies all of it."""
-    fit = fits(inputs, both) and fits(heads, hidden) and fits(hidden, 2 * width) and fits(width, hidden)
-    return tokens <= FEW or (tiles != 0 and fit)
+    _linear(phase, packed, gated, Product(down, NO, width, hidden, kind), result, tokens, NO, shape.tiles, threads)
 
 
 @compiled()
 def spaces(tokens: int, shape: Shape) -> Memory:
     """Bytes that so many tokens' activations take."""
-    heads, most = shape.num_heads + 2 * shape.num_kv_heads, max(shape.num_heads * shape.head_dim, shape.width)
-    wide, packed = max(heads * shape.head_dim, 2 * shape.width), (tokens + LANES) * max(most, shape.inputs)
+    heads, query = shape.heads, shape.heads.num_heads * shape.heads.head_dim
+    both, most = query + 2 * heads.num_kv_heads * heads.head_dim, larger(query, shape.width)
+    wide, packed = larger(both, 2 * shape.width), (tokens + LANES) * larger(most, shape.inputs)
     return Memory(tokens * shape.hidden * 4, tokens * wide * 4, tokens * most * 4, packed * 4)
 
 
 @compiled()
-def places(space: int, tokens: int, shape: Shape) -> Memory:
+def space(tokens: int, shape: Shape) -> int:
+    """All of them together."""
+    normed, wide, gated, packed = spaces(tokens, shape)
+    return normed + wide + gated + packed
+
+
+@compiled()
+def places(memory: int, tokens: int, shape: Shape) -> Memory:
     """Activations side by side in a space."""
     sizes = spaces(tokens, shape)
-    wide = space + sizes.normed
+    wide = memory + sizes.normed
     gated = wide + sizes.wide
-    return Memory(space, wide, gated, gated + sizes.gated)
+    return Memory(memory, wide, gated, gated + sizes.gated)

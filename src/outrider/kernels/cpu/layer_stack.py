@@ -1,36 +1,49 @@
-"""Several of the CPU's decoder layers in one call: how threads share them."""
+"""Several of the CPU's decoder layers in one call: how threads share them.
+
+Layers run one after the other, each as `decoder_layer`: x is what the first adds, or 0 for none, result what the last
+gives. A layer without input_norm is one alone, and x [tokens, inputs] what its q, k and v are made of.
+
+`layers` [count, 12] int64 holds for each the addresses of its weights and of its keys and values, in `LayerWeights`'
+order, 0 for none, and that of where to copy the stream that enters it, in rows of tap_stride bytes.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import carray
 
-from outrider.kernels.cpu.attention_tasks import area, plan
-from outrider.kernels.cpu.emit import LANES, address, keep
-from outrider.kernels.cpu.jit import compiled, pointer
-from outrider.kernels.cpu.layer_phases import Memory, Plan, Shape, before_attention, from_attention, places, spaces
+from outrider.kernels.cpu.addresses import Rows
+from outrider.kernels.cpu.attention_tasks import Plan, area, plan
+from outrider.kernels.cpu.emit import LANES
+from outrider.kernels.cpu.jit import allocate, clear, compiled, free, larger, pointer, smaller, task
+from outrider.kernels.cpu.layer_phases import (
+    LAYER,
+    Memory,
+    Shape,
+    before_attention,
+    from_attention,
+    places,
+    space,
+)
 from outrider.kernels.cpu.threads import PHASE, add, enter, leave, parallel
 
-_ROW = 12 * 8  # bytes of a layer in the table
 _LINE = 64  # of a cache
-_FEW = 64  # tokens that all threads work on together; with more, each has its own
+_PHASES = 16 * PHASE  # bytes, of a layer's phases
+_PLAN = 5 * 8  # bytes
+FEW = 64  # tokens that all threads work on together; with more, each has its own
 _CHUNK = 256  # tokens that a thread takes at once: fewer read weights more often, more leave its second cache
 
 
-@compiled()
+@task()
 def _together(
     tickets: int,
     phases: int,
     threads: int,
     layer: int,
     shape: Shape,
-    eps: float,
-    scale: float,
+    rows: Rows,
     x: int,
     residual: int,
-    positions: int,
-    cache_slot: int,
-    tokens: int,
     plan: Plan,
     areas: int,
     memory: Memory,
@@ -38,12 +51,32 @@ def _together(
 ) -> None:
     """One layer of few tokens: all threads share each phase, since weights are what there is to read."""
     query = memory.gated  # which is not there yet when the query is read last
-    given = (residual, positions, cache_slot, tokens)
-    phase = before_attention(phases, threads, layer, shape, eps, x, *given, 0, memory, query)
-    from_attention(phase, threads, layer, shape, eps, scale, plan, areas, residual, tokens, memory, query, result)
+    phase = before_attention(phases, threads, layer, shape, rows, x, residual, 0, memory, query)
+    from_attention(phase, threads, layer, shape, rows, plan, areas, residual, memory, query, result)
 
 
 @compiled()
+def few_tokens(
+    layers: int, count: int, shape: Shape, rows: Rows, x: int, residual: int, result: int, threads: int
+) -> None:
+    """A launch for each layer, since threads part at every phase of it anyway."""
+    planned = plan(rows, shape.heads, 0, rows.num_tokens)
+    areas = allocate(planned.num_areas * area(shape.heads.head_dim))
+    activations = allocate(space(rows.num_tokens, shape))
+    memory = places(activations, rows.num_tokens, shape)
+    phases = allocate(_PHASES)
+    for layer in range(layers, layers + count * LAYER, LAYER):
+        clear(phases, _PHASES)
+        given = (phases, threads, layer, shape, rows, x, residual, planned, areas, memory, result)
+        parallel(_together, threads, given)
+        x = result  # read by the next layer before it writes there
+    free(phases)
+    free(activations)
+    free(areas)
+    free(planned.tasks)
+
+
+@task()
 def _apart(
     tickets: int,
     phases: int,
@@ -51,19 +84,12 @@ def _apart(
     layers: int,
     count: int,
     shape: Shape,
-    eps: float,
-    scale: float,
+    rows: Rows,
     x: int,
     residual: int,
-    positions: int,
-    cache_slot: int,
-    tokens: int,
     chunk: int,
     plans: int,
-    memories: int,
-    each: int,  # bytes of a thread's memory
-    areas_at: int,  # in that
-    query: int,
+    memories: Memory,  # of all threads, the bytes of each, where areas lie in those, and the query
     result: int,
 ) -> None:
     """All layers of many tokens: each thread takes chunks of them through what lies between two attentions.
@@ -71,12 +97,13 @@ def _apart(
     What a thread has written it reads again, from its own caches. A chunk goes to the same thread in every layer,
     unless that one is busy elsewhere.
     """
-    hidden, heads = shape.hidden, shape.num_heads * shape.head_dim
+    hidden, query_size, tokens = shape.hidden, shape.heads.num_heads * shape.heads.head_dim, rows.num_tokens
+    memory_of_all, each, areas_at, query = memories
     me = add(tickets, 1)
     chunks = (tokens + chunk - 1) // chunk
-    space = memories + me * each
-    memory = places(space, chunk, shape)
-    own = np.zeros(16 * PHASE, np.uint8)
+    activations = memory_of_all + me * each
+    memory = places(activations, chunk, shape)
+    own = allocate(_PHASES)
     for step in range(count + 1):
         phase = phases + step * (PHASE + threads * _LINE)
         enter(phase)
@@ -88,149 +115,62 @@ def _apart(
                 if index >= last:
                     break
                 begin = index * chunk
-                size, at = min(chunk, tokens - begin), begin * hidden * 4
-                own_query = query + begin * heads * 4
+                size, at = smaller(chunk, tokens - begin), begin * hidden * 4
+                own_query = query + begin * query_size * 4
+                mine = Rows(
+                    rows.positions + begin * 8,
+                    rows.cache_slot + begin * 8,
+                    rows.block_table,
+                    rows.query_start,
+                    rows.seq_lens,
+                    size,
+                    rows.num_rows,
+                    rows.max_blocks,
+                )
                 if step > 0:
-                    layer = layers + (step - 1) * _ROW
-                    tasks, num_tasks, num_areas, num_owned = carray(pointer(plans + index * 32), (4,), np.int64)
-                    plan = Plan(tasks, num_tasks, num_areas, num_owned)
-                    rest = (residual + at, size, memory, own_query, result + at)
-                    own[:] = 0
-                    from_attention(address(own), 1, layer, shape, eps, scale, plan, space + areas_at, *rest)
+                    layer, given = layers + (step - 1) * LAYER, carray(pointer(plans + index * _PLAN), (5,), np.int64)
+                    planned = Plan(given[0], given[1], given[2], given[3], given[4])
+                    clear(own, _PHASES)
+                    rest = (activations + areas_at, residual + at, memory, own_query, result + at)
+                    from_attention(own, 1, layer, shape, mine, planned, *rest)
                 if step < count:
-                    layer = layers + step * _ROW
+                    layer = layers + step * LAYER
                     reads = result + at if step > 0 else (x + begin * shape.inputs * 4 if x != 0 else x)
-                    given = (residual + at, positions + begin * 8, cache_slot + begin * 8, size)
-                    own[:] = 0
-                    before_attention(address(own), 1, layer, shape, eps, reads, *given, begin, memory, own_query)
+                    clear(own, _PHASES)
+                    before_attention(own, 1, layer, shape, mine, reads, residual + at, begin, memory, own_query)
         leave(phase)
-    keep(own)
+    free(own)
 
 
 @compiled()
-def _few(
-    query_start: int,
-    seq_lens: int,
-    rows: int,
-    result: int,
-    threads: int,
-    layers: int,
-    count: int,
-    shape: Shape,
-    eps: float,
-    scale: float,
-    x: int,
-    residual: int,
-    positions: int,
-    cache_slot: int,
-    tokens: int,
-) -> None:
-    """A launch for each layer, since threads part at every phase of it anyway."""
-    group = shape.num_heads // shape.num_kv_heads
-    tasks = plan(query_start, seq_lens, rows, group, shape.num_kv_heads, 0, tokens)
-    areas = np.empty(tasks[-1, 1] * area(shape.head_dim), np.uint8)
-    space = np.empty(sum(spaces(tokens, shape)), np.uint8)
-    phases = np.empty(16 * PHASE, np.uint8)
-    planned = Plan(address(tasks), tasks[-1, 0], tasks[-1, 1], tasks[-1, 3])
-    rest = (planned, address(areas), places(address(space), tokens, shape), result)
-    for layer in range(layers, layers + count * _ROW, _ROW):
-        phases[:] = 0
-        start = (address(phases), threads, layer, shape, eps, scale)
-        parallel(_together, threads, (*start, x, residual, positions, cache_slot, tokens, *rest))
-        x = result  # read by the next layer before it writes there
-    keep(tasks)
-    keep(areas)
-    keep(space)
-    keep(phases)
-
-
-@compiled()
-def _many(
-    query_start: int,
-    seq_lens: int,
-    rows: int,
-    result: int,
-    threads: int,
-    layers: int,
-    count: int,
-    shape: Shape,
-    eps: float,
-    scale: float,
-    x: int,
-    residual: int,
-    positions: int,
-    cache_slot: int,
-    tokens: int,
+def many_tokens(
+    layers: int, count: int, shape: Shape, rows: Rows, x: int, residual: int, result: int, threads: int
 ) -> None:
     """One launch for all layers. Chunks are as large as leaves each thread as many, in whole pairs of tiles."""
-    pairs = threads * 2 * LANES
-    chunk = min((tokens + pairs - 1) // pairs * 2 * LANES, _CHUNK)
-    group = shape.num_heads // shape.num_kv_heads
-    tasks = [
-        plan(query_start, seq_lens, rows, group, shape.num_kv_heads, begin, min(begin + chunk, tokens))
-        for begin in range(0, tokens, chunk)
-    ]
-    plans = np.empty((len(tasks), 4), np.int64)
-    for index, some in enumerate(tasks):
-        plans[index] = (address(some), some[-1, 0], some[-1, 1], some[-1, 3])
-    areas_at = sum(spaces(chunk, shape))
-    each = areas_at + plans[:, 2].max() * area(shape.head_dim)
-    memories = np.empty(threads * each, np.uint8)
-    query = np.empty(tokens * shape.num_heads * shape.head_dim, np.float32)
-    phases = np.zeros((count + 1) * (PHASE + threads * _LINE), np.uint8)
-    start = (address(phases), threads, layers, count, shape, eps, scale, x, residual, positions, cache_slot, tokens)
-    rest = (chunk, address(plans), address(memories), each, areas_at, address(query), result)
-    parallel(_apart, threads, (*start, *rest))
-    keep(tasks)
-    keep(plans)
-    keep(memories)
-    keep(query)
-    keep(phases)
-
-
-@compiled()
-def layers_kernel(
-    layers: int,
-    count: int,
-    tap_stride: int,
-    x: int,
-    residual: int,
-    kind: int,
-    tiles: int,
-    eps: float,
-    rope: int,
-    positions: int,
-    cache_kind: int,
-    cache_slot: int,
-    block_table: int,
-    query_start: int,
-    seq_lens: int,
-    rows: int,
-    max_blocks: int,
-    block_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    scale: float,
-    tokens: int,
-    inputs: int,
-    hidden: int,
-    width: int,
-    result: int,
-    threads: int,
-) -> None:
-    """Layers one after the other, each as `decoder_layer`: x is the first's, or 0 for none, result the last's.
-
-    A layer without input_norm is one alone, and x [tokens, inputs] what its q, k and v are made of.
-
-    `layers` [count, 12] int64 holds for each the addresses of its weights and of its keys and values, in
-    `decoder_layer`'s order, 0 for none, and that of where to copy the stream that enters it, in rows of tap_stride
-    bytes.
-    """
-    sizes = (num_heads, num_kv_heads, head_dim, inputs, hidden, width, tap_stride)
-    shape = Shape(kind, tiles, rope, cache_kind, block_table, max_blocks, block_size, *sizes)
-    given = (threads, layers, count, shape, eps, scale, x, residual, positions, cache_slot, tokens)
-    if tokens <= _FEW:
-        _few(query_start, seq_lens, rows, result, *given)
-    else:
-        _many(query_start, seq_lens, rows, result, *given)
+    tokens, pairs = rows.num_tokens, threads * 2 * LANES
+    chunk = smaller((tokens + pairs - 1) // pairs * 2 * LANES, _CHUNK)
+    chunks = (tokens + chunk - 1) // chunk
+    plans = allocate(chunks * _PLAN)
+    table, most = carray(pointer(plans), (chunks, 5), np.int64), 0
+    for index in range(chunks):
+        begin = index * chunk
+        planned = plan(rows, shape.heads, begin, smaller(begin + chunk, tokens))
+        for field in range(5):
+            table[index, field] = planned[field]
+        most = larger(most, planned.num_areas)
+    areas_at = space(chunk, shape)
+    each = areas_at + most * area(shape.heads.head_dim)
+    memories = allocate(threads * each)
+    query = allocate(tokens * shape.heads.num_heads * shape.heads.head_dim * 4)
+    size = (count + 1) * (PHASE + threads * _LINE)
+    phases = allocate(size)
+    clear(phases, size)
+    memory = Memory(memories, each, areas_at, query)
+    given = (phases, threads, layers, count, shape, rows, x, residual, chunk, plans, memory, result)
+    parallel(_apart, threads, given)
+    free(phases)
+    free(query)
+    free(memories)
+    for index in range(chunks):
+        free(table[index, 0])
+    free(plans)

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels.cpu import amx
+from outrider.kernels.cpu.addresses import Product
 from outrider.kernels.cpu.emit import BFLOAT16, FLOAT32, KIND, SERIAL, WIDTH, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import compiled
+from outrider.kernels.cpu.jit import compiled, larger, smaller, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 FEW = 32  # rows up to which the vector kernel is used: torch needs some 30 us to start
@@ -60,41 +61,29 @@ def _add_bias(emitter: Emitter, out: Int, bias: Int, kind: Int, size: Int) -> No
     emitter.each_kind(kind, of_kind)
 
 
-@compiled()
-def few_rows(
-    tickets: int,
-    x: int,
-    weight: int,
-    bias: int,  # 0: none
-    out: int,
-    rows: int,
-    inputs: int,
-    outputs: int,
-    kind: int,  # of weight and bias
-    threads: int,
-) -> None:
+@task()
+def few_rows(tickets: int, x: int, product: Product, out: int, rows: int, threads: int) -> None:
     """Weights are read from memory once: all rows pass them before the next block of outputs."""
+    weight, bias, inputs, outputs, kind = product
     stride = inputs * (4 if kind == FLOAT32 else 2)
-    task = min(max(outputs * stride // (4 * threads), _LEAST), _MOST)
-    share = max(task // (stride * _WIDTH), 1) * _WIDTH
+    size = smaller(larger(outputs * stride // (4 * threads), _LEAST), _MOST)
+    share = larger(size // (stride * _WIDTH), 1) * _WIDTH
     while True:
         start = add(tickets, 1) * share
         if start >= outputs:
             break
-        for o in range(start, min(start + share, outputs), _WIDTH):
+        for o in range(start, smaller(start + share, outputs), _WIDTH):
             for row in range(0, rows, _HEIGHT):
                 a, c = x + row * inputs * 4, out + (row * outputs + o) * 4
-                _block(a, min(rows - row, _HEIGHT), weight + o * stride, outputs - o, inputs, kind, c, outputs)
+                _block(a, smaller(rows - row, _HEIGHT), weight + o * stride, outputs - o, inputs, kind, c, outputs)
             for row in range(rows if bias != 0 else 0):
                 place = bias + o * stride // inputs
-                _add_bias(out + (row * outputs + o) * 4, place, kind, min(outputs - o, _WIDTH))
+                _add_bias(out + (row * outputs + o) * 4, place, kind, smaller(outputs - o, _WIDTH))
 
 
 @compiled()
-def _few_rows_kernel(
-    x: int, weight: int, bias: int, out: int, rows: int, inputs: int, outputs: int, kind: int, threads: int
-) -> None:
-    parallel(few_rows, threads, (x, weight, bias, out, rows, inputs, outputs, kind, threads))
+def _few_rows_kernel(x: int, product: Product, out: int, rows: int, threads: int) -> None:
+    parallel(few_rows, threads, (x, product, out, rows, threads))
 
 
 def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -115,10 +104,10 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool
         return out if bias is None else out.add_(bias)
     x = x.contiguous()
     out = torch.empty(rows, outputs)
-    at = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    product = Product(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), inputs, outputs, kind)
+    threads = num_threads() if rows * inputs * outputs > SERIAL else 1
     if tiled:
-        amx.multiply(*at, rows, inputs, outputs, num_threads())
+        amx.multiply(x.data_ptr(), product, out.data_ptr(), rows, threads)
     else:
-        threads = num_threads() if rows * inputs * outputs > SERIAL else 1
-        _few_rows_kernel(*at, rows, inputs, outputs, kind, threads)
+        _few_rows_kernel(x.data_ptr(), product, out.data_ptr(), rows, threads)
     return out

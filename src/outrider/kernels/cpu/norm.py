@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import KIND, SERIAL, Emitter, Int, Real, Vector, emitted
-from outrider.kernels.cpu.jit import compiled
+from outrider.kernels.cpu.jit import compiled, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 
@@ -45,7 +45,7 @@ def _add_row(emitter: Emitter, x: Int, residual: Int, size: Int) -> None:
     emitter.sweep(size, add, [])
 
 
-@compiled()
+@task()
 def norm_rows(
     tickets: int, x: int, residual: int, weight: int, kind: int, out: int, rows: int, size: int, eps: float
 ) -> None:

@@ -7,22 +7,13 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.emit import (
-    BFLOAT16,
-    CACHES,
-    KIND,
-    SERIAL,
-    Emitter,
-    Int,
-    Vector,
-    address,
-    copy_row,
-    emitted,
-    keep,
-)
-from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.addresses import Heads, Norms, Rows, heads_of, norms_of, rows_of
+from outrider.kernels.cpu.emit import BFLOAT16, SERIAL, Emitter, Int, Vector, copy_row, emitted
+from outrider.kernels.cpu.jit import allocate, compiled, free, pointer, task
 from outrider.kernels.cpu.norm import norm_row
 from outrider.kernels.cpu.threads import add, num_threads, parallel
+from outrider.kernels.records import HeadNorms
+from outrider.tensors import PagedRows
 
 
 @emitted
@@ -53,47 +44,32 @@ def _round_row(emitter: Emitter, source: Int, out: Int, size: Int) -> None:
 
 
 @compiled()
-def _turn(head: int, norm: int, kind: int, eps: float, angles: int, out: int, head_dim: int) -> None:
+def _turn(head: int, norm: int, norms: Norms, angles: int, out: int, head_dim: int) -> None:
     if norm != 0:
-        norm_row(head, norm, kind, out, head_dim, eps)
+        norm_row(head, norm, norms.kind, out, head_dim, norms.eps)
         head = out
     _rotate_row(head, angles, out, head_dim // 2)
 
 
-@compiled()
+@task()
 def rope_tokens(
-    tickets: int,
-    qkv: int,
-    q_norm: int,
-    k_norm: int,
-    kind: int,
-    eps: float,
-    rope: int,
-    positions: int,
-    key_cache: int,
-    value_cache: int,
-    cache_kind: int,
-    cache_slot: int,
-    block_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    query: int,
-    tokens: int,
+    tickets: int, qkv: int, norms: Norms, rope: int, rows: Rows, keys: int, values: int, heads: Heads, query: int
 ) -> None:
-    """Takes tokens, one at a time; a norm of 0 is none."""
-    position, slots = carray(pointer(positions), (tokens,), np.int64), carray(pointer(cache_slot), (tokens,), np.int64)
+    """Takes tokens, one at a time."""
+    position = carray(pointer(rows.positions), (rows.num_tokens,), np.int64)
+    slots = carray(pointer(rows.cache_slot), (rows.num_tokens,), np.int64)
+    num_heads, num_kv_heads, head_dim, block_size, cache_kind = heads
     size = head_dim * 4
-    turned = np.empty(head_dim, np.float32)
+    turned = allocate(size)
     while True:
         token = add(tickets, 1)
-        if token >= tokens:
+        if token >= rows.num_tokens:
             break
         angles = rope + position[token] * size
         source = qkv + token * (num_heads + 2 * num_kv_heads) * size
         for head in range(num_heads):
             out = query + (token * num_heads + head) * size
-            _turn(source + head * size, q_norm, kind, eps, angles, out, head_dim)
+            _turn(source + head * size, norms.q, norms, angles, out, head_dim)
         if slots[token] >= 0:
             block, offset = slots[token] // block_size, slots[token] % block_size
             for head in range(num_kv_heads):
@@ -101,79 +77,38 @@ def rope_tokens(
                 key = source + (num_heads + head) * size
                 value = key + num_kv_heads * size
                 if cache_kind == BFLOAT16:
-                    _turn(key, k_norm, kind, eps, angles, address(turned), head_dim)
-                    _round_row(address(turned), key_cache + place * 2, head_dim)
-                    _round_row(value, value_cache + place * 2, head_dim)
+                    _turn(key, norms.k, norms, angles, turned, head_dim)
+                    _round_row(turned, keys + place * 2, head_dim)
+                    _round_row(value, values + place * 2, head_dim)
                 else:
-                    _turn(key, k_norm, kind, eps, angles, key_cache + place * 4, head_dim)
-                    copy_row(value, value_cache + place * 4, head_dim)
-    keep(turned)
+                    _turn(key, norms.k, norms, angles, keys + place * 4, head_dim)
+                    copy_row(value, values + place * 4, head_dim)
+    free(turned)
 
 
 @compiled()
 def _rope_kernel(
-    qkv: int,
-    q_norm: int,
-    k_norm: int,
-    kind: int,
-    eps: float,
-    rope: int,
-    positions: int,
-    key_cache: int,
-    value_cache: int,
-    cache_kind: int,
-    cache_slot: int,
-    block_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    query: int,
-    tokens: int,
-    threads: int,
+    qkv: int, norms: Norms, rope: int, rows: Rows, keys: int, values: int, heads: Heads, query: int, threads: int
 ) -> None:
-    norms = (qkv, q_norm, k_norm, kind, eps, rope, positions)
-    cache = (key_cache, value_cache, cache_kind, cache_slot, block_size)
-    parallel(rope_tokens, threads, norms + cache + (num_heads, num_kv_heads, head_dim, query, tokens))
+    parallel(rope_tokens, threads, (qkv, norms, rope, rows, keys, values, heads, query))
 
 
 def rope_store_cpu(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    rope: Tensor,
-    positions: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_slot: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    qkv: Tensor, norms: HeadNorms, rope: Tensor, rows: PagedRows, key_cache: Tensor, value_cache: Tensor
 ) -> Tensor:
-    tokens, (_, _, block_size, head_dim) = qkv.shape[0], key_cache.shape
-    assert qkv.dtype == rope.dtype == torch.float32 and key_cache.dtype == value_cache.dtype
-    assert KIND[key_cache.dtype] in CACHES, f"keys and values in {key_cache.dtype}"
-    assert positions.dtype == cache_slot.dtype == torch.int64
-    assert qkv.is_contiguous() and rope.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
-    assert (q_norm is None) == (k_norm is None)
+    tokens, (_, num_kv_heads, _, head_dim) = qkv.shape[0], key_cache.shape
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    assert qkv.dtype == rope.dtype == torch.float32 and qkv.is_contiguous() and rope.is_contiguous()
     query = torch.empty(tokens, num_heads, head_dim)
     _rope_kernel(
         qkv.data_ptr(),
-        0 if q_norm is None else q_norm.data_ptr(),
-        0 if k_norm is None else k_norm.data_ptr(),
-        0 if q_norm is None else KIND[q_norm.dtype],
-        eps,
+        norms_of(norms),
         rope.data_ptr(),
-        positions.data_ptr(),
+        rows_of(rows),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
-        KIND[key_cache.dtype],
-        cache_slot.data_ptr(),
-        block_size,
-        num_heads,
-        num_kv_heads,
-        head_dim,
+        heads_of(num_heads, key_cache, value_cache),
         query.data_ptr(),
-        tokens,
         num_threads() if qkv.numel() > SERIAL else 1,
     )
     return query

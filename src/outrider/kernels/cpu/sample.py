@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
+from outrider.kernels.cpu.addresses import address
 from outrider.kernels.cpu.jit import Floats, Tokens, compiled, largest, pointer
 from outrider.kernels.cpu.noise import native_bits, native_key
 from outrider.kernels.noise import GUMBEL_MAX
@@ -76,40 +78,49 @@ def _every_token(size: int) -> Tensor:
     return torch.arange(size)
 
 
+class Logits(NamedTuple):
+    """Rows of logits, `stride` numbers apart, and the token that each column stands for."""
+
+    at: int
+    stride: int
+    num_rows: int
+    size: int
+    ids: int
+    mapped: bool  # whether the ids are not 0, 1, ...
+
+
+class Draws(NamedTuple):
+    """With which temperature, seed and position each row is drawn, and whether the first two are tables by slot."""
+
+    temperature: int
+    noisy: bool
+    seed: int
+    num_slots: int
+    slot: int
+    by_slot: bool
+    position: int
+    purpose: int
+
+
 @compiled()
-def _gumbel_argmax_kernel(
-    logits_at: int,
-    stride: int,
-    temperature_at: int,
-    noisy: bool,
-    seed_at: int,
-    slot_at: int,
-    by_slot: bool,
-    position_at: int,
-    purpose: int,
-    ids_at: int,
-    mapped: bool,
-    out_at: int,
-    num_rows: int,
-    num_slots: int,
-    size: int,
-) -> None:
-    temperature = carray(pointer(temperature_at), (num_slots,), np.float32)
-    seed = carray(pointer(seed_at), (num_slots,), np.int64)
-    slot = carray(pointer(slot_at), (num_rows,), np.int64)
-    position = carray(pointer(position_at), (num_rows,), np.int64)
-    ids = carray(pointer(ids_at), (size,), np.int64)
+def _gumbel_argmax_kernel(given: Logits, draws: Draws, out_at: int) -> None:
+    num_rows, size = given.num_rows, given.size
+    temperature = carray(pointer(draws.temperature), (draws.num_slots,), np.float32)
+    seed = carray(pointer(draws.seed), (draws.num_slots,), np.int64)
+    slot = carray(pointer(draws.slot), (num_rows,), np.int64)
+    position = carray(pointer(draws.position), (num_rows,), np.int64)
+    ids = carray(pointer(given.ids), (size,), np.int64)
     out = carray(pointer(out_at), (num_rows,), np.int64)
     scratch = np.empty(1 + _BLOCK, np.float32)
     for row in range(num_rows):
-        logits = carray(pointer(logits_at + 4 * stride * row), (size,), np.float32)
-        owner = slot[row] if by_slot else row
-        if not noisy or temperature[owner] == 0:
+        logits = carray(pointer(given.at + 4 * given.stride * row), (size,), np.float32)
+        owner = slot[row] if draws.by_slot else row
+        if not draws.noisy or temperature[owner] == 0:
             out[row] = _greedy_row(logits, scratch)
         else:
-            a, b = native_key(seed[owner], position[row], purpose)
+            a, b = native_key(seed[owner], position[row], draws.purpose)
             out[row] = _noisy_row(logits, ids, a, b, scratch)
-        if mapped:
+        if given.mapped:
             out[row] = ids[out[row]]
 
 
@@ -137,21 +148,16 @@ def gumbel_argmax_cpu(
     index = _every_token(size) if ids is None else ids
     assert index.shape == (size,) and index.dtype == torch.int64 and index.is_contiguous()
     out = torch.empty(rows, dtype=torch.int64)
-    _gumbel_argmax_kernel(
-        logits.data_ptr(),
-        logits.stride(0),
-        0 if temperature is None else temperature.data_ptr(),
+    given = Logits(logits.data_ptr(), logits.stride(0), rows, size, index.data_ptr(), ids is not None)
+    draws = Draws(
+        address(temperature),
         temperature is not None,
         seed.data_ptr(),
-        0 if slot is None else slot.data_ptr(),
+        len(seed),
+        address(slot),
         slot is not None,
         position.data_ptr(),
         int(purpose),
-        index.data_ptr(),
-        ids is not None,
-        out.data_ptr(),
-        rows,
-        len(seed),
-        size,
     )
+    _gumbel_argmax_kernel(given, draws, out.data_ptr())
     return out

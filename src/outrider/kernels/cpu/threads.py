@@ -25,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.kernels.cpu.jit import compiled
+from outrider.kernels.cpu.jit import Task, compiled, task
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic  # numba has no types
 _INT, _BYTE = ir.IntType(64), ir.IntType(8)
@@ -131,7 +131,7 @@ _wait, _wake_all = _system("pthread_cond_wait", _CONDITION, _MUTEX), _system("pt
 _yield = _system("sched_yield")
 
 
-@compiled()
+@task()
 def _wait_for(address: int, value: int) -> None:
     """Returns when the word at `address` is `value`; gives way to other threads if that takes long."""
     looks = 0
@@ -163,7 +163,7 @@ def leave(phase: int) -> None:
     _wait_for(phase + 64, 0)
 
 
-@compiled()
+@task()
 def _launch(job: int, data: int, threads: int) -> None:
     pool = _pool()
     if threads == 1 or _swap(pool + _OWNER, 1) != 0:
@@ -263,22 +263,16 @@ atexit.register(_stop)
 
 @_intrinsic
 def parallel(typing_context: Any, body: Any, threads: Any, arguments: Any) -> Any:
-    """parallel(body, threads, arguments) runs body(tickets, *arguments) here and on up to threads - 1 helpers.
+    """parallel(body, threads, arguments) runs the task body(tickets, *arguments) here and on helpers.
 
     `tickets` is the address of an int64, 0 at first: add(tickets, 1) is the number of a task that is nobody else's.
     """
-    takes = (types.int64, *arguments.types)
-    launch, launch_takes = types.Dispatcher(_launch), (types.int64,) * 3
-    body.get_call_type(typing_context, takes, {})
-    launch.get_call_type(typing_context, launch_takes, {})
+    task: Task = body.typing_key
+    takes = types.Tuple.from_types(task.arguments[1:])
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        def use(function: Any, where: Any, takes: Any, given: Any) -> None:
-            compiled_function = function.dispatcher.overloads[takes]
-            context.active_code_library.add_linking_library(compiled_function.library)
-            context.call_internal_no_propagate(where, compiled_function.fndesc, types.void(*takes), given)
-
         _, count, packed = values
+        packed = context.cast(builder, packed, arguments, takes)
         data_type = ir.LiteralStructType([packed.type, ir.ArrayType(_INT, 16), _INT, ir.ArrayType(_INT, 15)])
         job = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_INT]), builder.module.get_unique_name("job"))
         job.linkage = "internal"
@@ -286,12 +280,16 @@ def parallel(typing_context: Any, body: Any, threads: Any, arguments: Any) -> An
         data = inside.inttoptr(job.args[0], data_type.as_pointer())
         unpacked = inside.load(cgutils.gep_inbounds(inside, data, 0, 0))
         tickets = inside.ptrtoint(cgutils.gep_inbounds(inside, data, 0, 2), _INT)
-        use(body, inside, takes, [tickets, *(inside.extract_value(unpacked, i) for i in range(len(takes) - 1))])
+        task.call(context, inside, [tickets, *(inside.extract_value(unpacked, i) for i in range(len(takes)))])
         inside.ret_void()
         data = cgutils.alloca_once(builder, data_type)
         builder.store(packed, cgutils.gep_inbounds(builder, data, 0, 0))
         builder.store(_INT(0), cgutils.gep_inbounds(builder, data, 0, 2))
-        use(launch, builder, launch_takes, [builder.ptrtoint(job, _INT), builder.ptrtoint(data, _INT), count])
+        launch: Any = _launch
+        launch.call(context, builder, [builder.ptrtoint(job, _INT), builder.ptrtoint(data, _INT), count])
         return context.get_dummy_value()
 
     return types.void(body, types.int64, arguments), codegen
+
+
+parallel.needs = (_launch,)  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, next_power_of_2, overlaps, tl, wait
+from outrider.tensors import PagedRows
 
 _INTERPRETER = 8  # multiprocessors that it is taken to have: enough for keys to be shared out, few enough to end
 _MOST_SPLITS = 64
@@ -302,9 +303,7 @@ def attend(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
+    rows: PagedRows,
     scale: float,
     tiles: Tiles,
     splits: int,
@@ -312,6 +311,7 @@ def attend(
     """`paged_attention` cut up as told: in one kernel, or with splits > 1 in two."""
     query = query.contiguous()
     num_tokens, num_heads, head_dim = query.shape
+    block_table, query_start, seq_lens = rows.block_table, rows.query_start, rows.seq_lens
     num_rows, max_blocks = block_table.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     group = num_heads // num_kv_heads
@@ -365,16 +365,14 @@ def paged_attention_gpu(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
+    rows: PagedRows,
     scale: float,
 ) -> Tensor:
     """`paged_attention` in one kernel, or in two where one would leave the device idle."""
     num_tokens, num_heads, head_dim = query.shape
-    num_rows, max_blocks = block_table.shape
+    num_rows, max_blocks = rows.block_table.shape
     _, num_kv_heads, block_size, _ = key_cache.shape
     tiles = choose_tiles(num_tokens, num_rows, num_heads // num_kv_heads, head_dim, query.element_size())
     processors = multiprocessors(query.device)
     splits = choose_splits(num_tokens, num_rows, num_kv_heads, max_blocks * block_size, tiles, processors)
-    return attend(query, key_cache, value_cache, block_table, query_start, seq_lens, scale, tiles, splits)
+    return attend(query, key_cache, value_cache, rows, scale, tiles, splits)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.records import HeadNorms
+from outrider.tensors import PagedRows
 
 
 @jit
@@ -98,22 +100,13 @@ def _rope_store_kernel(
 
 
 def rope_store_gpu(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    rope: Tensor,
-    positions: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_slot: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    qkv: Tensor, norms: HeadNorms, rope: Tensor, rows: PagedRows, key_cache: Tensor, value_cache: Tensor
 ) -> Tensor:
     """`rope_store` in one kernel."""
-    tokens, (_, _, block_size, head_dim) = qkv.shape[0], key_cache.shape
-    assert (q_norm is None) == (k_norm is None) and rope.dtype == torch.float32
-    assert positions.dtype == cache_slot.dtype == torch.int64
+    tokens, (_, num_kv_heads, block_size, head_dim) = qkv.shape[0], key_cache.shape
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    assert (norms.q is None) == (norms.k is None) and rope.dtype == torch.float32
+    assert rows.positions.dtype == rows.cache_slot.dtype == torch.int64
     assert qkv.is_contiguous() and rope.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
     query = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     heads = num_heads + 2 * num_kv_heads
@@ -121,18 +114,18 @@ def rope_store_gpu(
     overlap = overlaps(qkv)
     _rope_store_kernel[(tokens, -(-heads // at_once))](
         qkv,
-        q_norm,
-        k_norm,
-        eps,
+        norms.q,
+        norms.k,
+        norms.eps,
         rope,
-        positions,
+        rows.positions,
         key_cache,
         value_cache,
-        cache_slot,
+        rows.cache_slot,
         query,
         num_heads,
         num_kv_heads,
-        NORM=q_norm is not None,
+        NORM=norms.q is not None,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         BLOCK_H=at_once,

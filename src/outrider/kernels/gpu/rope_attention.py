@@ -51,6 +51,8 @@ from outrider.kernels.gpu.triton import (
     tl,
     wait,
 )
+from outrider.kernels.records import HeadNorms
+from outrider.tensors import PagedRows
 
 TALLEST = 64
 """Rows of a tile, query tokens times query heads of a key head, up to which a step's rows are short."""
@@ -249,19 +251,11 @@ def _rope_attention_kernel(
 
 def rope_attend(
     qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    norms: HeadNorms,
     rope: Tensor,
-    positions: Tensor,
+    rows: PagedRows,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_slot: Tensor,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
     scale: float,
     counters: Tensor,  # int32, all 0, and so again when it is done
     tiles: Tiles,
@@ -274,13 +268,14 @@ def rope_attend(
     `ahead`: what does not come from the kernel in front may be read before that has ended: it came late (`few_rows`).
     `next_weight`: what the kernel behind this one will read first, if that is known.
     """
-    tokens, (_, _, block_size, head_dim) = qkv.shape[0], key_cache.shape
-    num_rows, max_blocks = block_table.shape
+    tokens, (_, num_kv_heads, block_size, head_dim) = qkv.shape[0], key_cache.shape
+    num_rows, max_blocks = rows.block_table.shape
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     group = num_heads // num_kv_heads
-    assert (q_norm is None) == (k_norm is None) and rope.dtype == torch.float32 and scale > 0 and head_dim % 2 == 0
-    assert positions.dtype == cache_slot.dtype == torch.int64 and key_cache.dtype == value_cache.dtype
-    assert block_table.dtype == query_start.dtype == seq_lens.dtype == counters.dtype == torch.int32
-    assert qkv.is_contiguous() and rope.is_contiguous() and block_table.is_contiguous()
+    assert (norms.q is None) == (norms.k is None) and rope.dtype == torch.float32 and scale > 0 and head_dim % 2 == 0
+    assert rows.positions.dtype == rows.cache_slot.dtype == torch.int64 and key_cache.dtype == value_cache.dtype
+    assert rows.block_table.dtype == rows.query_start.dtype == rows.seq_lens.dtype == counters.dtype == torch.int32
+    assert qkv.is_contiguous() and rope.is_contiguous() and rows.block_table.is_contiguous()
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
     assert tiles.tokens * group <= tiles.rows
     out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -300,17 +295,17 @@ def rope_attend(
     pieces = asked // (_PIECE * threads * num_tiles * num_kv_heads * splits)
     _rope_attention_kernel[(num_tiles, num_kv_heads, splits)](
         qkv,
-        q_norm,
-        k_norm,
-        eps,
+        norms.q,
+        norms.k,
+        norms.eps,
         rope,
-        positions,
+        rows.positions,
         key_cache,
         value_cache,
-        cache_slot,
-        block_table,
-        query_start,
-        seq_lens,
+        rows.cache_slot,
+        rows.block_table,
+        rows.query_start,
+        rows.seq_lens,
         out,
         partial,
         log_weights,
@@ -322,7 +317,7 @@ def rope_attend(
         num_rows,
         num_kv_heads,
         max_blocks,
-        NORM=q_norm is not None,
+        NORM=norms.q is not None,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
@@ -346,39 +341,31 @@ def rope_attend(
         **launch(overlap),
     )
     if partial is not None and log_weights is not None and not tickets:
-        add_up_behind(partial, log_weights, out, query_start, seq_lens, tiles.keys, ahead)
+        add_up_behind(partial, log_weights, out, rows.query_start, rows.seq_lens, tiles.keys, ahead)
     return out
 
 
 def rope_attention_gpu(
     qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    norms: HeadNorms,
     rope: Tensor,
-    positions: Tensor,
+    rows: PagedRows,
     key_cache: Tensor,
     value_cache: Tensor,
-    cache_slot: Tensor,
-    block_table: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
     scale: float,
     counters: Tensor | None = None,  # of `new_counters`: a caller of many steps keeps its own
     ahead: bool = False,
     next_weight: Tensor | None = None,
 ) -> Tensor:
     """`rope_attention` in one kernel or two, for short steps; `ahead` and `next_weight` as in `rope_attend`."""
-    tokens, (num_rows, max_blocks) = qkv.shape[0], block_table.shape
-    group = num_heads // num_kv_heads
+    tokens, (num_rows, max_blocks) = qkv.shape[0], rows.block_table.shape
+    _, num_kv_heads, block_size, head_dim = key_cache.shape
+    group = qkv.shape[1] // head_dim // num_kv_heads - 2
     tiles = choose_short_tiles(tokens, num_rows, group, qkv.itemsize)
     processors = multiprocessors(qkv.device)
-    most_keys = max_blocks * key_cache.shape[2] + tiles.keys  # and a step for the query tokens'
+    most_keys = max_blocks * block_size + tiles.keys  # and a step for the query tokens'
     splits = choose_splits(tokens, num_rows, num_kv_heads, most_keys, tiles, processors)
     if counters is None:
         counters = new_counters(qkv.device, num_kv_heads)
-    given = (qkv, q_norm, k_norm, eps, rope, positions, key_cache, value_cache, cache_slot)
-    where = (block_table, query_start, seq_lens)
-    return rope_attend(*given, *where, num_heads, num_kv_heads, scale, counters, tiles, splits, ahead, next_weight)
+    given = (qkv, norms, rope, rows, key_cache, value_cache, scale)
+    return rope_attend(*given, counters, tiles, splits, ahead, next_weight)

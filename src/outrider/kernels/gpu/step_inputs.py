@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.gpu.triton import begin, jit, jit_counts, launch, next_power_of_2, overlaps, tl, wait
-from outrider.tensors import Slots, StepBatch
+from outrider.tensors import PagedRows, Slots, StepBatch
 
 _TABLE_BLOCK = 1024
 _TILE = 4096
@@ -174,12 +174,14 @@ def assemble_gpu(
 
     batch = StepBatch(
         slot=wide(size),
-        query_start=narrow(size + 1),
         input_ids=wide(num_query),
-        positions=wide(num_query),
-        seq_lens=narrow(size),
-        block_table=narrow(size, max_blocks),
-        cache_slot=wide(num_query),
+        rows=PagedRows(
+            positions=wide(num_query),
+            cache_slot=wide(num_query),
+            block_table=narrow(size, max_blocks),
+            query_start=narrow(size + 1),
+            seq_lens=narrow(size),
+        ),
         num_drafts=narrow(size),
         draft_tokens=wide(size, width),
         logits_start=narrow(size + 1),
@@ -203,12 +205,12 @@ def assemble_gpu(
         num_tokens.stride(0),
         num_drafts.stride(0),
         ends_prompt.stride(0),
-        batch.query_start,
+        batch.rows.query_start,
         batch.input_ids,
-        batch.positions,
-        batch.seq_lens,
-        batch.block_table,
-        batch.cache_slot,
+        batch.rows.positions,
+        batch.rows.seq_lens,
+        batch.rows.block_table,
+        batch.rows.cache_slot,
         batch.slot,
         batch.num_drafts,
         batch.draft_tokens,
