@@ -14,7 +14,6 @@ from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.divide_logits import DIVIDE_LOGITS
-from outrider.kernels.gpu.rope_attention import new_counters, rope_attention_gpu
 from outrider.kernels.linear import LINEAR
 from outrider.kernels.min_tokens_mask import MIN_TOKENS_MASK
 from outrider.kernels.norm import ADD_RMS_NORM, RMS_NORM
@@ -163,8 +162,11 @@ def _rope_attention(sizes: Sizes, name: str, num_query: int) -> Case:
     first = _caches(sizes, blocks)
     rest = [_caches(sizes, blocks) for _ in range(num_copies(num_bytes(*first.values())) - 1)]
     copies = [{**given, **caches} for caches in (first, *rest)]
-    counters = new_counters(sizes.device, config.num_kv_heads)  # made once, as by a stack of layers
-    kernel = partial(rope_attention_gpu, counters=counters) if sizes.device.type == "cuda" else None
+    kernel = None
+    if sizes.device.type == "cuda":
+        # made once, as by a stack of layers
+        counters = ROPE_ATTENTION.module("cuda").new_counters(sizes.device, config.num_kv_heads)
+        kernel = partial(ROPE_ATTENTION.module("cuda").rope_attention_gpu, counters=counters)
     held = 2 * sizes.rows * length * config.num_kv_heads * config.head_dim * sizes.allocator.cache_dtype.itemsize
     operations = 4 * int((rows.positions + 1).sum()) * config.num_heads * config.head_dim
     return Case(ROPE_ATTENTION, name, copies, held + 2 * qkv.nbytes, operations, kernel)

@@ -17,13 +17,12 @@ import sys
 from functools import partial
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 
 from outrider.kernels.cpu.activation import silu_mul
 from outrider.kernels.cpu.addresses import Product
 from outrider.kernels.cpu.emit import BFLOAT16, LANES, NO, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import allocate, compiled, free, larger, smaller, task
+from outrider.kernels.cpu.jit import TARGET_FEATURES, allocate, compiled, free, larger, smaller, task
 from outrider.kernels.cpu.threads import add, parallel, read
 
 _BYTE = ir.IntType(8)
@@ -40,8 +39,7 @@ _PANEL = 1 << 20  # bytes of packed activations that are used against all weight
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
-_FEATURES = llvmlite.binding.get_host_cpu_features()
-_EXISTS = sys.platform == "linux" and bool(_FEATURES.get("amx-bf16") and _FEATURES.get("amx-tile"))
+_EXISTS = sys.platform == "linux" and {"amx-bf16", "amx-tile"} <= TARGET_FEATURES
 AVAILABLE = _EXISTS and ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 """Whether this process may use the unit."""
 

@@ -18,6 +18,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from outrider.kernels.cpu.jit import TARGET_FEATURES
+
 LANES = 16
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KIND = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -131,7 +133,20 @@ class Emitter:
         if kind == BFLOAT16:
             wide = self.builder.shl(self.builder.zext(value, _INTS), self.ints(16))
             return self.builder.bitcast(wide, _FLOATS)
-        return self.builder.fpext(value, _FLOATS) if kind == FLOAT16 else value
+        return self._widened(value) if kind == FLOAT16 else value
+
+    def _widened(self, halves: Vector) -> Vector:
+        """float16 to float32: exact, and by integers where the processor may have no instruction for it."""
+        if "f16c" in TARGET_FEATURES or "x86" not in self.builder.module.triple:
+            return self.builder.fpext(halves, _FLOATS)
+        builder, bits = self.builder, self.builder.zext(self.builder.bitcast(halves, _HALVES), _INTS)
+        sign = builder.shl(builder.and_(bits, self.ints(0x8000)), self.ints(16))
+        magnitude = builder.shl(builder.and_(bits, self.ints(0x7FFF)), self.ints(13))
+        # exponents of float32 begin 112 lower; a product by 2^112 also makes float16's subnormals normal numbers
+        value = builder.fmul(builder.bitcast(magnitude, _FLOATS), self.floats(2.0**112))
+        special = builder.icmp_unsigned(">=", magnitude, self.ints(0x0F800000))  # infinity or not a number
+        whole = builder.select(special, builder.or_(magnitude, self.ints(0x7F800000)), builder.bitcast(value, _INTS))
+        return builder.bitcast(builder.or_(whole, sign), _FLOATS)
 
     def integer(self, base: Int, index: Int) -> Int:
         """The int64 at `index`."""

@@ -21,7 +21,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin
 
@@ -29,6 +29,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Floats: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float32]]"
 Tokens: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
+
+
+def _target_features() -> frozenset[str]:
+    """Of the processor that numba compiles for: this one, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise.
+
+    numba would give another processor this one's features. Of a named one LLVM knows them, and this set has only those
+    that are asked for besides.
+    """
+    other = config.CPU_NAME not in (None, llvmlite.binding.get_host_cpu_name())
+    if other and config.CPU_FEATURES is None:
+        config.CPU_FEATURES = ""
+    if config.CPU_FEATURES is not None:
+        return frozenset(part[1:] for part in config.CPU_FEATURES.split(",") if part.startswith("+"))
+    return frozenset(name for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
+
+
+TARGET_FEATURES = _target_features()
+"""LLVM's names for what the processor compiled for is known to have."""
 
 _KERNELS = Path(__file__).parent.parent
 _IMPORT = re.compile(r"^from outrider\.kernels\.?([\w.]*) import (.*)$", re.MULTILINE)
