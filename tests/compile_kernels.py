@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kernel_examples import examples
 from outrider.bench.kernels import all_ops
 from outrider.kernels import gpu
 from outrider.kernels.gpu.linear import FEW, TICKETS, few_rows, linear_gpu
@@ -49,14 +50,13 @@ def ops() -> None:
     """Every op of which a GPU has a kernel."""
     for op in all_ops():
         assert op.examples is not None and "cuda" in op.kernels
-        for example in islice(op.examples(torch.Generator().manual_seed(1), torch.device("cpu"), False), 2):
+        for example in islice(examples(op, torch.Generator().manual_seed(1), torch.device("cpu"), False), 2):
             op.kernel("cuda")(**example)
 
 
 def attention() -> None:
     """As a layer asks for it: what the interpreter knows nothing of is compiled here and nowhere else without a GPU."""
-    assert ROPE_ATTENTION.examples is not None
-    example = next(iter(ROPE_ATTENTION.examples(torch.Generator().manual_seed(1), torch.device("cpu"), False)))
+    example = next(iter(examples(ROPE_ATTENTION, torch.Generator().manual_seed(1), torch.device("cpu"), False)))
     rope_attention_gpu(**example, ahead=True, next_weight=torch.empty(4096, 1024, dtype=torch.bfloat16))
 
 

@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from heads import write_head
+from kernel_examples import examples
+from kernel_examples.steps import example_slots
 from outrider.bench.kernels import all_ops
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature
@@ -34,7 +36,7 @@ from outrider.draft.host import HostDrafter
 from outrider.draft.registry import METHODS, resolve_options
 from outrider.kernels.commit import commit_reference
 from outrider.kernels.op import Op
-from outrider.kernels.step_inputs import assemble_reference, example_slots, load_draft
+from outrider.kernels.step_inputs import assemble_reference, load_draft
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.parameter import Allocator
 from outrider.runner.processor_tables import ProcessorTables
@@ -114,10 +116,9 @@ def step() -> tuple[Slots, StepBatch, Tensor]:
     return slots, batch, torch.randn((8, VOCAB), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("op", [op for op in all_ops() if op.examples is not None], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", all_ops(), ids=lambda op: op.name)
 def test_op(op: Op[..., Any]) -> None:
-    assert op.examples is not None
-    for example in islice(op.examples(torch.Generator().manual_seed(0), CPU, True), 3):
+    for example in islice(examples(op, torch.Generator().manual_seed(0), CPU, True), 3):
         record(op.reference, dict(example))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernel_examples import examples
 from outrider.kernels.decoder_layer import DECODER_LAYER, decoder_layer_reference
 from outrider.kernels.gpu import decoder_layer as gpu_decoder_layer
 from outrider.kernels.gpu.linear import TICKETS, Tiles, few_rows, tiles
@@ -182,8 +183,7 @@ def test_more_rows_than_a_stream_has_are_left_alone(device: str) -> None:
 
 
 def layer_examples(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    assert DECODER_LAYER.examples is not None
-    found = DECODER_LAYER.examples(torch.Generator().manual_seed(3), torch.device(device), False)
+    found = examples(DECODER_LAYER, torch.Generator().manual_seed(3), torch.device(device), False)
     return [
         dict(case) for case in found if case["weights"].qkv.dtype == dtype and case["weights"].input_norm is not None
     ]

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernel_examples import examples
 from outrider.bench.kernels import all_ops
 from outrider.kernels.attention import PAGED_ATTENTION, paged_attention_reference
 from outrider.kernels.cpu import amx
@@ -81,7 +82,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
-OPS = [op for op in all_ops() if op.examples is not None]
+OPS = all_ops()
 
 
 INTERPRETED = pytest.mark.skipif(
@@ -97,10 +98,9 @@ KERNELS = [
 @pytest.mark.parametrize(("op", "device"), KERNELS, ids=lambda value: getattr(value, "name", value))
 def test_kernel_agrees_with_reference(op: Op[..., Any], device: str, poison: None) -> None:
     """Of GPU kernels too: on a GPU, and everywhere else through Triton's interpreter."""
-    assert op.examples is not None
     kernel, count = op.kernel("cuda") if device == "interpreter" else op.on(device), 0
     place = torch.device("cpu" if device == "interpreter" else device)
-    for example in op.examples(torch.Generator().manual_seed(1), place, device == "cpu"):
+    for example in examples(op, torch.Generator().manual_seed(1), place, device == "cpu"):
         theirs, ours = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
         expected, found = op.reference(**theirs), kernel(**ours)
         if op is DECODER_LAYER and found is None:  # all is added to the residual stream already
@@ -123,7 +123,7 @@ def test_every_op_has_a_kernel_for_a_gpu() -> None:
 
 def test_every_op_has_examples_and_a_reason_for_its_tolerance() -> None:
     for op in all_ops():
-        assert op.examples is not None, op.name
+        assert examples(op, torch.Generator(), CPU, True), op.name
         assert op.tolerance == Op("", lambda: None).tolerance or op.why, op.name
 
 
@@ -363,8 +363,7 @@ def layer_by_ops(  # type: ignore[no-untyped-def]
 
 
 def test_decoder_layer_in_one_launch_equals_the_ops_it_is_made_of(unit: str, poison: None) -> None:
-    assert DECODER_LAYER.examples is not None
-    for example in DECODER_LAYER.examples(torch.Generator().manual_seed(5), CPU, True):
+    for example in examples(DECODER_LAYER, torch.Generator().manual_seed(5), CPU, True):
         ours, theirs = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
         found, expected = DECODER_LAYER.on(CPU)(**ours), layer_by_ops(**theirs)
         written = [(ours[name], theirs[name]) for name in DECODER_LAYER.outputs]
@@ -462,8 +461,7 @@ def test_layers_in_one_call_equal_one_after_the_other(lengths: list[tuple[int, i
 
 def rope_case(tokens: int = 5) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
-    assert ROPE_STORE.examples is not None
-    cases = (dict(example) for example in ROPE_STORE.examples(generator, CPU, True))
+    cases = (dict(example) for example in examples(ROPE_STORE, generator, CPU, True))
     return next(case for case in cases if len(case["qkv"]) == tokens and case["norms"].q is not None)
 
 
@@ -500,8 +498,7 @@ def test_keys_and_values_are_rounded_to_bfloat16_as_torch_rounds(poison: None) -
 
 def test_a_layer_in_float32_is_good_to_float32(poison: None) -> None:
     """The op's own tolerance leaves room for keys and values that are rounded."""
-    assert DECODER_LAYER.examples is not None
-    for example in DECODER_LAYER.examples(torch.Generator().manual_seed(7), CPU, True):
+    for example in examples(DECODER_LAYER, torch.Generator().manual_seed(7), CPU, True):
         if example["key_cache"].dtype == torch.float32:
             ours, theirs = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
             found, expected = DECODER_LAYER.on(CPU)(**ours), DECODER_LAYER.reference(**theirs)

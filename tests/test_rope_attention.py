@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernel_examples import examples
+from kernel_examples.layers import rope_attention_case
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.gpu import decoder_layer as gpu_decoder_layer
 from outrider.kernels.gpu import rope_attention as gpu_rope_attention
@@ -25,7 +27,7 @@ from outrider.kernels.gpu.rope_attention import (
     rope_attend,
     rope_attention_gpu,
 )
-from outrider.kernels.rope_attention import rope_attention_case, rope_attention_reference
+from outrider.kernels.rope_attention import rope_attention_reference
 from outrider.tensors import PagedRows
 
 DEVICES = [
@@ -199,9 +201,8 @@ def is_short_case(case: Mapping[str, Any]) -> bool:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_layers_use_it_for_short_rows_and_two_kernels_for_prompts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert DECODER_LAYER.examples is not None
-    examples = DECODER_LAYER.examples(torch.Generator().manual_seed(3), torch.device(device), False)
-    example = next(dict(each) for each in examples if is_short_case(each))
+    cases = examples(DECODER_LAYER, torch.Generator().manual_seed(3), torch.device(device), False)
+    example = next(dict(each) for each in cases if is_short_case(each))
     calls, found = [], []
     one_kernel = gpu_decoder_layer.rope_attention_gpu
     monkeypatch.setattr(gpu_decoder_layer, "rope_attention_gpu", lambda *given: calls.append(1) or one_kernel(*given))
@@ -223,9 +224,8 @@ def test_attention_reads_ahead_only_behind_a_product_that_lets_it_come_late(
     """Nothing stands between the two: no other test would notice, but a GPU would read what is not there yet."""
     if not os.environ.get("TRITON_INTERPRET"):
         pytest.skip("not interpreted")
-    assert DECODER_LAYER.examples is not None
-    examples = DECODER_LAYER.examples(torch.Generator().manual_seed(3), torch.device("cpu"), False)
-    given = next(dict(each) for each in examples if is_short_case(each))
+    cases = examples(DECODER_LAYER, torch.Generator().manual_seed(3), torch.device("cpu"), False)
+    given = next(dict(each) for each in cases if is_short_case(each))
     multiply, attend = gpu_decoder_layer.few_rows, gpu_decoder_layer.rope_attention_gpu
     order: list[str] = []
 

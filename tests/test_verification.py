@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from heads import head_tensors, standalone, write_head
+from kernel_examples.steps import example_slots
 from outrider.capability import Feature
 from outrider.core.plan import Admission
 from outrider.core.sampling import SamplingParams
@@ -36,7 +37,7 @@ from outrider.draft.ngram import Ngram, NgramOptions
 from outrider.draft.none import NoDrafter
 from outrider.kernels.commit import COMMIT, STORE_DRAFT
 from outrider.kernels.sample import GUMBEL_ARGMAX
-from outrider.kernels.step_inputs import ASSEMBLE, example_slots, load_draft
+from outrider.kernels.step_inputs import ASSEMBLE, load_draft
 from outrider.runner.processor_tables import ProcessorTables
 from outrider.tensors import Draft, Purpose, Slots, StepBatch, TargetOutput, Verdict
 from outrider.verify.base import Verifier

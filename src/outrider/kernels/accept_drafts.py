@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 
 
 def accept_drafts_reference(
@@ -35,34 +33,9 @@ def accept_drafts_reference(
     return torch.where(column < count, tokens, -1), count[:, 0].int()
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    for width, owned, padding in (
-        (0, [1], 0),
-        (3, [4], 0),
-        (3, [0, 0], 0),
-        (3, [0, 0], 2),
-        (5, [1, 0, 6, 4, 2, 6, 3], 3),
-        (32, [33, 1, 20], 0),
-        (1, torch.randint(0, 3, (33,), generator=generator).tolist(), 1),
-        (7, torch.randint(0, 9, (128,), generator=generator).tolist(), 0),
-    ):
-        logits_start = torch.tensor([0, *owned]).cumsum(0).int()
-        choice = torch.randint(0, 2, (sum(owned) + padding,), generator=generator)
-        drafts = torch.randint(0, 2, (len(owned), width), generator=generator)
-        stands = torch.randint(0, 2, (sum(owned) + padding,), generator=generator).bool()
-        for test in (None, stands.to(device)):
-            yield {
-                "choice": choice.to(device),
-                "stands": test,
-                "logits_start": logits_start.to(device),
-                "draft_tokens": drafts.to(device),
-            }
-
-
 ACCEPT_DRAFTS = Op(
     name="accept_drafts",
     reference=accept_drafts_reference,
-    examples=_examples,
     tolerance=0.0,
     why="tokens",
 )

@@ -10,12 +10,10 @@ tokens from query_start[B] on, which belong to no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 from outrider.tensors import PagedRows
 
 _QUERIES_AT_ONCE = 64  # bounds what the reference gathers
@@ -51,54 +49,7 @@ def paged_attention_reference(
     return torch.cat(parts).to(query.dtype)
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
-    block_size = 16
-    cases = (  # (query tokens, all tokens) of each row
-        ((1, 1),),
-        ((1, 33), (5, 5), (3, 40)),
-        ((8, 600), (1, 511), (1, 513), (17, 50)),
-        ((130, 301), (1, 16)),
-    )
-    for lengths in cases:
-        for num_heads, num_kv_heads, head_dim, cache in (
-            (4, 2, 64, torch.float32),
-            (4, 2, 64, torch.bfloat16),
-            (16, 8, 128, torch.bfloat16),
-            (4, 4, 64, torch.float32),
-            (8, 1, 64, torch.bfloat16),
-            (6, 2, 80, torch.bfloat16),
-            (4, 2, 48, torch.float32),
-            (8, 2, 128, torch.float32),
-        ):
-            activation = torch.float32 if wide else torch.bfloat16
-            cache = cache if wide else activation
-            used = [-(-length // block_size) for _, length in lengths]
-            width = max(used) + 1
-            order = torch.randperm(sum(used) + 3, generator=generator).int()
-            table = torch.full((len(lengths), width), 2**31 - 1, dtype=torch.int32)
-            for index, count in enumerate(used):
-                table[index, :count], order = order[:count], order[count:]
-            shape = (sum(used) + 3, num_kv_heads, block_size, head_dim)
-            query_lens = torch.tensor([0, *(count for count, _ in lengths)])
-            padding = 2 if len(lengths) == 3 else 0
-            query = torch.randn(int(query_lens.sum()) + padding, num_heads, head_dim, generator=generator)
-            yield {
-                "query": 3 * query.to(device, activation),
-                "key_cache": torch.randn(shape, generator=generator).to(device, cache),
-                "value_cache": torch.randn(shape, generator=generator).to(device, cache),
-                "rows": PagedRows(
-                    positions=torch.zeros(len(query), dtype=torch.int64, device=device),
-                    cache_slot=torch.full((len(query),), -1, device=device),
-                    block_table=table.to(device),
-                    query_start=query_lens.cumsum(0).to(device, torch.int32),
-                    seq_lens=torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
-                ),
-                "scale": head_dim**-0.5,
-            }
-
-
 PAGED_ATTENTION = Op(
     "paged_attention",
     paged_attention_reference,
-    examples=_examples,
 )

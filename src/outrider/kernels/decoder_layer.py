@@ -11,15 +11,14 @@ gate_up and down are weights as `linear` takes them; input_norm and post_norm as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from outrider.kernels import activation, attention, linear, norm, rope
 from outrider.kernels.layer_by_ops import Attend, BoundLayer, GatedMlp, LayerOps, LayerParameters, LayersByOps
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 from outrider.kernels.records import HeadNorms, LayerStack, LayerWeights
 from outrider.tensors import PagedRows
 
@@ -92,72 +91,9 @@ def decoder_layer_reference(
     return layer(0, 1, x, residual, rope, rows)
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
-    shapes = (
-        (96, 160, 4, 2, 64, torch.bfloat16),
-        (64, 67, 4, 4, 64, torch.float32),
-        (128, 96, 8, 2, 32, torch.bfloat16),
-        (64, 72, 2, 1, 80, torch.bfloat16),
-        (64, 96, 3, 1, 128, torch.float32),
-    )
-    for hidden, width, num_heads, num_kv_heads, head_dim, dtype in shapes:
-        activation_type = torch.float32 if wide else dtype
-
-        def draw(*shape: int, dtype: torch.dtype = dtype, centre: float = 0.0, spread: float = 1.0) -> Tensor:
-            return (centre + spread * torch.randn(shape, generator=generator)).to(device, dtype)
-
-        for lengths in (((1, 30),), ((1, 17), (5, 21), (2, 530)), ((40, 40), (1, 3))):
-            tokens = sum(count for count, _ in lengths)
-            heads = (num_heads + 2 * num_kv_heads) * head_dim
-            starts = torch.tensor([0, *(count for count, _ in lengths)]).cumsum(0)
-            blocks = [-(-length // 16) for _, length in lengths]
-            table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
-            position: list[int] = []
-            slot: list[int] = []
-            for row, (count, length) in enumerate(lengths):
-                table[row, : blocks[row]] = torch.arange(blocks[row]) + sum(blocks[:row])
-                position += range(length - count, length)
-                slot += [sum(blocks[:row]) * 16 + place for place in range(length - count, length)]
-            angles = torch.rand(max(position) + 1, head_dim // 2, generator=generator) * 7
-            rows = PagedRows(
-                positions=torch.tensor(position, device=device),
-                cache_slot=torch.tensor(slot, device=device),
-                block_table=table.to(device),
-                query_start=starts.to(device, torch.int32),
-                seq_lens=torch.tensor([length for _, length in lengths], device=device, dtype=torch.int32),
-            )
-            example: dict[str, Any] = {
-                "x": draw(tokens, hidden, dtype=activation_type) if width != 67 else None,
-                "residual": draw(tokens, hidden, dtype=activation_type),
-                "weights": LayerWeights(
-                    input_norm=draw(hidden, centre=1.0),
-                    qkv=draw(heads, hidden, spread=hidden**-0.5),
-                    qkv_bias=draw(heads) if width == 96 else None,
-                    q_norm=None if width == 96 else draw(head_dim, centre=1.0),
-                    k_norm=None if width == 96 else draw(head_dim, centre=1.0),
-                    out=draw(hidden, num_heads * head_dim, spread=hidden**-0.5),
-                    post_norm=draw(hidden, centre=1.0),
-                    gate_up=draw(2 * width, hidden, spread=hidden**-0.5),
-                    down=draw(hidden, width, spread=width**-0.5),
-                ),
-                "eps": 1e-6,
-                "rope": torch.cat((angles.cos(), angles.sin()), dim=-1).to(device),
-                "rows": rows,
-                "key_cache": draw(sum(blocks), num_kv_heads, 16, head_dim),
-                "value_cache": draw(sum(blocks), num_kv_heads, 16, head_dim),
-                "scale": head_dim**-0.5,
-            }
-            yield example
-            if width == 160:
-                joined = draw(tokens, 2 * hidden, dtype=activation_type)
-                wide_qkv = draw(heads, 2 * hidden, spread=hidden**-0.5)
-                yield {**example, "x": joined, "weights": example["weights"]._replace(input_norm=None, qkv=wide_qkv)}
-
-
 DECODER_LAYER = Op(
     "decoder_layer",
     decoder_layer_reference,
-    examples=_examples,
     outputs=("residual", "key_cache", "value_cache"),
     tolerance=1e-3,
     narrow=2e-2,

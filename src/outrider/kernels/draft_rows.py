@@ -15,16 +15,13 @@ R = T + B * (1 - shift + num_masks) rows is padding, which goes nowhere. So shap
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.commit import commit_reference
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 from outrider.kernels.records import DraftRows
-from outrider.kernels.step_inputs import assemble_reference, example_rows, example_step, locate
-from outrider.tensors import PagedRows, Slots, StepBatch, Verdict
+from outrider.kernels.step_inputs import locate
+from outrider.tensors import PagedRows, Slots, StepBatch
 
 
 def draft_rows_reference(
@@ -72,42 +69,9 @@ def draft_rows_reference(
     )
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    mixed = [(2, 1, 0, 1), (0, 4, 3, 1), (5, 3, 2, 1), (3, 7, 0, 0), (1, 5, 0, 1)]
-    for rows, width, padding, num_drafts, num_masks in (
-        ([(1, 1, 0, 1)], 3, 0, 3, 0),
-        ([(4, 4, 3, 1)], 3, 0, 3, 2),
-        (mixed, 3, 0, 4, 3),
-        (example_rows(generator, 2, 32), 32, 30, 32, 31),
-        (example_rows(generator, 33, 1), 1, 2, 1, 0),
-        (example_rows(generator, 125, 7, num_empty=3), 7, 24, 7, 6),
-    ):
-        for limit in (37, 14) if len(rows) < 9 else (22,):
-            slots, columns = example_step(generator, device, rows, width)
-            num_query, num_logits = sum(row[1] for row in rows), sum(row[2] + 1 for row in rows if row[3])
-            batch = assemble_reference(slots, *columns, num_query + padding, num_logits + padding, 4)
-            part = torch.rand(len(rows), generator=generator).to(device)
-            count = (columns[3] * (1 + part * (columns[2] + 1)).floor()).int()
-            gained = torch.full((len(rows), width + 1), 7, device=device)
-            committed, _ = commit_reference(slots, batch, Verdict(gained, count))
-            example = {
-                "slots": slots,
-                "batch": batch,
-                "committed": committed,
-                "num_drafts": num_drafts,
-                "num_masks": num_masks,
-                "limit": limit,
-                "mask_token": 9,
-                "block_size": 4,
-            }
-            yield {**example, "shift": 1}
-            yield {**example, "shift": 0}
-
-
 DRAFT_ROWS = Op(
     name="draft_rows",
     reference=draft_rows_reference,
-    examples=_examples,
     tolerance=0.0,
     why="indices",
 )

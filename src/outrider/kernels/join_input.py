@@ -6,14 +6,12 @@ norms are RMSNorm weights [H]. Returns [R, 2H] of hidden's type, the token first
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from outrider.kernels.norm import rms_norm_reference
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 
 
 def join_input_reference(
@@ -23,18 +21,4 @@ def join_input_reference(
     return torch.cat((rms_norm_reference(token, token_norm, eps), rms_norm_reference(hidden, hidden_norm, eps)), dim=-1)
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rows, size in ((1, 64), (7, 67), (40, 256)):
-            hidden = torch.randn(rows, size, generator=generator)
-            yield {
-                "ids": torch.randint(31, (rows,), generator=generator).to(device),
-                "embedding": torch.randn(31, size, generator=generator).to(device, dtype),
-                "hidden": hidden.to(device, torch.float32 if wide else dtype),
-                "token_norm": (1 + torch.randn(size, generator=generator)).to(device, dtype),
-                "hidden_norm": (1 + torch.randn(size, generator=generator)).to(device, dtype),
-                "eps": 1e-6,
-            }
-
-
-JOIN_INPUT = Op("join_input", join_input_reference, examples=_examples)
+JOIN_INPUT = Op("join_input", join_input_reference)

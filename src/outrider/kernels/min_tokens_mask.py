@@ -6,12 +6,10 @@ token of the slot's `barred` that is in the vocabulary gets -inf; -1 is padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 
 
 def min_tokens_mask_reference(
@@ -30,24 +28,10 @@ def min_tokens_mask_reference(
     return logits.scatter_reduce_(1, torch.where(bars, own, 0), ceiling, "amin")
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    for rows, size, width in ((1, 5, 1), (33, 70, 3), (7, 1031, 9)):
-        slots = 4
-        barred = torch.randint(-1, size + 5, (slots, width), generator=generator)
-        yield {
-            "logits": torch.randn((rows, size), generator=generator).to(device),
-            "slot": torch.randint(0, slots, (rows,), generator=generator).to(device),
-            "position": torch.randint(0, 10, (rows,), generator=generator).to(device),
-            "min_length": torch.randint(0, 10, (slots,), generator=generator).int().to(device),
-            "barred": barred.to(device),
-        }
-
-
 MIN_TOKENS_MASK = Op(
     name="min_tokens_mask",
     reference=min_tokens_mask_reference,
     kernels=("cuda",),
-    examples=_examples,
     outputs=("logits",),
     tolerance=0.0,
     why="logits are kept or barred, never changed",

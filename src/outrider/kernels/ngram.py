@@ -9,12 +9,10 @@ what it copies, p <= m, means the text has period p, so there the guesses go on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 
 
 def ngram_lookup_reference(
@@ -48,34 +46,9 @@ def ngram_lookup_reference(
     return torch.where(column < number, guess, 0), number[:, 0].int()
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    for max_len, alphabet, num_drafts, shortest, longest in (
-        (1, 2, 1, 1, 1),
-        (9, 2, 3, 1, 2),
-        (65, 3, 5, 2, 4),
-        (301, 40, 7, 1, 3),
-        (4999, 150, 8, 2, 3),  # of three tokens there is one copy or none
-        (40_960, 3000, 32, 1, 3),
-    ):
-        rows = 7
-        length = torch.randint(1, max_len + 1, (rows,), generator=generator).int()
-        length[0] = max_len
-        owned = torch.tensor([1, 1, 0, 2, 1, 1, 1])
-        yield {
-            "tokens": torch.randint(0, alphabet, (rows, max_len), generator=generator).to(device),
-            "length": length.to(device),
-            "slot": torch.randperm(rows, generator=generator).to(device),
-            "logits_start": torch.nn.functional.pad(owned.cumsum(0), (1, 0)).int().to(device),
-            "num_drafts": num_drafts,
-            "shortest": shortest,
-            "longest": longest,
-        }
-
-
 NGRAM_LOOKUP = Op(
     name="ngram_lookup",
     reference=ngram_lookup_reference,
-    examples=_examples,
     tolerance=0.0,
     why="tokens",
 )

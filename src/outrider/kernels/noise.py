@@ -15,12 +15,10 @@ A large Gumbel number comes from a small u, where the spacing of 2**-32 is fines
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 
 MASK = 0xFFFFFFFF
 MULTIPLY_1 = 0x7FEB352D
@@ -70,22 +68,9 @@ def gumbel(bits: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-uniform(bits))).float()
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    for rows, num_indices in ((1, 1), (3, 257), (7, 33)):
-        seed = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator, dtype=torch.int64)
-        position = torch.randint(0, 2**20, (rows,), generator=generator)
-        yield {
-            "seed": seed.to(device),
-            "position": position.to(device),
-            "purpose": rows,
-            "num_indices": num_indices,
-        }
-
-
 NOISE_BITS = Op(
     name="noise_bits",
     reference=noise_bits_reference,
-    examples=_examples,
     tolerance=0.0,
     why="the integers define the noise, so they must agree to the last bit",
 )

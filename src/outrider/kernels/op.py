@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Example = Mapping[str, Any]
-"""Keyword arguments of one call; tensors are drawn with the generator and put on the device given."""
 
 FOLDERS = {"cpu": "cpu", "cuda": "gpu"}
 """Where the kernels of a device type lie, beside the contracts."""
@@ -50,15 +47,11 @@ class Op(Generic[P, R]):
 
     Other devices run the reference, as does a GPU where Triton is not installed, or too old for it. Nothing is chosen
     by trying: a kernel that is declared and cannot run is a bug.
-
-    `examples(generator, device, wide)` yields arguments; `wide`: activations are float32 whatever the weights, as on
-    a CPU, and not of their type, as on a GPU.
     """
 
     name: str
     reference: Callable[P, R]
     kernels: tuple[str, ...] = ("cpu", "cuda")
-    examples: Callable[[torch.Generator, torch.device, bool], Iterable[Example]] | None = None
     outputs: tuple[str, ...] = ()  # arguments written in place, compared beside what is returned
     tolerance: float = 1e-5  # largest ||kernel - reference|| / ||reference|| in float32; rounding to less adds to it
     narrow: float = 5e-3  # the same where numbers are of 16 bits: two units in the last place, most by less

@@ -11,13 +11,11 @@ may be that or float32. Returns the turned query [T, Hq, D].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from outrider.kernels.norm import rms_norm_reference
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 from outrider.kernels.records import HeadNorms
 from outrider.tensors import PagedRows
 
@@ -55,43 +53,9 @@ def _store(heads: Tensor, cache: Tensor, cache_slot: Tensor) -> None:
     cache[block, :, offset] = torch.where(stored.any(), heads[index].to(cache.dtype), old)
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
-    block_size, max_len = 16, 97
-    shapes = ((1, 4, 2, 64), (3, 4, 4, 64), (17, 16, 8, 128), (5, 8, 1, 64))
-    for dtype in (torch.bfloat16, torch.float32):
-        for tokens, num_heads, num_kv_heads, head_dim in shapes:
-            activation = torch.float32 if wide else dtype
-            qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator)
-            norms = 1 + torch.randn(2, head_dim, generator=generator).to(device, dtype)
-            angles = torch.rand(max_len, head_dim // 2, generator=generator) * 7
-            caches = torch.randn(2, 5, num_kv_heads, block_size, head_dim, generator=generator).to(device, dtype)
-            slot = torch.randperm(5 * block_size, generator=generator)[:tokens]
-            slot[1::3] = -1
-            nobody = torch.zeros(1, dtype=torch.int32, device=device)
-            rows = PagedRows(
-                positions=torch.randint(max_len, (tokens,), generator=generator).to(device),
-                cache_slot=slot.to(device),
-                block_table=nobody[:, None],
-                query_start=nobody,
-                seq_lens=nobody[:0],
-            )
-            example = {
-                "qkv": qkv.to(device, activation),
-                "norms": HeadNorms(norms[0], norms[1], 1e-6),
-                "rope": torch.cat((angles.cos(), angles.sin()), dim=-1).to(device),
-                "rows": rows,
-                "key_cache": caches[0],
-                "value_cache": caches[1],
-            }
-            yield example
-            nowhere = rows._replace(cache_slot=torch.full((tokens,), -1, device=device))
-            yield {**example, "norms": HeadNorms(None, None, 1e-6), "rows": nowhere}
-
-
 ROPE_STORE = Op(
     "rope_store",
     rope_store_reference,
-    examples=_examples,
     outputs=("key_cache", "value_cache"),
     tolerance=1e-4,
     why="a key between two bfloat16 may be rounded to either",

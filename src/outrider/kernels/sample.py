@@ -16,14 +16,11 @@ that hold a NaN give an index in range and nothing more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from outrider.kernels.noise import bits_at, gumbel
-from outrider.kernels.op import Example, Op
-from outrider.tensors import Purpose
+from outrider.kernels.op import Op
 
 
 def gumbel_argmax_reference(
@@ -48,50 +45,9 @@ def gumbel_argmax_reference(
     return column if ids is None else ids[column]
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    slots = 4
-    temperature = torch.arange(slots).float() % 3
-    seed = torch.randint(-(2**62), 2**62, (slots,), generator=generator)
-    for rows, size, scale in (
-        (1, 1, 1.0),
-        (3, 7, 1.0),
-        (5, 1031, 0.0),
-        (7, 6144, 3.0),
-        (2, 4999, 12.0),
-        (33, 2050, 1.0),
-        (1, 151_936, 2.0),
-    ):
-        logits = torch.randn((rows, size), generator=generator) * scale
-        if size > 100:
-            logits[0, ::3] = -torch.inf
-        if rows > 4:
-            logits[1] = logits[1].round()  # ties
-            logits[2] = -torch.inf
-            logits[3] = -torch.inf
-            logits[3, size - 1] = -900.0
-            logits[4, 5::7] = torch.inf
-        slot = (torch.arange(rows) + 1) % slots  # a row alone is drawn with noise
-        example = {
-            "logits": logits.to(device),
-            "temperature": temperature.to(device),
-            "seed": seed.to(device),
-            "position": torch.randint(0, 4096, (rows,), generator=generator).to(device),
-            "purpose": int(Purpose.TARGET),
-            "slot": slot.to(device),
-        }
-        own = {"temperature": temperature[slot].to(device), "seed": seed[slot].to(device), "slot": None}
-        ids = torch.randperm(3 * size, generator=generator)[:size].sort().values.to(device)
-        yield example
-        yield {**example, **own, "ids": ids}
-        if size in (7, 6144):
-            yield {**example, "temperature": None, "ids": ids}
-            yield {**example, "temperature": None}
-
-
 GUMBEL_ARGMAX = Op(
     name="gumbel_argmax",
     reference=gumbel_argmax_reference,
-    examples=_examples,
     tolerance=0.0,
     why="tokens are compared, not numbers",
 )

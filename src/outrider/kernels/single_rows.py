@@ -7,12 +7,10 @@ position 0 and goes nowhere (cache_slot -1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 
 
 def single_rows_reference(
@@ -41,26 +39,10 @@ def single_rows_reference(
     return query_start, bonus, first + step, (own + 1).int(), own, cache_slot
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
-    for size, num_drafts in ((1, 1), (1, 7), (3, 32), (33, 2), (128, 7)):
-        bonus = torch.randint(0, 99, (size, 1), generator=generator)
-        first = torch.randint(2, 30, (size, 1), generator=generator)
-        guess = torch.arange(num_drafts)
-        yield {
-            "logits_index": bonus.repeat(1, num_drafts).flatten().to(device),
-            "guess_position": (first + guess).flatten().to(device),
-            "length": torch.randint(0, num_drafts + 1, (size,), generator=generator).int().to(device),
-            "block_table": torch.randint(0, 99, (size, 16), generator=generator).int().to(device),
-            "num_drafts": num_drafts,
-            "block_size": 4,
-        }
-
-
 SINGLE_ROWS = Op(
     "single_rows",
     single_rows_reference,
     ("cuda",),
-    examples=_examples,
     tolerance=0.0,
     why="indices",
 )

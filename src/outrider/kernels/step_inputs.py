@@ -8,13 +8,10 @@ and logits rows past the last row's (drawn, and read by nobody).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 from outrider.tensors import Draft, PagedRows, Slots, StepBatch
 
 
@@ -96,89 +93,9 @@ def load_draft(slots: Slots, batch: StepBatch) -> Draft:
     return Draft(tokens=batch.draft_tokens, length=batch.num_drafts, logits=logits)
 
 
-def example_slots(generator: torch.Generator, device: torch.device, num_slots: int, max_len: int, width: int) -> Slots:
-    """Slots full of distinct values, one token behind; block 0 of a table is never used."""
-
-    def move(table: Any) -> Any:
-        return None if table is None else table.to(device)
-
-    blocks = -(-max_len // 4)
-    length = torch.randint(max_len // 4, max_len // 2, (num_slots,), generator=generator).int()
-    slots = Slots(
-        tokens=torch.arange(num_slots * max_len).view(num_slots, max_len),
-        length=length,
-        computed=length - 1,
-        block_table=1 + torch.randperm(num_slots * blocks, generator=generator).view(num_slots, blocks).int(),
-        temperature=torch.zeros(num_slots),
-        seed=torch.arange(num_slots),
-        draft_tokens=10_000 + torch.arange(num_slots * width).view(num_slots, width),
-        draft_length=torch.zeros(num_slots, dtype=torch.int32),
-        draft_logits=None,
-    )
-    return Slots(**{name: move(getattr(slots, name)) for name in Slots.__slots__})
-
-
-Case = tuple[int, int, int, int]
-"""A plan's row: slot, num_tokens, num_drafts, ends_prompt."""
-
-
-def example_rows(generator: torch.Generator, num_rows: int, width: int, num_empty: int = 0) -> list[Case]:
-    """Rows with 0 to `width` drafts, every eighth inside its prompt or at its end; then `num_empty` that pad."""
-    drafts = torch.randint(0, width + 1, (num_rows,), generator=generator).tolist()
-    drafts[0] = width
-    rows = []
-    for slot, drafted in enumerate(drafts):
-        chunk = slot % 8 == 7
-        rows.append((slot, 9 if chunk else drafted + 1, 0 if chunk else drafted, int(not chunk or slot % 16 == 7)))
-    return rows[::-1] + [(num_rows, 0, 0, 0)] * num_empty
-
-
-def example_step(
-    generator: torch.Generator, device: torch.device, rows: list[Case], width: int
-) -> tuple[Slots, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Slots in which such rows can be run, and the rows' columns."""
-    slots = example_slots(generator, device, max(row[0] for row in rows) + 4, 37 if width < 8 else 80, width)
-    for slot, num_tokens, num_drafts, ends in rows:
-        behind = num_tokens - num_drafts + (0 if ends else 2)
-        slots.computed[slot] = max(int(slots.length[slot]) - behind, 0)
-    columns = torch.tensor(rows, device=device)
-    return slots, (columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3])
-
-
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    # a decode row, drafts, a chunk inside a prompt, a prompt's end, padding
-    mixed = [(2, 1, 0, 1), (0, 4, 3, 1), (5, 2, 1, 1), (3, 7, 0, 0), (1, 5, 0, 1), (6, 0, 0, 0), (6, 0, 0, 0)]
-    for width, padding, rows in (
-        (0, 0, [(1, 1, 0, 1)]),
-        (3, 0, [(4, 4, 3, 1)]),
-        (3, 2, mixed),
-        (3, 8, [(6, 0, 0, 0), (6, 0, 0, 0)]),
-        (32, 40, example_rows(generator, 2, 32)),
-        (1, 3, example_rows(generator, 33, 1)),
-        (7, 21, example_rows(generator, 125, 7, num_empty=3)),
-    ):
-        slots, (slot, num_tokens, num_drafts, ends_prompt) = example_step(generator, device, rows, width)
-        example = {
-            "slots": slots,
-            "slot": slot,
-            "num_query": sum(row[1] for row in rows) + padding,
-            "num_logits": sum(row[2] + 1 for row in rows if row[3]) + padding,
-            "block_size": 4,
-        }
-        if rows is mixed:
-            yield {
-                **example,
-                "num_tokens": num_tokens.int(),
-                "num_drafts": num_drafts.int(),
-                "ends_prompt": ends_prompt.bool(),
-            }
-        yield {**example, "num_tokens": num_tokens, "num_drafts": num_drafts, "ends_prompt": ends_prompt}
-
-
 ASSEMBLE = Op(
     name="assemble",
     reference=assemble_reference,
-    examples=_examples,
     tolerance=0.0,
     why="indices",
 )

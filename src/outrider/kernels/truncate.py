@@ -12,12 +12,10 @@ belongs to slot[l], and rows of temperature 0 have everything off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from outrider.kernels.op import Example, Op
+from outrider.kernels.op import Op
 
 
 def by_row(
@@ -61,34 +59,9 @@ def truncate_reference(
     return logits.masked_fill_(logits < torch.maximum(floor, pth), -torch.inf)
 
 
-def _examples(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
-    asked = {
-        "top_k": torch.tensor([0, 1, 40, 0, 0, 5, 20, 5, 9999], dtype=torch.int32, device=device),
-        "top_p": torch.tensor([1.0, 1.0, 1.0, 0.9, 1.0, 0.5, 0.95, 0.01, 0.999], device=device),
-        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05, 0.0, 0.01, 0.0, 0.5], device=device),
-    }
-    for size, scale in ((1, 1.0), (7, 1.0), (1031, 3.0), (6144, 0.5)):
-        logits = torch.randn((9, size), generator=generator) * scale
-        logits[5] = logits[5].round()  # ties
-        logits[6, 1::2] = -torch.inf
-        yield {"logits": logits.to(device), **asked}
-    for slot, size in (([3], 700), ([6], 151_936), ([7, 0, 3, 8, 1, 2, 4, 6, 5, 7, 3], 70)):
-        logits = torch.randn((len(slot), size), generator=generator) * 2
-        if len(slot) > 1:
-            logits[2, 1:] = -torch.inf
-            logits[7:9] = 0.0
-        yield {
-            "logits": logits.to(device),
-            **asked,
-            "temperature": torch.tensor([1.0, 1.0, 0.5, 2.0, 1.0, 1.0, 0.6, 0.0, 1.0], device=device),
-            "slot": torch.tensor(slot, device=device),
-        }
-
-
 TRUNCATE = Op(
     name="truncate",
     reference=truncate_reference,
-    examples=_examples,
     outputs=("logits",),
     tolerance=0.0,
     why="logits are kept or cut, never changed",

@@ -7,10 +7,11 @@ import os
 import pytest
 import torch
 
+from kernel_examples.steps import example_slots
 from outrider.kernels.cpu.draft_rows import draft_rows_cpu
 from outrider.kernels.draft_rows import draft_rows_reference
 from outrider.kernels.gpu.draft_rows import draft_rows_gpu
-from outrider.kernels.step_inputs import assemble_reference, example_slots
+from outrider.kernels.step_inputs import assemble_reference
 
 INTERPRETED = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="not interpreted")
 LIMIT, MASK = 30, 7

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernel_examples.steps import example_slots
 from outrider.errors import OptionError
 from outrider.kernels.accept_drafts import accept_drafts_reference
 from outrider.kernels.cpu.accept_drafts import accept_drafts_cpu
 from outrider.kernels.gpu.accept_drafts import accept_drafts_gpu
-from outrider.kernels.step_inputs import ASSEMBLE, example_slots
+from outrider.kernels.step_inputs import ASSEMBLE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch
 from outrider.verify.exact import Exact
 from outrider.verify.registry import VERIFIERS, build_verifier

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -128,22 +128,23 @@ def _release(emitter: Emitter, scratch: Int) -> None:
     _tile_call(emitter, "tilerelease")
 
 
-def _sum_tiles(
-    emitter: Emitter,
-    height: int,
-    width: int,
-    weight: Int,
-    apart: Int,
-    gated: bool,
-    bias: Int,
-    size: Int,
-    packed: Int,
-    out: Int,
-    outputs: Int,
-    left: Int,
-    scratch: Int,
-) -> None:
-    """32 outputs of `width` tiles of `height` tokens, of which `left` are wanted."""
+class _Sums(NamedTuple):
+    """What tiles are summed: 32 outputs of tokens of which `left` are wanted."""
+
+    weight: Int
+    apart: Int
+    bias: Int
+    size: Int
+    packed: Int
+    out: Int
+    outputs: Int
+    left: Int
+    scratch: Int
+
+
+def _sum_tiles(emitter: Emitter, height: int, width: int, gated: bool, given: _Sums) -> None:
+    """The outputs of `width` tiles of `height` tokens."""
+    weight, apart, bias, size, packed, out, outputs, left, scratch = given
     builder, stride, panel = emitter.builder, emitter.times(size, 2), emitter.times(size, 4 * height)
     sums = [(o, t, _SUMS[2 * o + t]) for o in range(2) for t in range(width)]
     for _, _, tile in sums:
@@ -222,15 +223,15 @@ def _multiply(
 ) -> None:
     """Two times 16 outputs, whose weights lie `apart` outputs from each other, of up to `height` tokens, or of up to
     32 where tiles hold 16. Gated, the first 16 are gates of the second, and what is stored is their product."""
-    given = bias, size, packed, out, outputs, left, scratch
+    given = _Sums(weight, apart, bias, size, packed, out, outputs, left, scratch)
 
     def of_mode(gated: bool) -> None:
         with emitter.builder.if_else(emitter.builder.icmp_signed(">", left, left.type(LANES))) as (two, one):
             with two:
-                _sum_tiles(emitter, LANES, 2, weight, apart, gated, *given)
+                _sum_tiles(emitter, LANES, 2, gated, given)
             with one:
                 each = partial(_sum_tiles, emitter)
-                emitter.each_height(height, lambda height: each(height, 1, weight, apart, gated, *given), _HEIGHTS)
+                emitter.each_height(height, lambda height: each(height, 1, gated, given), _HEIGHTS)
 
     with emitter.builder.if_else(emitter.builder.icmp_signed("!=", gated, gated.type(0))) as (is_gated, plain):
         with is_gated:

@@ -9,6 +9,8 @@ order, 0 for none, and that of where to copy the stream that enters it, in rows 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import carray
 
@@ -76,6 +78,17 @@ def few_tokens(
     free(planned.tasks)
 
 
+class Split(NamedTuple):
+    """How many tokens are shared out among threads, and what the threads work in."""
+
+    chunk: int  # tokens that a thread takes at once
+    plans: int  # of the chunks
+    memories: int  # of all threads
+    each: int  # bytes of a thread's memory
+    areas_at: int  # in that
+    query: int
+
+
 @task()
 def _apart(
     tickets: int,
@@ -87,9 +100,7 @@ def _apart(
     rows: Rows,
     x: int,
     residual: int,
-    chunk: int,
-    plans: int,
-    memories: Memory,  # of all threads, the bytes of each, where areas lie in those, and the query
+    split: Split,
     result: int,
 ) -> None:
     """All layers of many tokens: each thread takes chunks of them through what lies between two attentions.
@@ -98,10 +109,10 @@ def _apart(
     unless that one is busy elsewhere.
     """
     hidden, query_size, tokens = shape.hidden, shape.heads.num_heads * shape.heads.head_dim, rows.num_tokens
-    memory_of_all, each, areas_at, query = memories
+    chunk, plans, memories, each, areas_at, query = split
     me = add(tickets, 1)
     chunks = (tokens + chunk - 1) // chunk
-    activations = memory_of_all + me * each
+    activations = memories + me * each
     memory = places(activations, chunk, shape)
     own = allocate(_PHASES)
     for step in range(count + 1):
@@ -165,8 +176,8 @@ def many_tokens(
     size = (count + 1) * (PHASE + threads * _LINE)
     phases = allocate(size)
     clear(phases, size)
-    memory = Memory(memories, each, areas_at, query)
-    given = (phases, threads, layers, count, shape, rows, x, residual, chunk, plans, memory, result)
+    split = Split(chunk, plans, memories, each, areas_at, query)
+    given = (phases, threads, layers, count, shape, rows, x, residual, split, result)
     parallel(_apart, threads, given)
     free(phases)
     free(query)

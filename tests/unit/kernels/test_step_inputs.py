@@ -10,12 +10,13 @@ from dataclasses import fields
 import pytest
 import torch
 
+from kernel_examples.steps import example_slots
 from outrider.kernels.commit import commit_reference, store_draft_reference
 from outrider.kernels.cpu.commit import commit_cpu
 from outrider.kernels.cpu.step_inputs import assemble_cpu
 from outrider.kernels.gpu.commit import commit_gpu, store_draft_gpu
 from outrider.kernels.gpu.step_inputs import assemble_gpu
-from outrider.kernels.step_inputs import assemble_reference, example_slots, load_draft, locate
+from outrider.kernels.step_inputs import assemble_reference, load_draft, locate
 from outrider.tensors import Draft, Slots, Verdict
 
 CPU = torch.device("cpu")
