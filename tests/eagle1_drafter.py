@@ -86,7 +86,7 @@ class Eagle1(Drafter):
 
     def propose(self, context: DraftContext) -> Draft:
         batch, tokens = context.batch, [context.next_token]
-        last = (batch.query_start[:-1] + context.committed - 1).clamp(min=0)
+        last = (batch.rows.query_start[:-1] + context.committed - 1).clamp(min=0)
         hidden: Tensor = context.target.hidden[last]
         for _ in range(self.num_drafts):
             hidden = torch.cat([self._parts.embedding(tokens[-1]), hidden], dim=-1) @ self._fc.T

@@ -69,11 +69,11 @@ class Mtp(Drafter):
 
     def propose(self, context: DraftContext) -> Draft:
         batch, size = context.batch, self.target.sizes.block_size
-        last = batch.query_start[:-1] + context.committed - 1
-        position = batch.positions[last]
-        block = batch.block_table.gather(1, (position // size)[:, None])[:, 0].long()
-        written = batch.cache_slot >= 0
-        there = batch.cache_slot[written]
+        last = batch.rows.query_start[:-1] + context.committed - 1
+        position = batch.rows.positions[last]
+        block = batch.rows.block_table.gather(1, (position // size)[:, None])[:, 0].long()
+        written = batch.rows.cache_slot >= 0
+        there = batch.rows.cache_slot[written]
         hidden: Tensor = context.target.hidden
         tokens = [context.next_token]
         for cache, projection in zip(self.caches, self._projections, strict=True):

@@ -21,7 +21,7 @@ from outrider.draft.host import HostDrafter
 from outrider.errors import CheckpointError, OptionError
 from outrider.layers.weight import TensorSlot
 from outrider.load.checkpoint import Checkpoint, TensorInfo, load_weights
-from outrider.tensors import Draft, Purpose, Slots, StepBatch, TargetOutput
+from outrider.tensors import Draft, PagedRows, Purpose, Slots, StepBatch, TargetOutput
 
 __all__ = [
     "AcceptancePattern",
@@ -39,6 +39,7 @@ __all__ = [
     "Match",
     "Mismatch",
     "OptionError",
+    "PagedRows",
     "Purpose",
     "Sizes",
     "Slots",
