@@ -21,8 +21,7 @@ class Embedding:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[T] int64 -> [T, H] in the activations' dtype."""
-        embedded: Tensor = self._embed(ids, self.weight.tensor, self._dtype)
-        return embedded
+        return self._embed(ids, self.weight.tensor, self._dtype)
 
     def slots(self, prefix: str) -> WeightSlots:
         return {f"{prefix}weight": TensorSlot(self.weight.tensor, is_read=self._is_head)}

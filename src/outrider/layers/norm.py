@@ -20,13 +20,11 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
-        out: Tensor = self._norm(x, self.weight, self.eps)
-        return out
+        return self._norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Adds x to `residual` in place; returns the sum, normalised."""
-        out: Tensor = self._add_norm(x, residual, self.weight, self.eps)
-        return out
+        return self._add_norm(x, residual, self.weight, self.eps)
 
     def slots(self, prefix: str) -> WeightSlots:
         return {f"{prefix}weight": TensorSlot(self.weight, is_norm=True)}

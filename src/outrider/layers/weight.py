@@ -109,8 +109,7 @@ class Dense:
         return {"weight": TensorSlot(self.tensor[first:last])}
 
     def multiply(self, x: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
-        product: Tensor = self._linear(x, self.tensor, bias, wide)
-        return product
+        return self._linear(x, self.tensor, bias, wide)
 
 
 def dense_tensor(weight: Weight) -> Tensor:

@@ -258,8 +258,7 @@ class HeadDrafter(Drafter):
         """[rows, H], the projected features that each row takes; a mask row takes `mask_row` [1, H]."""
         features = context.target.features
         assert features is not None, "the runner gives the auxiliary hidden states that were asked for"
-        gathered: Tensor = self._gather(self.network.project(features), mask_row, rows.source)
-        return gathered
+        return self._gather(self.network.project(features), mask_row, rows.source)
 
     def guess(
         self,
@@ -277,7 +276,7 @@ class HeadDrafter(Drafter):
         slots = context.slots
         scaled, temperature, seed = self._scale_hidden(normed, slots.temperature, slots.seed, slot, self._argmax)
         logits = self.network.logits(scaled)
-        tokens: Tensor = self._sample(logits, temperature, seed, position, context.noise, self._ids)
+        tokens = self._sample(logits, temperature, seed, position, context.noise, self._ids)
         return tokens, self._draft_logits(logits, tokens) if slots.draft_logits is not None else None
 
     def _draft_logits(self, logits: Tensor, tokens: Tensor) -> Tensor:

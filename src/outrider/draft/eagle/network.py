@@ -120,7 +120,7 @@ class HeadNetwork:
         token_norm, hidden_norm = self.layers[0].input_norm, self.layers[0].hidden_norm
         assert hidden_norm is not None
         norms = token_norm.weight, hidden_norm.weight, hidden_norm.eps
-        joined: Tensor = self._join(ids, self.embedding.weight.tensor, hidden, *norms)
+        joined = self._join(ids, self.embedding.weight.tensor, hidden, *norms)
         residual = joined[:, hidden.shape[1] :].contiguous() if self.config.norm_before_residual else hidden
         x = self.layers.run(joined, residual, batch, self.rope, cache)
         normed = self.norm(residual) if x is None else self.norm.add(x, residual)

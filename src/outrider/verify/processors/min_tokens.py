@@ -32,5 +32,4 @@ class MinTokens(LogitsProcessor):
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots, state: State) -> Tensor:
         mask = MIN_TOKENS_MASK.on(logits.device)
-        masked: Tensor = mask(logits, batch.logits_slot, batch.logits_position, state["min_length"], state["stop_ids"])
-        return masked
+        return mask(logits, batch.logits_slot, batch.logits_position, state["min_length"], state["stop_ids"])

@@ -26,5 +26,4 @@ class Temperature(LogitsProcessor):
         return super().wanted(sampling) and not sampling.greedy
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots, state: State) -> Tensor:
-        divided: Tensor = DIVIDE_LOGITS.on(logits.device)(logits, slots.temperature, batch.logits_slot)
-        return divided
+        return DIVIDE_LOGITS.on(logits.device)(logits, slots.temperature, batch.logits_slot)

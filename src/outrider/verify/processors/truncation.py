@@ -35,7 +35,6 @@ class Truncation(LogitsProcessor):
         return {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots, state: State) -> Tensor:
-        truncated: Tensor = TRUNCATE.on(logits.device)(
+        return TRUNCATE.on(logits.device)(
             logits, state["top_k"], state["top_p"], state["min_p"], slots.temperature, batch.logits_slot
         )
-        return truncated
