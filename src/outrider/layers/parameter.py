@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from outrider.kernels.op import Op
 from outrider.layers.weight import Dense, Weight
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def activation_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -50,7 +53,7 @@ class Allocator:
         """A matrix [sum of parts, in] in the form asked for."""
         return self.form(parts, inputs, self)
 
-    def kernel(self, op: Op[..., Any]) -> Callable[..., Any]:
+    def kernel(self, op: Op[P, R]) -> Callable[P, R]:
         """What computes an op for these parameters."""
         return op.on(self.device)
 
