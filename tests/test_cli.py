@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from checkpoints import EOS, write, write_tokenizer
 from heads import TAPS, head_tensors, tiny_head
 from outrider.cli import common
 from outrider.cli import main as cli
@@ -86,6 +87,25 @@ def test_explain_json(outrider: Any) -> None:
     if result["device"] == "cpu":
         (reason,) = result["passed_over"]
         assert (reason["runner"], reason["feature"]) == ("graph", "cpu") and "no CUDA graphs" in reason["reason"]
+
+
+def test_explain_shows_what_was_taken_where_several_places_speak(outrider: Any, tmp_path: Path) -> None:
+    write(tmp_path, eos_token_id=0)
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7], "temperature": 0.6, "top_k": 20}')
+    path = tmp_path / "config.json"
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_scaling": scaling, "torch_dtype": "float16"}))
+    code, out, _ = outrider("explain", str(tmp_path), "--json")
+    facts = json.loads(out)["facts"]
+    assert code == 0 and facts["end_of_text"]["taken"] == [0, 7, EOS]
+    assert facts["end_of_text"]["said"]["tokenizer_config.json"] == [EOS]
+    assert facts["sampling_defaults"]["taken"] == {"temperature": 0.6, "top_k": 20}
+    assert facts["rope"]["taken"].startswith("linear") and "rope_parameters" in facts["rope"]["note"]
+    assert facts["dtype"]["taken"] == "float32" and "torch_dtype" in facts["dtype"]["note"]
+    code, out, _ = outrider("explain", str(tmp_path), "--generation-config", "none")
+    assert code == 0 and "end of text [0, 7, 256]" in out and "generation_config.json says" in out
+    assert "sampling defaults {}" in out
 
 
 def test_explain_shows_the_head(outrider: Any, tiny: Callable[..., Path]) -> None:

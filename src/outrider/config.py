@@ -18,15 +18,15 @@ import torch
 from outrider import env
 from outrider.capability import Feature, Part
 from outrider.core.option import option, wrong_types
-from outrider.core.reading import Reader
-from outrider.core.sampling import MAX_STOP_IDS
+from outrider.core.reading import Fact
 from outrider.core.sizes import Sizes
 from outrider.device import device_part, find_device
 from outrider.draft.base import Drafter, Footprint, TargetFacts
 from outrider.draft.registry import parse_speculative_config
-from outrider.errors import CapacityError, CheckpointError, OptionError, nearest
+from outrider.errors import CapacityError, OptionError, nearest
 from outrider.layers.backend import choose_backend
-from outrider.load.checkpoint import Checkpoint, read_json
+from outrider.load.checkpoint import Checkpoint
+from outrider.load.facts import end_of_text, sampling_defaults
 from outrider.load.hub import BUNDLED_HEADS, locate
 from outrider.models.config import DTYPES, ModelConfig
 from outrider.models.decoder import Decoder
@@ -91,6 +91,9 @@ class EngineOptions:
         False, "time the parts of a step on the device, for benchmarks; only the graph runner can"
     )
     load_format: str = option(AUTO, "auto (safetensors), or dummy: random weights, for benchmarks")
+    generation_config: str = option(
+        AUTO, "auto: requests take the sampling defaults of the checkpoint's generation_config.json; none: they do not"
+    )
     seed: int = option(0, "seed of requests that bring none")
     verifier: str = option(DEFAULT_VERIFIER, f"{', '.join(VERIFIERS)}; what each promises stands in its file")
     logits_processors: Sequence[str] | None = option(
@@ -128,6 +131,10 @@ class Resolved:
     parts: tuple[Part, ...]
     verdict: Choice | RefusedError
     eos_token_ids: tuple[int, ...]
+    sampling_defaults: Mapping[str, Any]
+    """What requests take that do not say otherwise."""
+    facts: tuple[Fact, ...]
+    """What was taken where several places of the checkpoint may say a thing."""
 
     def served_by(self) -> Choice:
         """The runner that serves, and why not the others. RefusedError, with every reason, if none does."""
@@ -152,6 +159,8 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     checkpoint = Checkpoint.open(locate(options.model))
     directory = checkpoint.directory
     model_config = ModelConfig.from_dict(checkpoint.config)
+    eos_token_ids, ends = end_of_text(directory, checkpoint.config, model_config.vocab_size)
+    defaults, fact_of_defaults = sampling_defaults(directory, used=options.generation_config == AUTO)
     model = find_model(model_config.architecture, options.model_class)
     drafter, draft_options = parse_speculative_config(
         options.speculative_config, BUNDLED_HEADS if options.model is None else None
@@ -194,7 +203,18 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         progress=progress,
     )
     answers = runner, _scheduler_options(runner, options), mesh, parts, _with_layers(verdict, runner, footprint)
-    return Resolved(options, directory, *answers, _eos_token_ids(directory, model_config))
+    facts = *model_config.facts, ends, fact_of_defaults
+    _say(facts, model_config.rope.note(memory.max_model_len))
+    return Resolved(options, directory, *answers, eos_token_ids, defaults, facts)
+
+
+def _say(facts: Sequence[Fact], rope: str | None) -> None:
+    """Logs what a user should know of how the checkpoint was read."""
+    for fact in facts:
+        if fact.note is not None:
+            logger.warning("%s: %s", fact.name, fact.note)
+    if rope is not None:
+        logger.warning("rope: %s", rope)
 
 
 def _target(options: EngineOptions, checkpoint: Checkpoint, config: ModelConfig, num_drafts: int) -> TargetFacts:
@@ -308,6 +328,8 @@ def _check_values(options: EngineOptions) -> None:
     backend = options.distributed_executor_backend
     if backend not in EXECUTOR_BACKENDS:
         raise OptionError(f"unknown distributed_executor_backend: {backend} ({nearest(backend, EXECUTOR_BACKENDS)})")
+    if options.generation_config not in (AUTO, "none"):
+        raise OptionError(f"unknown generation_config: {options.generation_config} (known: auto, none)")
     if options.load_format not in (AUTO, "dummy"):
         raise OptionError(f"unknown load_format: {options.load_format} (known: auto, dummy)")
 
@@ -318,13 +340,3 @@ def _max_model_len(wanted: int | None, config: ModelConfig) -> int:
     if wanted > config.longest:
         raise OptionError(f"max_model_len {wanted} is more than the model's positions: at most {config.longest}")
     return wanted
-
-
-def _eos_token_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
-    """What ends a text: generation_config.json says it where there is one, else config.json."""
-    path = directory / "generation_config.json"
-    eos = Reader(read_json(path), path.name).token_ids("eos_token_id") if path.exists() else ()
-    eos = eos or config.eos_token_ids
-    if len(eos) > MAX_STOP_IDS:
-        raise CheckpointError(f"{directory} names {len(eos)} end-of-text tokens: at most {MAX_STOP_IDS} are supported")
-    return eos

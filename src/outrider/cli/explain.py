@@ -77,6 +77,7 @@ def _configuration(resolved: Resolved) -> dict[str, Any]:
         "dtype": str(runner.dtype).removeprefix("torch."),
         "device": str(runner.device),
         "max_model_len": runner.sizes.max_model_len,
+        "facts": {fact.name.replace(" ", "_"): fact.to_dict() for fact in resolved.facts},
         "parts": [
             {"part": part.name, "needs": sorted(feature.name.lower() for feature in part.needs)}
             for part in resolved.parts
@@ -111,6 +112,10 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     out.print(
         f"drafting {describe_drafting(resolved)}; verifier {runner.verifier.name}; {runner.dtype} on {runner.device}"
     )
+    for fact in resolved.facts:
+        out.print(escape(str(fact)))
+        if fact.note is not None:
+            out.print(f"  [yellow]{escape(fact.note)}[/]")
     head = describe_head(resolved)
     if head is not None:
         rest = (f"{name.replace('_', ' ')} {value}" for name, value in head.items() if name != "directory")

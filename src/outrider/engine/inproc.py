@@ -41,6 +41,11 @@ class InprocClient:
         """What ends a text."""
         return self.engine.resolved.eos_token_ids
 
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """What requests take that do not say otherwise."""
+        return self.engine.resolved.sampling_defaults
+
     def acceptance(self) -> AcceptanceReport:
         """How drafts fared over the life of the engine."""
         return self.engine.acceptance()

@@ -85,6 +85,7 @@ class LLM:
         else:
             engine = build_engine(options, progress, recording)
             self._client, self._directory = InprocClient(engine), engine.resolved.directory
+        self._sampling_defaults = SamplingParams(**self._client.sampling_defaults)
         self._tokenizer: Tokenizer | None = None
         self._num_prompts = 0
 
@@ -109,6 +110,10 @@ class LLM:
         """The transformers tokenizer, as vLLM gives it."""
         return self.tokenizer.wrapped
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used where none are given: those of the checkpoint's generation_config.json, as in vLLM."""
+        return self._sampling_defaults
+
     def acceptance(self) -> AcceptanceReport:
         """How drafts fared over the life of this LLM."""
         return self._client.acceptance()
@@ -131,7 +136,7 @@ class LLM:
         wrong with one completion alone, in its text say, is raised, and the others are aborted.
         """
         many = as_prompts(prompts)
-        sampling = one_each(sampling_params, len(many))
+        sampling = one_each(sampling_params, len(many), self._sampling_defaults)
         encoded = [self._encode(prompt) for prompt in many]
         generation = self._start(encoded, sampling, keeps_pieces=False)
         num_ended, count = 0, len(generation.completions)
@@ -164,7 +169,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Completes one prompt, token by token as they come; closing or dropping the stream aborts it."""
-        sampling = one_each(sampling_params, 1)
+        sampling = one_each(sampling_params, 1, self._sampling_defaults)
         generation = self._start([self._encode(prompt)], sampling, keeps_pieces=True)
         return Stream(generation, self._client.step, self._client.release)
 

@@ -94,10 +94,10 @@ def as_template_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(given or {})
 
 
-def one_each(given: Any, count: int) -> list[SamplingParams]:
-    """Sampling parameters for each of so many prompts: none, one for all, or one each."""
+def one_each(given: Any, count: int, default: SamplingParams) -> list[SamplingParams]:
+    """Sampling parameters for each of so many prompts, given none, one for all, or one each."""
     if given is None:
-        return [SamplingParams()] * count
+        return [default] * count
     if isinstance(given, SamplingParams):
         return [given] * count
     listed = isinstance(given, Sequence) and not isinstance(given, str)

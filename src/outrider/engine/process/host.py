@@ -228,4 +228,5 @@ def _facts(engine: Engine) -> Facts:
         runner=verdict["runner"],
         forced=verdict["forced"],
         passed_over=verdict["passed_over"],
+        sampling_defaults=dict(resolved.sampling_defaults),
     )

@@ -70,6 +70,7 @@ class Facts(msgspec.Struct, frozen=True):
     runner: str
     forced: bool
     passed_over: list[dict[str, str]]  # runner, part, feature, reason
+    sampling_defaults: dict[str, Any] = {}  # of requests that do not say otherwise
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):

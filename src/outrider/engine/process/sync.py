@@ -71,6 +71,7 @@ class SyncEngineClient:
             self.close()
             raise
         self.verifier, self.eos_token_ids = facts.verifier, facts.eos_token_ids
+        self.sampling_defaults = facts.sampling_defaults
 
     def _call(self, work: Coroutine[Any, Any, Made]) -> Made:
         """Runs it on the client's thread. An interrupt cancels it there."""

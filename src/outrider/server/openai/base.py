@@ -107,7 +107,8 @@ async def begin(
     try:
         asked.check()
         service.check_model(asked.model)
-        begun = asyncio.ensure_future(service.begin(asked, prompts, asked.sampling(**defaults)))
+        params = asked.sampling(**service.facts.sampling_defaults, **defaults)
+        begun = asyncio.ensure_future(service.begin(asked, prompts, params))
         try:
             return await unless_gone(request, begun)
         except BaseException:

@@ -1,0 +1,122 @@
+"""Facts that several files of a checkpoint may state: each has one reader, which lists every place and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from outrider.core.reading import Fact, Reader
+from outrider.core.sampling import MAX_STOP_IDS, SamplingParams
+from outrider.errors import CheckpointError, SamplingError
+from outrider.load.checkpoint import read_json
+
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
+"""Sampling parameters of a generation_config.json that requests take as their defaults, as in vLLM."""
+
+UNUSED_KEYS = {
+    "repetition_penalty": (1, "is not offered yet and left out"),
+    "max_new_tokens": (None, "is no default here: give max_tokens"),
+}
+"""Those that are defaults in vLLM and not here: the value that asks for nothing, and what is said of others."""
+
+
+def end_of_text(directory: Path, config: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...], Fact]:
+    """Every token that ends a text: config.json's, generation_config.json's and the tokenizer's, together.
+
+    A checkpoint may name the end of a text in one place and the end of a turn in another. CheckpointError for ids that
+    are none, and for more of them than the engine takes.
+    """
+    said: dict[str, Sequence[int]] = {}
+    notes = []
+    for place, ids in (
+        ("config.json", Reader(config).token_ids("eos_token_id")),
+        (
+            GENERATION_CONFIG,
+            Reader(_optional(directory / GENERATION_CONFIG), GENERATION_CONFIG).token_ids("eos_token_id"),
+        ),
+    ):
+        if ids:
+            said[place] = ids
+    for place, written in _named_ends(directory):
+        token = _token_id(directory, written)
+        if token is None:
+            notes.append(f"{place} names {written!r}, which is no token of the vocabulary")
+        else:
+            said[place] = (*said.get(place, ()), token)
+    union = list(dict.fromkeys(token for ids in said.values() for token in ids))
+    taken = tuple(token for token in union if token < vocab_size)
+    if len(taken) < len(union):
+        beyond = ", ".join(str(token) for token in union if token >= vocab_size)
+        notes.append(f"{beyond} is outside the vocabulary of {vocab_size}, and never comes")
+    if len(taken) > MAX_STOP_IDS:
+        raise CheckpointError(
+            f"{directory} names {len(taken)} end-of-text tokens: at most {MAX_STOP_IDS} are supported"
+        )
+    places = {place: list(ids) for place, ids in said.items()}
+    return taken, Fact("end of text", list(taken), places, "; ".join(notes) or None)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _named_ends(directory: Path) -> list[tuple[str, str]]:
+    """The tokens that the tokenizer's files name as an end, with the file."""
+    found: list[tuple[str, str]] = []
+    for place in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        held = Reader(_optional(directory / place), place)
+        for key in ("eos_token", "eot_token"):
+            value = held.values.get(key)
+            if value is None:
+                continue
+            written = held.inner(key).text("content") if isinstance(value, Mapping) else held.text(key)
+            if (place, written) not in found:
+                found.append((place, written))
+    return found
+
+
+def _token_id(directory: Path, written: str) -> int | None:
+    """A token's id by the way it is written; None if the tokenizer's files do not tell."""
+    added = Reader(_optional(directory / TOKENIZER_CONFIG), TOKENIZER_CONFIG).inner("added_tokens_decoder").values
+    for token, entry in added.items():
+        if isinstance(entry, Mapping) and entry.get("content") == written and str(token).isdecimal():
+            return int(token)
+    tokenizer = Reader(_optional(directory / "tokenizer.json"), "tokenizer.json")
+    listed = tokenizer.values.get("added_tokens")
+    for entry in listed if isinstance(listed, list) else ():
+        if isinstance(entry, Mapping) and entry.get("content") == written and isinstance(entry.get("id"), int):
+            return int(entry["id"])
+    vocab: Any = tokenizer.inner("model").values.get("vocab")
+    if isinstance(vocab, list):  # a Unigram model: pieces with their scores
+        vocab = {pair[0]: at for at, pair in enumerate(vocab) if isinstance(pair, list) and pair[:1] == [written]}
+    found = vocab.get(written) if isinstance(vocab, Mapping) else None
+    return found if isinstance(found, int) else None
+
+
+def sampling_defaults(directory: Path, used: bool) -> tuple[dict[str, Any], Fact]:
+    """What generation_config.json gives requests that do not say otherwise, as in vLLM; nothing unless `used`.
+
+    CheckpointError for a value that no request could have.
+    """
+    held = _optional(directory / GENERATION_CONFIG)
+    given = {key: held[key] for key in SAMPLING_KEYS if held.get(key) is not None}
+    unused = {key: held[key] for key, (none, _) in UNUSED_KEYS.items() if held.get(key) not in (None, none)}
+    said = {GENERATION_CONFIG: {**given, **unused}} if given or unused else {}
+    if not used:
+        return {}, Fact("sampling defaults", {}, said)
+    try:
+        SamplingParams(**given)
+    except SamplingError as error:
+        remedy = "correct it there, or leave all out with generation_config none"
+        raise CheckpointError(f"{GENERATION_CONFIG}: {error}; {remedy}") from None
+    notes = []
+    if given:
+        values = ", ".join(f"{key} {value}" for key, value in given.items())
+        notes.append(f"requests that do not say otherwise take {values}; generation_config none turns that off")
+    notes += [f"{key} {value} {UNUSED_KEYS[key][1]}" for key, value in unused.items()]
+    return given, Fact("sampling defaults", given, said, "; ".join(notes) or None)
