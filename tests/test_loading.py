@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,58 @@ def test_tied_heads_are_one_matrix(saved: Callable[..., Path], family: str, tmp_
     save_file(tensors, path / "model.safetensors")
     model = open_model(path)
     assert torch.equal(dense_tensor(model.head.weight), tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_names_without_their_prefix(family: str, is_tied: bool, tmp_path: Path) -> None:
+    path = write(tmp_path, family, tie_word_embeddings=is_tied)
+    expected = parameters(open_model(path))
+    save_file({name.removeprefix("model."): held for name, held in stored(path).items()}, path / "model.safetensors")
+    assert_same(parameters(open_model(path)), expected)
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_tied_matrix_held_as_the_head_s_alone(prefix: str, tmp_path: Path) -> None:
+    path = write(tmp_path, tie_word_embeddings=True)
+    expected = parameters(open_model(path))
+    tensors = {prefix + name.removeprefix("model."): held for name, held in stored(path).items()}
+    tensors["lm_head.weight"] = tensors.pop(f"{prefix}embed_tokens.weight")
+    save_file(tensors, path / "model.safetensors")
+    assert_same(parameters(open_model(path)), expected)
+
+
+def test_a_name_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    tensors = stored(path)
+    save_file({**tensors, "norm.weight": tensors["model.norm.weight"].clone()}, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds model\.norm\.weight twice"):
+        open_model(path)
+
+
+def test_a_tied_head_that_is_another_matrix_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, tie_word_embeddings=True)
+    for change, is_said in ((0.0, False), (1.0, True)):
+        tensors = stored(path)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+        save_file(tensors, path / "model.safetensors")
+        caplog.clear()
+        open_model(path)
+        assert any("ties head and embedding" in record.getMessage() for record in caplog.records) == is_said
+
+
+def test_a_whole_file_beside_shards_is_taken_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, shards="40KB")
+    single = write(tmp_path / "single")
+    tensors = {name: held + 1.0 for name, held in stored(single).items()}
+    save_file(tensors, path / "model.safetensors")
+    assert torch.equal(parameters(open_model(path))["model.norm.weight"], tensors["model.norm.weight"])
+    assert any("model.safetensors is taken" in record.getMessage() for record in caplog.records)
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
 
 
 def assert_no_nan(model: Decoder) -> None:

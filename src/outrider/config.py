@@ -26,7 +26,7 @@ from outrider.draft.registry import parse_speculative_config
 from outrider.errors import CapacityError, OptionError, nearest
 from outrider.layers.backend import choose_backend
 from outrider.load.checkpoint import Checkpoint
-from outrider.load.facts import end_of_text, sampling_defaults
+from outrider.load.facts import end_of_text, sampling_defaults, weights
 from outrider.load.hub import BUNDLED_HEADS, locate
 from outrider.models.config import DTYPES, ModelConfig
 from outrider.models.decoder import Decoder
@@ -203,7 +203,8 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         progress=progress,
     )
     answers = runner, _scheduler_options(runner, options), mesh, parts, _with_layers(verdict, runner, footprint)
-    facts = *model_config.facts, ends, fact_of_defaults
+    held = () if options.load_format == "dummy" else weights(checkpoint, model_config.tie_word_embeddings)
+    facts = *model_config.facts, ends, fact_of_defaults, *held
     _say(facts, model_config.rope.note(memory.max_model_len))
     return Resolved(options, directory, *answers, eos_token_ids, defaults, facts)
 

@@ -55,15 +55,18 @@ def weight_files(directory: Path, *, pickled: bool = False) -> list[Path]:
 
     `pickled`: a single `pytorch_model.bin` will do where there are none, as for draft heads published that way.
     """
-    if pickled and (directory / PICKLED).exists() and not (directory / SINGLE).exists():
+    single, index = directory / SINGLE, directory / INDEX
+    if pickled and (directory / PICKLED).exists() and not single.exists() and not index.exists():
         return [directory / PICKLED]
-    if (directory / INDEX).exists():
-        shards = read_json(directory / INDEX).get("weight_map", {})
+    files = [single]
+    if index.exists():
+        shards = read_json(index).get("weight_map", {})
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"weight_map must map names to files: {directory / INDEX}")
-        files = [directory / name for name in sorted(set(shards.values()))]
-    else:
-        files = [directory / SINGLE]
+            raise CheckpointError(f"weight_map must map names to files: {index}")
+        listed = sorted(set(shards.values()))
+        # a file that the index does not know is a whole checkpoint: transformers takes it first
+        if not single.exists() or SINGLE in listed:
+            files = [directory / name for name in listed]
     absent = [str(file) for file in files if not file.exists()]
     if absent or not files:
         other = next(directory.glob("*.bin"), None)

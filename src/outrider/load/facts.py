@@ -9,7 +9,7 @@ from typing import Any
 from outrider.core.reading import Fact, Reader
 from outrider.core.sampling import MAX_STOP_IDS, SamplingParams
 from outrider.errors import CheckpointError, SamplingError
-from outrider.load.checkpoint import read_json
+from outrider.load.checkpoint import INDEX, SINGLE, Checkpoint, read_json, weight_files
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -96,6 +96,34 @@ def _token_id(directory: Path, written: str) -> int | None:
         vocab = {pair[0]: at for at, pair in enumerate(vocab) if isinstance(pair, list) and pair[:1] == [written]}
     found = vocab.get(written) if isinstance(vocab, Mapping) else None
     return found if isinstance(found, int) else None
+
+
+def weights(checkpoint: Checkpoint, is_tied: bool) -> tuple[Fact, ...]:
+    """Which files hold the weights, and what config and files say of the head; nothing where no file is there."""
+    directory = checkpoint.directory
+    single, index = (directory / name for name in (SINGLE, INDEX))
+    if not single.exists() and not index.exists():
+        return ()
+    taken = [file.name for file in weight_files(directory)]
+    said = {file.name: "is there" for file in (single, index) if file.exists()}
+    note = None
+    if len(said) == 2 and taken == [SINGLE]:
+        note = f"{SINGLE} is taken and {INDEX} is not, as transformers does: remove one of them"
+    heads = [
+        name for name in checkpoint.tensors if name.removeprefix("model.") in ("embed_tokens.weight", "lm_head.weight")
+    ]
+    of_config = checkpoint.config.get("tie_word_embeddings")
+    return (
+        Fact("weight files", taken, said, note),
+        Fact(
+            "head",
+            "the embedding's matrix" if is_tied else "its own matrix",
+            {
+                "config.json's tie_word_embeddings": "nothing" if of_config is None else of_config,
+                "the weight files": f"{', '.join(sorted(heads)) or 'nothing'}",
+            },
+        ),
+    )
 
 
 def sampling_defaults(directory: Path, used: bool) -> tuple[dict[str, Any], Fact]:

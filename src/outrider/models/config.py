@@ -124,6 +124,5 @@ def _refuse_unsupported(given: Reader) -> None:
         )
     if quantised := given.values.get("quantization_config"):
         method = quantised.get("quant_method", "unnamed") if isinstance(quantised, Mapping) else quantised
-        raise CheckpointError(
-            f"config.json: quantised weights are not supported: {written_short(method)}; use the unquantised model"
-        )
+        name = shortened(method) if isinstance(method, str) else written_short(method)
+        raise CheckpointError(f"config.json: quantised weights are not supported: {name}; use the unquantised model")

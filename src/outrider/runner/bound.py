@@ -11,7 +11,7 @@ from outrider.draft.base import Drafter, TargetParts
 from outrider.errors import OptionError
 from outrider.kernels.step_inputs import ASSEMBLE, load_draft
 from outrider.layers.parameter import Allocator
-from outrider.load.checkpoint import load_weights
+from outrider.load.target import load_target
 from outrider.models.decoder import Decoder
 from outrider.runner.base import RunnerConfig
 from outrider.runner.results import ResultLayout
@@ -76,7 +76,7 @@ def build_model(config: RunnerConfig, count: Callable[[int], None]) -> Decoder:
     if config.directory is None:
         model.fill_dummy(config.seed)
     else:
-        load_weights(config.directory, model.slots(), ignores, count)
+        load_target(config.directory, model, ignores, count)
     return model
 
 

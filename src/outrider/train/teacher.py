@@ -14,7 +14,8 @@ from outrider.draft.eagle.checkpoint import NUM_DEFAULT_AUX_LAYERS, default_aux_
 from outrider.errors import OptionError
 from outrider.layers.parameter import Allocator
 from outrider.layers.weight import dense_tensor
-from outrider.load.checkpoint import load_weights, read_json
+from outrider.load.checkpoint import read_json
+from outrider.load.target import load_target
 from outrider.models.config import ModelConfig
 from outrider.models.registry import find_model
 from outrider.train.attention import Attention, Mask, build_mask
@@ -72,7 +73,7 @@ class Teacher:
         self.aux_layer_ids = check_aux_layers(aux_layer_ids, config.num_layers)
         self.dtype = config.dtype if device.type == "cuda" else torch.float32
         model = find_model(config.architecture)(config, max_length, Allocator(device, self.dtype, self.dtype))
-        load_weights(directory, model.slots(), model.ignores)
+        load_target(directory, model, model.ignores)
         self.qk_norm = model.qk_norm
         self.embedding, self.head = dense_tensor(model.embedding.weight), dense_tensor(model.head.weight)
         self.norm = model.norm.weight
