@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from outrider.acceptance.watchdog import WatchState
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta

@@ -15,14 +15,11 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Sampling parameters of a generation_config.json that requests take as their defaults, as in vLLM."""
 
-UNUSED_KEYS = {
-    "repetition_penalty": (1, "is not offered yet and left out"),
-    "max_new_tokens": (None, "is no default here: give max_tokens"),
-}
-"""Those that are defaults in vLLM and not here: the value that asks for nothing, and what is said of others."""
+ASKS_NOTHING = {"repetition_penalty": 1}
+"""Values that need no mention where the engine does not offer the parameter."""
 
 
 def end_of_text(directory: Path, config: Mapping[str, Any], vocab_size: int) -> tuple[tuple[int, ...], Fact]:
@@ -132,9 +129,9 @@ def sampling_defaults(directory: Path, used: bool) -> tuple[dict[str, Any], Fact
     CheckpointError for a value that no request could have.
     """
     held = _optional(directory / GENERATION_CONFIG)
-    given = {key: held[key] for key in SAMPLING_KEYS if held.get(key) is not None}
-    unused = {key: held[key] for key, (none, _) in UNUSED_KEYS.items() if held.get(key) not in (None, none)}
-    said = {GENERATION_CONFIG: {**given, **unused}} if given or unused else {}
+    told = {key: held[key] for key in SAMPLING_KEYS if held.get(key) not in (None, ASKS_NOTHING.get(key))}
+    given = {key: value for key, value in told.items() if key in SamplingParams.__dataclass_fields__}
+    said = {GENERATION_CONFIG: told} if told else {}
     if not used:
         return {}, Fact("sampling defaults", {}, said)
     try:
@@ -146,5 +143,5 @@ def sampling_defaults(directory: Path, used: bool) -> tuple[dict[str, Any], Fact
     if given:
         values = ", ".join(f"{key} {value}" for key, value in given.items())
         notes.append(f"requests that do not say otherwise take {values}; generation_config none turns that off")
-    notes += [f"{key} {value} {UNUSED_KEYS[key][1]}" for key, value in unused.items()]
+    notes += [f"{key} {told[key]} is not offered yet and left out" for key in told if key not in given]
     return given, Fact("sampling defaults", given, said, "; ".join(notes) or None)
