@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from outrider.capability import Feature
+from outrider.core.plan import Row, StepPlan
 from outrider.draft.base import Drafter, TargetParts
 from outrider.errors import OptionError
 from outrider.kernels.step_inputs import ASSEMBLE, load_draft
@@ -64,6 +68,13 @@ class Bound:
         draft = load_draft(slots, batch)
         mark("inputs")
         return self.program(batch, draft, slots, processors, drafting, mark)
+
+
+def rows_of(plan: StepPlan) -> NDArray[np.int64]:
+    """The plan's rows as numbers, [B, 4], the fields of `Row`."""
+    numbers = chain.from_iterable(plan.rows)
+    width = len(Row._fields)
+    return np.fromiter(numbers, np.int64, width * len(plan.rows)).reshape(-1, width)
 
 
 def build_model(config: RunnerConfig, count: Callable[[int], None]) -> Decoder:

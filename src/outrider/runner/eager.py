@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import ClassVar, Self
 
-import numpy as np
 import torch
 
 from outrider.capability import Feature, Offer
-from outrider.core.plan import Row, StepPlan, StepResult
+from outrider.core.plan import StepPlan, StepResult
 from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
-from outrider.runner.bound import Bound, build_model
+from outrider.runner.bound import Bound, build_model, rows_of
 from outrider.runner.capture import CaptureOptions
 from outrider.runner.slots import to_device
 
@@ -80,8 +78,7 @@ class EagerRunner:
             return Finished(StepResult(plan.step, (), ()))
         num_logits = sum(row.num_drafts + 1 for row in plan.rows if row.ends_prompt)
         num_query = sum(row.num_tokens for row in plan.rows)
-        numbers = np.fromiter(chain.from_iterable(plan.rows), np.int64).reshape(-1, len(Row._fields))
-        rows = to_device(numbers, self._device)
+        rows = to_device(rows_of(plan), self._device)
         output = self._bound.run(rows, num_query, num_logits, table.processors(), table.drafts(plan))
         return Finished(results.read(plan.step, results.columns(output)))
 

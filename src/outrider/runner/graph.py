@@ -22,7 +22,7 @@ from outrider.kernels.op import device_file
 from outrider.models.decoder import Decoder
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
-from outrider.runner.bound import Bound, build_model
+from outrider.runner.bound import Bound, build_model, rows_of
 from outrider.runner.capture import CaptureOptions
 from outrider.runner.programs import Kind, Programs, explained
 from outrider.runner.recorder import CudaRecorder, Fence, Marks, Recorder
@@ -124,14 +124,14 @@ class GraphRunner:
         table, read, found = self._bound.table, _nothing, []
         table.update(plan)
         drafting, processors = table.drafts(plan), table.processors()
-        ready = next((at for at, row in enumerate(plan.rows) if not _is_decode(row)), len(plan.rows))
-        rows = np.array(plan.rows, np.int64).reshape(-1, len(Row._fields))
+        rows = rows_of(plan)
+        ready = _count_decodes(rows)
         if ready:
             out, marks = self._replay(rows[:ready], bool(processors), drafting)
             found.append(self._recorder.fetch(out))
             if marks is not None:
                 read = lambda: self._times.add(marks)  # noqa: E731
-        if ready < len(plan.rows):
+        if ready < len(rows):
             read = self._times.skip_gap  # the gap to the next step is full of prompts
             found.append(self._recorder.fetch(self._call(rows[ready:], processors, drafting)))
         return GraphPending(plan.step, self._bound.results, found, self._recorder.fence(), read)
@@ -177,9 +177,11 @@ class GraphRunner:
         del self._bound
 
 
-def _is_decode(row: Row) -> bool:
-    """Whether each of a row's tokens gives logits, so that a recorded program can run it."""
-    return row.ends_prompt and row.num_tokens == row.num_drafts + 1
+def _count_decodes(rows: NDArray[np.int64]) -> int:
+    """How many rows come before the first with a token that gives no logits: those a recorded program can run."""
+    _, num_tokens, num_drafts, ends_prompt = rows.T
+    others = np.flatnonzero((ends_prompt == 0) | (num_tokens != num_drafts + 1))
+    return int(others[0]) if len(others) else len(rows)
 
 
 def _nothing() -> None:
