@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import SIZES, cache_bytes
+from checkpoints import SIZES, cache_bytes, run
 from heads import NUM_LAYERS as HEAD_LAYERS
 from heads import drafting, tiny_head
 from outrider import LLM, DraftContext, SamplingParams
@@ -98,6 +98,25 @@ def test_runners_accept_alike_at_every_position(method: str) -> None:
             reports.append(llm.acceptance())
     assert texts[0] == texts[1]
     assert reports[0] == reports[1] and reports[0].length > 2
+
+
+@pytest.mark.parametrize("runner", [runner.name for runner in RUNNERS])
+def test_a_worker_in_another_process_gives_the_same(tiny: Callable[..., Path], runner: str) -> None:
+    path, cases = tiny("qwen3"), random_cases(12, 5)
+    found = []
+    for backend in ("uni", "mp"):
+        options = {"max_model_len": 96, "max_num_seqs": 6, "kv_cache_memory": 1 << 26, "dtype": "float32"}
+        with LLM(
+            str(path),
+            device="cuda",
+            runner=runner,
+            speculative_config=drafting("peagle", 4),
+            distributed_executor_backend=backend,
+            **options,
+        ) as llm:
+            found.append(run(llm, cases))
+            assert llm.engine.worker_stats().memory > 0
+    assert found[0] == found[1]
 
 
 def step_without_waiting(llm: LLM, num_steps: int, arriving: list[int] | None = None) -> None:
