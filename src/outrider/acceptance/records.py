@@ -41,7 +41,7 @@ class Setting:
 
     @property
     def num_drafts(self) -> int:
-        """K: most tokens drafted a round."""
+        """K: the maximum of tokens drafted a round."""
         return int(self.draft_options["num_speculative_tokens"])
 
 
@@ -106,7 +106,7 @@ def read_records(path: Path) -> list[Expectation]:
 
 
 def write_record(path: Path, record: Expectation) -> None:
-    """Puts a record into an acceptance.json, in place of the one of the same setting; other records stay."""
+    """Puts a record into an acceptance.json, replacing the one of the same setting; other records stay."""
     records = read_records(path) if path.exists() else []
     found = find(records, record.setting)
     if found is None:

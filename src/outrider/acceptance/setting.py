@@ -11,7 +11,7 @@ from outrider.load.checkpoint import fingerprint
 from outrider.load.hub import BUNDLED
 
 RANDOM_WEIGHTS = "random weights"
-"""In place of a fingerprint, where nothing was read."""
+"""The fingerprint where nothing was read."""
 
 
 def head_directory(resolved: Resolved) -> Path | None:
@@ -21,7 +21,7 @@ def head_directory(resolved: Resolved) -> Path | None:
 
 
 def record_file(resolved: Resolved) -> Path | None:
-    """Where the acceptance of this configuration stands if it is on record: beside the head, or the bundled model's.
+    """The file of this configuration's record: beside the head, or the bundled model's.
 
     The file need not exist. None: a model of the user's own and a method without weights.
     """

@@ -207,7 +207,7 @@ class Watch:
         )
 
     def state(self) -> WatchedState:
-        """Where it stands."""
+        """Its state."""
         temperature = self.expected.setting.temperature
         return WatchedState(temperature, self.expected, self.measured(), self.departures, self._suspect)
 
@@ -256,12 +256,12 @@ class Watchdog:
         return found
 
     def check(self) -> None:
-        """To be called now and then, after a step say: does next to nothing unless it is time to look."""
+        """Checks the figures if it is time; call it after each step."""
         for watch in self._watches.values():
             watch.check()
 
     def state(self) -> WatchState:
-        """Where everything stands."""
+        """The state of every watch."""
         watched = tuple(self._watches[temperature].state() for temperature in sorted(self._watches))
         return WatchState(self._idle, watched, self._num_unwatched, self._window)
 

@@ -1,4 +1,4 @@
-"""The loop: plan, submit, read, apply. Everything above it is about text; everything below, tensors."""
+"""The loop: plan, submit, read, apply. Everything above it handles text; everything below, tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StepTimes:
     apply: float = 0.0  # taking in the result
 
     def copy(self) -> StepTimes:
-        """The times as they stand."""
+        """A copy of the times."""
         return replace(self)
 
     def since(self, earlier: StepTimes) -> StepTimes:
@@ -148,7 +148,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a call is changing the schedule. Only what interrupts it, a finalizer say, ever finds it so."""
+        """Whether a call is changing the schedule. Only code that interrupts it, such as a finalizer, sees True."""
         return self._busy
 
     @property
@@ -161,7 +161,7 @@ class Engine:
         return self._scheduler.acceptance.report()
 
     def stats(self) -> EngineStats:
-        """What is under way and what has come of it, for metrics."""
+        """What is in flight and what has come of it, for metrics."""
         scheduler = self._scheduler
         return EngineStats(
             num_running=scheduler.num_running,
@@ -175,7 +175,7 @@ class Engine:
         )
 
     def worker_stats(self) -> WorkerStats:
-        """The worker at this moment. The times of a step's parts are counted anew from here on."""
+        """The worker at this moment. Part times restart from zero."""
         return self._worker.stats()
 
     def step(self) -> list[tuple[TokenDelta, Request]]:
@@ -229,7 +229,7 @@ class Engine:
         return gained
 
     def _die(self, cause: Exception) -> None:
-        """Forgets every request, so that whoever waits for one is told instead of waiting on."""
+        """Forgets every request, so that their owners find out instead of waiting."""
         self._cause_of_death = cause
         self._requests.clear()
         if self._in_flight:  # the worker failed; had the scheduler, its books could not be trusted to close

@@ -1,4 +1,4 @@
-"""An engine in the caller's process, as `LLM` speaks with it: it steps when its caller waits."""
+"""The client of an engine in the caller's process. The engine steps while the caller waits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outrider.oracle import Choice
 
 
 class InprocClient:
-    """Queues generations with an engine, and runs a step whenever somebody waits for one of them."""
+    """Queues generations with an engine, and runs a step whenever a caller waits for one of them."""
 
     def __init__(self, engine: Engine) -> None:
         """The engine may be driven beside it; requests that are not of this client are passed over."""
@@ -75,7 +75,7 @@ class InprocClient:
         """Runs one step, and hands every completion in progress what it gained.
 
         An error of one completion ends that one alone; an interrupt leaves what is not handed out for the next call.
-        A completion whose request the engine no longer knows ends as aborted, so that nobody waits for ever.
+        A completion whose request the engine no longer knows ends as aborted, so that no caller waits for ever.
         """
         self._abort_released()
         if not self._gained:
@@ -84,7 +84,7 @@ class InprocClient:
         while self._gained:
             delta, request = self._gained.popleft()
             found = self.completions.get(delta.request_id)
-            if found is not None:  # else a request of somebody who drives the engine beside us
+            if found is not None:  # else a request that was added to the engine directly
                 self._hand_out(*found, delta, request)
         if self.engine.num_dropped != self._num_dropped or not self.engine.has_work:
             self._num_dropped = self.engine.num_dropped

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from outrider.engine.process.sync import SyncEngineClient
 
 Progress = Callable[[int, int], None]
-"""Told how much is done, and how much there is."""
+"""Called with how much is done, and how much there is."""
 
 
 class LLM:
@@ -58,7 +58,7 @@ class LLM:
         enable_multiprocessing: bool = False,
         **options: Any,
     ) -> None:
-        """`progress` is told the bytes of weights loaded so far and in all; `recording` the programs recorded."""
+        """`progress` is called with the bytes of weights loaded and in all; `recording` with the programs recorded."""
         self._open(EngineOptions.from_kwargs(model=model, **options), progress, recording, enable_multiprocessing)
 
     @classmethod
@@ -132,8 +132,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes every prompt; outputs are in the prompts' order.
 
-        Every prompt is checked before any runs, so an InputError leaves nothing half done. What goes
-        wrong with one completion alone, in its text say, is raised, and the others are aborted.
+        Every prompt is checked before any runs, so an InputError leaves nothing half done. An error of
+        one completion alone, such as of its detokenizer, is raised, and the others are aborted.
         """
         many = as_prompts(prompts)
         sampling = one_each(sampling_params, len(many), self._sampling_defaults)

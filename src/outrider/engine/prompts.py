@@ -88,7 +88,7 @@ def as_conversations(messages: Any) -> list[Messages]:
 
 
 def as_template_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a chat template is told. PromptError for what is no record."""
+    """The arguments of a chat template. PromptError for what is no record."""
     if given is not None and not isinstance(given, Mapping):
         raise PromptError(f"chat_template_kwargs must be a record: {shortened(repr(given))}")
     return dict(given or {})

@@ -1,4 +1,4 @@
-"""The server's life: start the engine, listen, drain when told to end, and end badly if the engine does."""
+"""The server's life: start the engine, listen, drain at SIGTERM, and end with exit code 1 if the engine dies."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ LINGER_SECONDS = 2.0
 BACKLOG = 2048
 
 Bars = Callable[[], contextlib.AbstractContextManager[tuple[Counted | None, Counted | None]]]
-"""What is shown while the engine starts: told of weights loaded, and of programs recorded."""
+"""What is shown while the engine starts: callbacks for weights loaded, and for programs recorded."""
 
-MOST_RESTARTS = 3
-"""Engines started in a row, each in the place of one that did not last; then the server ends."""
+MAX_RESTARTS = 3
+"""Engines started in a row, each after one that did not last; then the server ends."""
 
 LASTING_SECONDS = 60.0
 """An engine that has lived so long does not count as failing in a row with those before it."""
@@ -52,7 +52,7 @@ BACKOFF_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """What is told when requests can be sent."""
+    """What the server reports once it takes requests."""
 
     url: str
     model: str
@@ -60,9 +60,9 @@ class Listening:
 
 
 def serve(
-    engine: EngineOptions, directory: Path, options: ServerOptions, told: Callable[[Listening], None], bars: Bars
+    engine: EngineOptions, directory: Path, options: ServerOptions, listening: Callable[[Listening], None], bars: Bars
 ) -> int:
-    """Serves until told to end by SIGTERM or SIGINT: exit code 0, or 1 if the engine died.
+    """Serves until SIGTERM or SIGINT: exit code 0, or 1 if the engine died.
 
     `directory`: of the checkpoint and its tokenizer. Raises what building an Engine raises, and OptionError for an
     address that cannot be had.
@@ -73,7 +73,7 @@ def serve(
     for name in ("httpx", "asyncio", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with contextlib.closing(_bound(options)) as listener:
-        return asyncio.run(_serve(engine, directory, options, keys, listener, told, bars))
+        return asyncio.run(_serve(engine, directory, options, keys, listener, listening, bars))
 
 
 async def _serve(
@@ -82,7 +82,7 @@ async def _serve(
     options: ServerOptions,
     keys: tuple[str, ...],
     listener: socket.socket,
-    told: Callable[[Listening], None],
+    listening: Callable[[Listening], None],
     bars: Bars,
 ) -> int:
     name = options.served_model_name or _name(engine.model)
@@ -120,7 +120,7 @@ async def _serve(
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
         )
-        server = _Server(config, lambda: told(Listening(_url(listener, options), name, facts)))
+        server = _Server(config, lambda: listening(Listening(_url(listener, options), name, facts)))
         life = _Life(server, service, options.drain_timeout, options.restart_engine)
         client.on_death = life.bury
         if client.cause_of_death is not None:  # after it was ready, while the tokenizer was still loaded
@@ -141,7 +141,7 @@ async def _serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, told to end by us rather than by signals, and telling when it listens."""
+    """uvicorn's, ended by `_Life` instead of by signals. It reports when it listens."""
 
     def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -171,7 +171,7 @@ class _Life:
     _ready: float = field(default_factory=time.monotonic)  # since when there has been an engine
 
     def drain(self) -> None:
-        """Takes no new connections, and gives what is under way its time. Told a second time, it ends at once."""
+        """Takes no new connections, and gives what is in flight its time. A second call ends it at once."""
         if self.service.draining:
             self.server.force_exit = True
             self._give_up()
@@ -187,9 +187,9 @@ class _Life:
         self.service.client.fail(EngineDeadError("the server went down before the request was finished"))
 
     def bury(self) -> None:
-        """The engine is dead, and everybody who waited for it was told: another follows, or the server ends."""
+        """The engine is dead, and every waiting request has failed: another follows, or the server ends."""
         if self._restarting is not None and not self._restarting.done():
-            return  # it died so young that whoever starts it has yet to hear of it
+            return  # it died before `restart` returned, which handles it
         if not self.restarts or self.service.draining:
             self._end_soon()
             return
@@ -200,10 +200,10 @@ class _Life:
 
     async def _restart(self) -> None:
         client = self.service.client
-        while (failed := self._num_failed) < MOST_RESTARTS:
+        while (failed := self._num_failed) < MAX_RESTARTS:
             self._num_failed += 1
             await asyncio.sleep(BACKOFF_SECONDS * (2**failed - 1))
-            logger.warning("starting the engine anew, number %d of at most %d in a row", failed + 1, MOST_RESTARTS)
+            logger.warning("starting the engine anew, number %d of at most %d in a row", failed + 1, MAX_RESTARTS)
             try:
                 facts = await client.restart()
             except EngineDeadError as error:
@@ -214,7 +214,7 @@ class _Life:
             self._ready = time.monotonic()
             logger.warning("the engine is ready again")
             return
-        logger.error("the engine failed after %d starts in a row: the server ends", MOST_RESTARTS)
+        logger.error("the engine failed after %d starts in a row: the server ends", MAX_RESTARTS)
         client.restarting = False
         self._end_soon()
 

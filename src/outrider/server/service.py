@@ -99,7 +99,7 @@ class Service:
         return self.facts.max_num_seqs + self.max_waiting
 
     def check_count(self, count: int) -> None:
-        """Raises InputError for more completions of one request than may ever be under way."""
+        """Raises InputError for more completions of one request than may ever be in flight."""
         if count > self._capacity:
             raise InputError(
                 f"{count} completions are asked for, prompts times n: this server takes at most {self._capacity}", "n"

@@ -48,7 +48,7 @@ class TokenizerService:
     ) -> list[tuple[str | None, list[int]]]:
         """What a completion request names: a text, token ids, or a list of either. PromptError for what is none.
 
-        `check_count` is told how many there are before any is looked at; the first that is too long ends it.
+        `check_count` is called with their number before any is encoded; the first that is too long ends it.
         `with_texts`: token ids come with their text too.
         """
         return await self._run(lambda: self._prompts(given, facts, check_count, with_texts))

@@ -41,7 +41,7 @@ class Worker(Protocol):
         """Forgets every request, after an interrupted step. Results of earlier plans are dropped."""
 
     def stats(self) -> WorkerStats:
-        """The worker at this moment. Part times are counted anew from here on."""
+        """The worker at this moment. Part times restart from zero."""
 
     def close(self) -> None:
         """Gives back the runner's memory, and ends the worker's process if it has one. Idempotent."""

@@ -27,7 +27,7 @@ from outrider.workers.base import WorkerStats
 from outrider.workers.messages import Ask, Build, Built, Call, Failed, Progress, Quit, Reply
 
 QUIT_SECONDS = 10.0
-"""Time for the process to end by itself when told to."""
+"""Time for the process to end by itself after `Quit`."""
 
 MAX_LAST_LINES = 40
 """Lines of the process's stderr that are kept for the message about its death."""
@@ -109,7 +109,7 @@ class ProcessWorker:
         return self._results.pop(step)
 
     def reset(self) -> None:
-        """Forgets every request, as after an interrupted step; results that are still under way are dropped."""
+        """Forgets every request, as after an interrupted step; results that are still in flight are dropped."""
         self._ask(Call.RESET)
         self._results.clear()
 
@@ -214,7 +214,7 @@ def _send(connection: Connection, outbox: SimpleQueue[bytes | None]) -> None:
         try:
             connection.send_bytes(message)
         except OSError:
-            return  # the process is gone, which the receiver tells
+            return  # the process is gone, which the receiver reports
 
 
 def _receive(connection: Connection, inbox: SimpleQueue[object]) -> None:

@@ -28,7 +28,7 @@ Replies: TypeAlias = "Queue[Callable[[], object]]"
 
 
 def main(descriptor: int) -> None:
-    """The process's whole life. It ends when told to, when the runner fails, or when the engine's process is gone.
+    """The process's whole life. It ends at `Quit`, when the runner fails, or when the engine's process is gone.
 
     `descriptor`: of this end of a socket pair. What the runner raises is sent; the exit code is 1 then.
     """
@@ -58,7 +58,7 @@ def _serve(connection: Connection, replies: Replies) -> None:
                 return
             else:
                 assert isinstance(message, Ask)
-                # Results of earlier plans come first, so that nobody reads the runner meanwhile.
+                # Results of earlier plans come first, so that no other thread reads the runner meanwhile.
                 replies.join()
                 replies.put(partial(Reply, message.number, _answer(worker, message.call)))
 

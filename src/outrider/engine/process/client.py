@@ -56,20 +56,20 @@ Counted = Callable[[int, int], None]
 CHECK_SECONDS = 0.25
 """Between two looks at whether the engine has shown a sign of life."""
 
-MOST_RETRY_SECONDS = 60
-"""Most that a client is told to wait."""
+MAX_RETRY_SECONDS = 60
+"""The longest wait that a client is asked for."""
 
 QUIT_SECONDS = 5.0
-"""Time for the process to end by itself when told to."""
+"""Time for the process to end by itself after `Quit`."""
 
 
 def retry_seconds(expected: float) -> int:
-    """What a client is told to wait, in whole seconds, for what is expected to take so long."""
-    return max(1, min(MOST_RETRY_SECONDS, math.ceil(expected)))
+    """The wait that a client is asked for, in whole seconds, given the expected time."""
+    return max(1, min(MAX_RETRY_SECONDS, math.ceil(expected)))
 
 
 class Receiver(Protocol):
-    """What a client queues and hands deltas to: a `Generation`, or what stands for one."""
+    """What a client queues and hands deltas to: a `Generation`, or a proxy of one."""
 
     completions: list[Completion]
     max_drafts: int | None
@@ -100,16 +100,16 @@ class EngineClient:
         self._numbers = itertools.count()
         self._heard = 0.0
         self._ready: asyncio.Future[Ready] | None = None
-        self._counted: dict[str, Counted | None] = {}  # by what `Building` tells of
+        self._counted: dict[str, Counted | None] = {}  # callbacks by `Building.what`
         self.restarting = False
-        """Whether the engine is dead and another is to take its place; set by whoever decides that."""
+        """Whether the engine is dead and another will replace it; set by the owner, who decides that."""
         self.snapshot: Snapshot | None = None
-        """The newest there is, of an engine that died with nothing under way; there is one once the engine is ready."""
+        """The newest; None until the engine is ready. A dead engine has nothing in flight."""
         self.choice: Choice | None = None
         """The oracle's verdict, once the engine is ready."""
         self.cause_of_death: OutriderError | None = None
         self.on_death: Callable[[], None] = lambda: None
-        """Called once, when the engine is found dead or hung, after all that wait for it were told."""
+        """Called once, when the engine is found dead or hung, after every waiting request has failed."""
 
     @property
     def alive(self) -> bool:
@@ -130,7 +130,7 @@ class EngineClient:
         return len(self._requests)
 
     async def start(self, progress: Counted | None = None, recording: Counted | None = None) -> Facts:
-        """Waits until the model is loaded, and tells what is served; on the way, what `Engine` is asked to tell.
+        """Waits until the model is loaded, and returns what is served. The callbacks are those of `build_engine`.
 
         Raises what building an Engine raises, and EngineDeadError if the process ends without a word.
         """
@@ -160,7 +160,7 @@ class EngineClient:
         return ready.facts
 
     async def restart(self) -> Facts:
-        """Starts another process in the place of one that died or hangs; `restarting` ends with it.
+        """Starts another process after one that died or hangs. `restarting` is False once it is ready.
 
         Raises EngineDeadError if that fails, or takes much longer than the last start took.
         """
@@ -255,7 +255,7 @@ class EngineClient:
             self._heard = time.monotonic()
             try:
                 self._take(self._decoder.decode(message))
-            except Exception as error:  # of ours: nobody must wait for what was lost with it
+            except Exception as error:  # a bug of ours: no request may wait for what was lost
                 logger.exception("a message of the engine could not be taken in")
                 self._die(EngineDeadError(f"the server could not take in what the engine sent: {error!r}"))
 
@@ -317,14 +317,14 @@ class EngineClient:
 
     def _mourn(self, process: SpawnProcess) -> None:
         if process is not self._process:
-            return  # another one has its place by now
+            return  # another one has replaced it
         process.join(0)
         code = process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         self._die(EngineDeadError(f"the engine's process {how}"))
 
     def _die(self, cause: OutriderError) -> None:
-        """Tells everybody who waits, once."""
+        """Fails every waiting request, once."""
         if self.cause_of_death is not None:
             return
         self.cause_of_death = cause
@@ -340,7 +340,7 @@ class EngineClient:
         self.on_death()
 
     def fail(self, error: OutriderError) -> None:
-        """Ends everything under way with an error."""
+        """Ends everything in flight with an error."""
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)

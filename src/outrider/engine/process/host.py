@@ -55,9 +55,9 @@ WARM_UP_TOKENS = 8
 
 
 def run(options: EngineOptions, address: str, log_format: str = "text") -> None:
-    """The process's whole life: build the engine, say so, serve until told to quit or until the parent is gone.
+    """The process's whole life: build the engine, report it, serve until `Quit` comes or the parent is gone.
 
-    What goes wrong is told to the client; the exit code is 1 then.
+    An error is sent to the client; the exit code is 1 then.
     """
     for name in (signal.SIGINT, signal.SIGTERM):  # both may reach the whole group: it is the server that decides
         signal.signal(name, signal.SIG_IGN)
@@ -79,7 +79,7 @@ def run(options: EngineOptions, address: str, log_format: str = "text") -> None:
 
 
 def connected(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    """The engine's end of the wire. Nothing is dropped and no step waits: what is under way is bounded elsewhere."""
+    """The engine's end of the socket. It drops nothing and blocks no step: the server bounds what is in flight."""
     socket = context.socket(zmq.DEALER)
     socket.set_hwm(0)
     socket.connect(address)
@@ -87,12 +87,12 @@ def connected(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Sock
 
 
 def build(options: EngineOptions, socket: zmq.Socket[bytes]) -> Engine:
-    """The engine; whoever waits for it at the other end is told how far it is."""
+    """The engine. Its progress is sent to the client."""
 
-    def tell(what: Literal["weights", "programs"]) -> Callable[[int, int], None]:
+    def report(what: Literal["weights", "programs"]) -> Callable[[int, int], None]:
         return lambda done, total: socket.send(msgspec.msgpack.encode(Building(what, done, total)))
 
-    return build_engine(options, tell("weights"), tell("programs"))
+    return build_engine(options, report("weights"), report("programs"))
 
 
 def _warm_up(engine: Engine) -> None:
@@ -121,7 +121,7 @@ class EngineProcess:
         start = self.engine.stats()
         decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._send(Ready(_facts(self.engine), self._snapshot(start), pickle.dumps(self.engine.choice)))
-        last_told = 0.0
+        last_sent = 0.0
         while True:
             was_busy = self.engine.has_work
             for message in self._received(0 if was_busy else ALIVE_SECONDS):
@@ -129,11 +129,11 @@ class EngineProcess:
                     return
             deltas = self._step() if self.engine.has_work else []
             now, busy = time.monotonic(), self.engine.has_work
-            since = now - last_told
+            since = now - last_sent
             fell_idle = (was_busy or bool(deltas)) and not busy
             due = fell_idle or since >= (SNAPSHOT_SECONDS if busy else ALIVE_SECONDS)
             if due:
-                last_told = now
+                last_sent = now
             if due or deltas:
                 self._send(Progress(deltas, self._snapshot(start) if due else None))
 

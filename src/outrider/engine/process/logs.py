@@ -19,7 +19,7 @@ ERASE = "\r\x1b[2K"
 """Begins a line on a terminal: a progress bar there, be it another process's, gives way instead of preceding it."""
 
 FIELDS = "fields"
-"""Key of a record's `extra` under which a mapping stands that JSON shows entry by entry."""
+"""Key of a mapping in a record's `extra`, which JSON shows entry by entry."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -42,7 +42,7 @@ class JsonFormatter(logging.Formatter):
 def write_logs(log_format: str, level: int = logging.WARNING) -> None:
     """Sends the log of this process to stderr in one of LOG_FORMATS, or wherever was set up before.
 
-    `level`: of other libraries' messages; our own are told from INFO on, such as what recording took.
+    `level`: of other libraries' messages; our own are written from INFO on.
     """
     handler = logging.StreamHandler()
     text = ERASE + TEXT if sys.stderr.isatty() and Console(stderr=True).is_interactive else TEXT

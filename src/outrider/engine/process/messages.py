@@ -1,8 +1,9 @@
-"""What the engine's process and its client tell each other: plain records, encoded by msgspec, never pickled.
+"""What the engine's process and its client send each other: plain records, encoded by msgspec.
 
-The engine tells of its `Building` until it is `Ready`. A client sends `Add`, `End` and `Quit`; the engine answers with
-`Taken` or `Refused`, then `Progress` after each step that gained anything, and now and then when it has nothing to
-tell, as a sign of life.
+The engine sends `Building` until it is `Ready`. A client sends `Add`, `End`, `AskWatchdog` and `Quit`. The engine
+answers an `Add` with `Taken` or `Refused`, and sends `Progress` after each step that gained anything, and now and then
+while it is idle, as a sign of life. Only the engine's own records for Python callers, `Ready.choice` and
+`Watchdog.state`, are pickled.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Quit(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What is served, as clients may be told it: no path of this machine."""
+    """What is served, in facts that any client may see: no path of this machine."""
 
     max_model_len: int
     max_num_seqs: int
@@ -147,7 +148,7 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Building(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """How far the engine is, as `Engine` is told it."""
+    """Progress of building the engine."""
 
     what: Literal["weights", "programs"]  # bytes of weights loaded, or programs recorded
     done: int

@@ -23,7 +23,7 @@ REQUEST_ID = "x-request-id"
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 Counted = Callable[[str, str, int], None]
-"""Told method, route and status of each request that was answered."""
+"""Called with method, route and status of each request that was answered."""
 
 
 def route_path(scope: Scope) -> str:
@@ -43,7 +43,7 @@ class AccessLogMiddleware:
         self._app, self._counted, self._tracing, self._root_path = app, counted, tracing, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request pass, and tells of it when it is over."""
+        """Lets a request pass, and logs it when it is over."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -13,21 +13,21 @@ HEADER = "X-Request-Timeout"
 """The header in which a request says how many seconds it may take."""
 
 
-def seconds_asked(given: str | None, most: float | None) -> float | None:
-    """Seconds for a request with this header, on a server that gives `most`; None: as long as it takes.
+def seconds_asked(given: str | None, limit: float | None) -> float | None:
+    """Seconds for a request with this header, on a server that gives `limit`; None: as long as it takes.
 
     FieldError for what is no time, or is more than the server gives.
     """
     if given is None:
-        return most
+        return limit
     try:
         seconds = float(given)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise FieldError(f"{HEADER} must be a number of seconds above 0: {given[:80]!r}", HEADER)
-    if most is not None and seconds > most:
-        raise FieldError(f"{HEADER} {seconds:g} is more than the {most:g} seconds this server gives a request", HEADER)
+    if limit is not None and seconds > limit:
+        raise FieldError(f"{HEADER} {seconds:g} is more than the {limit:g} seconds this server gives a request", HEADER)
     return seconds
 
 

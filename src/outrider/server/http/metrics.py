@@ -94,7 +94,7 @@ class Metrics:
         self._http.labels(method=method, handler=handler, status=str(status), **self._labels).inc()
 
     def restarted(self, facts: Facts) -> None:
-        """Another engine has taken the place of one that failed."""
+        """Another engine has replaced one that failed."""
         self._restarts.inc()
         self._engine.facts = facts
 
@@ -103,7 +103,7 @@ class Metrics:
         self._timeouts.inc()
 
     def retry_after(self) -> int:
-        """Seconds after which a place in the queue may be free: as long as requests took of late."""
+        """Seconds after which the queue may have room: as long as recent requests took."""
         return retry_seconds(self._typical_seconds)
 
     def page(self) -> bytes:
@@ -119,7 +119,7 @@ class _EngineCollector(Collector):
         self._client, self.facts, self._model_name = client, facts, model_name
 
     def collect(self) -> Iterator[Any]:
-        """Every family, once the engine has told of itself."""
+        """Every family, once there is a snapshot of the engine."""
         yield self._gauge("engine_up", "1 while the engine's process lives and answers.", float(self._client.alive))
         yield from self._info()
         snapshot = self._client.snapshot
@@ -189,7 +189,7 @@ class _EngineCollector(Collector):
     def _labelled(
         self, name: str, help_: str, records: Iterable[dict[str, str]], names: Sequence[str] | None = None
     ) -> GaugeMetricFamily:
-        """A gauge of 1 for each record, which stands in its labels."""
+        """A gauge of 1 for each record, with the record as its labels."""
         records = list(records)
         known = list(names or records[0])
         family = GaugeMetricFamily(PREFIX + name, help_, labels=["model_name", *known])

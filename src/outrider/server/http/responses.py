@@ -23,7 +23,7 @@ JSON = "application/json"
 GONE = 499
 """For the log: the client did not wait for an answer."""
 
-MOST_SAID = 500
+MAX_MESSAGE_LENGTH = 500
 """Characters of an error's message: it may quote what the client sent, which may be of any length."""
 
 LAST_SECONDS = 5.0
@@ -61,10 +61,10 @@ def error_record(status: int, message: str, param: str | None = None, code: str 
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, record and headers of what went wrong. What is not the client's doing is logged, and not told."""
+    """Status, record and headers of what went wrong. What is not the client's fault is logged, and not sent."""
     if isinstance(error, InputError):
         said = str(error)
-        said = said if len(said) <= MOST_SAID else f"{said[: MOST_SAID - 3]}..."
+        said = said if len(said) <= MAX_MESSAGE_LENGTH else f"{said[: MAX_MESSAGE_LENGTH - 3]}..."
         return 400, error_record(400, said, error.field), {}
     if isinstance(error, OverloadError):
         return 429, error_record(429, str(error), code="overloaded"), {"retry-after": str(error.retry_after)}
@@ -121,7 +121,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Made] | asynci
 
 
 async def in_time(deadline: Deadline | None, work: Awaitable[Response]) -> Response:
-    """The answer, cut off at the deadline: DeadlineError then, or in a stream an event that tells of it."""
+    """The answer, cut off at the deadline: DeadlineError then, or in a stream an event that holds it."""
     if deadline is None:
         return await work
     async with deadline.kept():
@@ -171,6 +171,6 @@ class EventStream(Response):
             last = self._failed(error)
         else:
             last = b""
-        with contextlib.suppress(TimeoutError):  # whoever reads nothing is not told: the connection is closed
+        with contextlib.suppress(TimeoutError):  # a client that reads nothing gets no event: the connection is closed
             async with asyncio.timeout(LAST_SECONDS if last else None):
                 await send({"type": "http.response.body", "body": last, "more_body": False})

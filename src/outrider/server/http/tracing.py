@@ -1,6 +1,6 @@
 """OpenTelemetry traces: one span a request, by the conventions for generative AI, and what its drafts were worth.
 
-The libraries are those of the `otel` extra, imported when tracing is asked for. Nothing of prompts or answers is told.
+The libraries are those of the `otel` extra, imported when tracing is asked for. No span holds prompts or answers.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Tracing:
             span.set_attributes({"gen_ai.operation.name": operation, "gen_ai.provider.name": SERVICE})
             span.set_attribute("gen_ai.request.model", self._model_name)
         if generation is not None:
-            span.set_attributes(_told(generation, self._model_name))
+            span.set_attributes(_attributes(generation, self._model_name))
         failure = generation.error if generation is not None else None
         if status >= 400 or failure is not None:
             span.set_attribute("error.type", type(failure).__name__ if failure is not None else str(status))
@@ -99,10 +99,10 @@ class Tracing:
         self._provider.shutdown()
 
 
-def _told(generation: AsyncGeneration, model_name: str) -> dict[str, Any]:
+def _attributes(generation: AsyncGeneration, model_name: str) -> dict[str, Any]:
     """A generation's attributes; those of OpenAI's meaning in the conventions' names."""
     sampling, usage = generation.params, generation.usage()
-    told: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "gen_ai.response.model": model_name,
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
@@ -120,4 +120,4 @@ def _told(generation: AsyncGeneration, model_name: str) -> dict[str, Any]:
         "outrider.speculative.accepted": usage.acceptance.accepted,
         "outrider.speculative.acceptance_length": usage.acceptance.length,
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in attributes.items() if value is not None}

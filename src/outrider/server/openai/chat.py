@@ -84,7 +84,7 @@ class _MessageBuilder(ResponseBuilder):
         return {"message": _message(parts)}
 
     def usage(self, generation: AsyncGeneration) -> dict[str, Any]:
-        """As for any, with the tokens of reasoning where that is told apart."""
+        """As for any, with the tokens of reasoning where that is separated."""
         counts = usage(generation)
         if self.tokenizer.output_parsers.reasons:
             count = num_reasoning_tokens(self.tokenizer, generation, self.replies)

@@ -99,7 +99,7 @@ class OutputParsers:
         self.tool_call_parser = tool_call_parser
         """The name of the parser of calls; None: requests with tools are refused."""
         self.reasons = reasoning_parser is not None
-        """Whether reasoning is told apart."""
+        """Whether reasoning is separated from content."""
         added = tokenizer.wrapped.added_tokens_decoder.values()
         self._special = frozenset(token.content for token in added if token.special)
         self._closing_token: int | None = tokenizer.wrapped.get_vocab().get(CLOSE)

@@ -1,4 +1,4 @@
-"""Reasoning that a model writes before its answer, told apart from it as the text comes."""
+"""Reasoning that a model writes before its answer, separated as the text comes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ThinkParser:
     """`<think>reasoning</think>answer`, where the tag opens the text or has been opened by the prompt.
 
     White space inside the tags, and after the closing one, is dropped. Where the tag never closes, all is reasoning;
-    a tag that stands later is text.
+    a later tag is text.
     """
 
     def __init__(self, is_open: bool = False) -> None:
@@ -26,7 +26,7 @@ class ThinkParser:
         self._content: list[str] = []
 
     def feed(self, text: str) -> tuple[str, str]:
-        """Reasoning and content that the text so far makes certain and that were not told before."""
+        """Reasoning and content that the text so far makes certain and that were not given out before."""
         self._buffer += text
         while self._buffer and self._step():
             pass

@@ -77,7 +77,7 @@ def _record(service: Service, asked: ResponsesRequest, generation: AsyncGenerati
 
 
 class _Answer:
-    """A response as it grows. Its items are made by the events that tell of them, so both say the same."""
+    """A response as it grows. Its events make its items, so both agree."""
 
     def __init__(
         self, record: dict[str, Any], service: Service, generation: AsyncGeneration, reply: ReplyParser
@@ -85,7 +85,7 @@ class _Answer:
         self._record, self._service, self._generation, self._reply = record, service, generation, reply
         self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None  # the last item, while text may be added to it
-        self._num_told = 0  # events
+        self._num_sent = 0  # events
 
     def begun(self) -> Iterator[Event]:
         """What a stream begins with."""
@@ -111,17 +111,17 @@ class _Answer:
 
     def failed(self, error: Exception) -> bytes:
         """What a stream ends with if it ends badly."""
-        told = {"code": "server_error", "message": describe(error)[1]["error"]["message"]}
-        response = {**self._record, "status": "failed", "error": told, "output": self._items}
-        return self.told([{"type": "response.failed", "response": response}])
+        record = {"code": "server_error", "message": describe(error)[1]["error"]["message"]}
+        response = {**self._record, "status": "failed", "error": record, "output": self._items}
+        return self.encode([{"type": "response.failed", "response": response}])
 
-    def told(self, events: Iterable[Event]) -> bytes:
+    def encode(self, events: Iterable[Event]) -> bytes:
         """Events as they are sent, each with its name and number."""
         lines = []
         for one in events:
-            numbered = {**one, "sequence_number": self._num_told}
+            numbered = {**one, "sequence_number": self._num_sent}
             lines.append(f"event: {one['type']}\n".encode() + event(numbered))
-            self._num_told += 1
+            self._num_sent += 1
         return b"".join(lines)
 
     def whole(self) -> dict[str, Any]:
@@ -184,10 +184,10 @@ class _Answer:
         item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call_id(), "name": call.name}
         done = {**item, "arguments": call.arguments, "status": "completed"}
         self._items.append(done)
-        place = {"item_id": item["id"]}
+        item_id = {"item_id": item["id"]}
         yield self._of_item("output_item.added", item={**item, "arguments": "", "status": "in_progress"})
-        yield self._of_item("function_call_arguments.delta", **place, delta=call.arguments)
-        yield self._of_item("function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
+        yield self._of_item("function_call_arguments.delta", **item_id, delta=call.arguments)
+        yield self._of_item("function_call_arguments.done", **item_id, name=call.name, arguments=call.arguments)
         yield self._of_item("output_item.done", item=done)
 
     def _of_item(self, kind: str, **more: Any) -> Event:
@@ -208,8 +208,8 @@ class _Answer:
 
 
 async def _streamed(answer: _Answer, generation: AsyncGeneration) -> AsyncGenerator[bytes, None]:
-    yield answer.told(answer.begun())
+    yield answer.encode(answer.begun())
     async for delta in generation.deltas():
-        if lines := answer.told(answer.gained(delta.text, delta.finish_reason is not None)):
+        if lines := answer.encode(answer.gained(delta.text, delta.finish_reason is not None)):
             yield lines
-    yield answer.told(answer.ended())
+    yield answer.encode(answer.ended())

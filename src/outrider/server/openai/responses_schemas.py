@@ -31,7 +31,7 @@ _INSIDE = {
     "reasoning": ("type", "content"),
 }
 _UNREAD = ("id", "status")
-"""What items of an earlier response hold and nobody needs."""
+"""What items of an earlier response hold and a conversation does not need."""
 
 
 class FunctionTool(Function):
@@ -91,7 +91,7 @@ class ResponsesRequest(Sampling):
         return shown_tools(self.tools or (), self.tool_choice, "tools.{}.")
 
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation. PromptError for items that have no place in one."""
+        """The conversation. PromptError for items that fit into none."""
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})

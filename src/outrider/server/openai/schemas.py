@@ -132,7 +132,7 @@ class Speculative(Record):
     num_speculative_tokens: int | None = Field(None, ge=1, description="most drafts a step, up to the server's")
     return_tokens: bool = Field(False, description="in a stream, each token's id, text and draft position")
 
-    def max_drafts(self, most: int) -> int | None:
+    def max_drafts(self, limit: int) -> int | None:
         """The engine's limit for it; FieldError for more than the server drafts."""
         if not self.enabled:
             if self.num_speculative_tokens is not None:
@@ -142,9 +142,9 @@ class Speculative(Record):
                 )
             return 0
         wanted = self.num_speculative_tokens
-        if wanted is not None and wanted > most:
+        if wanted is not None and wanted > limit:
             raise FieldError(
-                f"speculative.num_speculative_tokens {wanted} is more than the {most} that this server drafts a round",
+                f"speculative.num_speculative_tokens {wanted} is more than the {limit} that this server drafts a round",
                 "speculative.num_speculative_tokens",
             )
         return wanted
@@ -178,7 +178,7 @@ class Sampling(Record):
 
     @property
     def returns_tokens(self) -> bool:
-        """Whether a stream tells of each token where it came from."""
+        """Whether a stream holds each token's origin."""
         return self.speculative is not None and self.speculative.return_tokens
 
     def check(self) -> None:
@@ -216,7 +216,7 @@ class CompletionRequest(Sampled):
 
 
 class Function(Record):
-    """What the model is told of a function it may call."""
+    """A function that the model may call."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
@@ -248,7 +248,7 @@ ToolChoice = Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})]
 def shown_tools(functions: Sequence[Function], choice: Any, where: str) -> list[dict[str, Any]]:
     """Tools as a chat template takes them; none if the choice is to call none. FieldError for what cannot be promised.
 
-    `where`: the place of a function in the request, with its number as `{}`.
+    `where`: the path of a function in the request, with its number as `{}`.
     """
     if choice not in (None, "none", "auto"):
         said = "is not offered, as nothing makes the model call a tool: leave it out, or ask for auto or none"
@@ -352,7 +352,7 @@ def parse(body: bytes, record: type[Asked]) -> Asked:
 
 
 def _check_depth(given: Any) -> None:
-    """Raises FieldError for what is nested so deeply that telling of it could fail."""
+    """Raises FieldError for what is nested so deeply that encoding it could fail."""
     level = [given]
     for _ in range(MOST_NESTED):
         inner = (each.values() if isinstance(each, dict) else each for each in level)

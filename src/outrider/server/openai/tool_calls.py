@@ -1,6 +1,6 @@
 """Tool calls in the text of a completion, found as the text comes.
 
-A call is told when it is whole and right: a JSON object of the model's own form that names one of the request's tools.
+A call is given out when it is whole and right: a JSON object of the model's own form that names a tool of the request.
 What is not stays text, to the letter. So what is found does not depend on how the text was cut into pieces, and no call
 is ever begun that turns out to be none. White space next to a call is dropped.
 """
@@ -16,7 +16,7 @@ import msgspec
 
 _SPACE = " \t\n\r"
 _BETWEEN = frozenset(_SPACE + '{}[],:"0123456789.+-eEtrufalsn')
-"""What stands outside the strings of JSON."""
+"""What is outside the strings of JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +80,17 @@ class ToolCallParser(ABC):
     tags: ClassVar[tuple[str, ...]]
     """What the model writes around calls: a tokenizer may have made special tokens of them."""
 
-    def __init__(self, names: Collection[str], most: int | None = None) -> None:
-        """`names`: of the request's tools; `most`: calls after which the rest of the text is dropped."""
-        self._names, self._most = frozenset(names), most
-        self._buffer = ""  # not told yet; while a call is scanned, it begins with what stands before its object
+    def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:
+        """`names`: of the request's tools; `max_calls`: calls after which the rest of the text is dropped."""
+        self._names, self._max_calls = frozenset(names), max_calls
+        self._buffer = ""  # not given out yet; while a call is scanned, it begins with what precedes its object
         self._scan: _ObjectScan | None = None
         self._start = 0  # of the object being scanned
         self._found: list[str | ToolCall] = []
         self.num_calls = 0
 
     def feed(self, text: str) -> list[str | ToolCall]:
-        """What the text so far makes certain and was not told before."""
+        """What the text so far makes certain and was not given out before."""
         self._buffer += text
         while self._buffer and self._advance():
             pass
@@ -105,7 +105,7 @@ class ToolCallParser(ABC):
 
     def _advance(self) -> bool:
         """One step through the buffer; False: only more text can help."""
-        if self.num_calls == self._most:
+        if self.num_calls == self._max_calls:
             self._buffer = ""
             return False
         if self._scan is None:
@@ -160,7 +160,7 @@ class ToolCallParser(ABC):
         """A call has ended; another may follow."""
 
     def _failed(self) -> None:  # noqa: B027 - a hook, not a duty
-        """What looked like a call was none, and was told as text; the next may be one."""
+        """What looked like a call was none, and was given out as text; the next may be one."""
 
 
 class HermesParser(ToolCallParser):
@@ -172,8 +172,8 @@ class HermesParser(ToolCallParser):
     _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
     tags = (_OPEN, _CLOSE)
 
-    def __init__(self, names: Collection[str], most: int | None = None) -> None:
-        super().__init__(names, most)
+    def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:
+        super().__init__(names, max_calls)
         self._closes = False  # a call has just ended, and its tag may follow
         self._is_after = False  # and white space is still its own
 
@@ -208,14 +208,14 @@ class HermesParser(ToolCallParser):
 class LlamaParser(ToolCallParser):
     """`{"name": ..., "parameters": {...}}` as the whole of an answer: Llama 3.1 and 3.2.
 
-    `<|python_tag|>` may stand before it, and further calls may follow, with or without a semicolon between.
+    `<|python_tag|>` may precede it, and further calls may follow, with or without a semicolon between.
     """
 
     _TAG = "<|python_tag|>"
     tags = (_TAG,)
 
-    def __init__(self, names: Collection[str], most: int | None = None) -> None:
-        super().__init__(names, most)
+    def __init__(self, names: Collection[str], max_calls: int | None = None) -> None:
+        super().__init__(names, max_calls)
         self._is_text = False  # no call can follow
 
     def _decode(self, text: str) -> tuple[str, msgspec.Raw]:
@@ -234,11 +234,11 @@ class LlamaParser(ToolCallParser):
         ahead = self._buffer.lstrip()
         if self.num_calls:
             ahead = ahead.removeprefix(";").lstrip()
-        place = len(self._buffer) - len(ahead)
+        start = len(self._buffer) - len(ahead)
         if ahead.startswith("{"):
-            return self._begin(place)
+            return self._begin(start)
         if ahead.startswith(self._TAG):
-            return self._begin(place + len(self._TAG))
+            return self._begin(start + len(self._TAG))
         self._is_text = not self._TAG.startswith(ahead)
         return self._is_text
 

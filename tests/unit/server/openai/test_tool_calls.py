@@ -148,8 +148,8 @@ def test_text_is_told_as_soon_as_it_is_certain() -> None:
 
 
 def test_max_calls() -> None:
-    assert calls(HermesParser(NAMES, most=1), f"So: {hermes(GOOD)}\n{hermes(TRICKY)} end") == ["So:", WEATHER]
-    assert calls(LlamaParser(NAMES, most=1), f"{LLAMA_GOOD}; {LLAMA_GOOD}") == [WEATHER]
+    assert calls(HermesParser(NAMES, max_calls=1), f"So: {hermes(GOOD)}\n{hermes(TRICKY)} end") == ["So:", WEATHER]
+    assert calls(LlamaParser(NAMES, max_calls=1), f"{LLAMA_GOOD}; {LLAMA_GOOD}") == [WEATHER]
 
 
 def test_options_name_the_parsers_there_are() -> None:
@@ -219,7 +219,7 @@ SETTINGS = settings(max_examples=150, deadline=None, derandomize=True)
 Read = Callable[[Sequence[str]], list[Part]]
 READERS: dict[str, Read] = {
     "hermes": lambda pieces: calls(HermesParser(NAMES), *pieces),
-    "hermes-one": lambda pieces: calls(HermesParser(NAMES, most=1), *pieces),
+    "hermes-one": lambda pieces: calls(HermesParser(NAMES, max_calls=1), *pieces),
     "llama": lambda pieces: calls(LlamaParser(NAMES), *pieces),
     "reply": lambda pieces: reply(False, *pieces),
     "reply-opened": lambda pieces: reply(True, *pieces),
