@@ -11,6 +11,7 @@ import torch
 
 from outrider.cache.layout import LayerCache
 from outrider.capability import Feature, Gap
+from outrider.kernels import op
 from outrider.kernels.decoder_layer import DECODER_LAYER, layer_stack
 from outrider.kernels.records import LayerStack, LayerWeights
 from outrider.layers.by_ops import layers_by_ops
@@ -40,7 +41,12 @@ class Backend(Protocol):
 def declines(backend: type[Backend], specs: Sequence[LayerSpec], device: torch.device) -> list[Gap]:
     """Why a backend cannot run these layers on a device; nothing if it can."""
     if backend is not ByOps and DECODER_LAYER.on(device) is DECODER_LAYER.reference:
-        return [Gap(str(device), Feature.WITHOUT_TRITON, f"{backend.name} has no kernel there; install Triton for one")]
+        feature, remedy = (
+            (Feature.OLD_CUDA, "it takes a GPU of compute capability 8.0 or higher")
+            if op.HAS_TRITON
+            else (Feature.WITHOUT_TRITON, "pip install triton")
+        )
+        return [Gap(f"device {device}", feature, f"{backend.name} has no kernel for it; {remedy}")]
     needed = {feature: part for spec in specs for feature, part in needs(spec).items()}
     return [
         Gap(part, feature, backend.lacks[feature])

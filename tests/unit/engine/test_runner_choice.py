@@ -20,6 +20,7 @@ from outrider.capability import Feature, Offer, Part
 from outrider.cli.main import main
 from outrider.config import EngineOptions, Resolved, resolve
 from outrider.draft.registry import METHODS
+from outrider.layers.backend import ByOps, FusedGpu
 from outrider.oracle import RefusedError, choose
 from outrider.runner.capture import CaptureOptions
 from outrider.runner.eager import EagerRunner
@@ -306,6 +307,9 @@ def test_a_gpu_without_kernels_is_served_by_the_eager_runner(
     resolved = on_gpu(path)
     assert resolved.served_by().runner is (EagerRunner if features else GraphRunner)
     assert why_not(resolved) == [(part, feature) for feature in features]
+    layers = resolved.served_by().layers
+    assert layers is not None and layers.backend is (ByOps if features else FusedGpu)
+    assert [gap.feature for _, gap in layers.passed_over] == features[-1:]
     if features:
         with pytest.raises(RefusedError, match="runner eager lacks nothing") as refused:
             on_gpu(path, runner="graph").served_by()

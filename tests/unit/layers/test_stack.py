@@ -14,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from checkpoints import Case, program, reference, run, write, write_tokenizer
+from heads import write_head
 from outrider import LLM
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.cli.main import app
@@ -178,6 +179,15 @@ def test_explain_says_it(biased: Path, tiny: Callable[..., Path]) -> None:
     assert "layers by_ops" in out and "not fused_cpu: attention needs out_bias" in out
     found = json.loads(explain(str(tiny("qwen3")), "--json"))
     assert found["layers"]["backend"] == "fused_cpu" and found["draft_layers"] is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_draft_head_says_it_too(bias: bool, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    head = write_head(tmp_path / "head", True, layer={"attention_bias": bias})
+    found = json.loads(explain(str(tiny("qwen3")), "--draft", str(head), "--json"))
+    assert found["layers"]["backend"] == "fused_cpu"
+    assert found["draft_layers"]["backend"] == ("by_ops" if bias else "fused_cpu")
+    assert [each["feature"] for each in found["draft_layers"]["passed_over"]] == ["out_bias"] * bias
 
 
 def test_resolving_chooses_without_loading(biased: Path) -> None:
