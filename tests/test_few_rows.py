@@ -220,6 +220,6 @@ def test_layers_hand_the_stream_on_and_show_it_where_it_is_tapped(
     expected, stream = stream, case["residual"].clone()
     stack = gpu_decoder_layer.DeviceLayerStack(weights, caches, 1e-6, case["scale"])
     features = torch.full((len(stream), 2 * stream.shape[1]), torch.nan, device=device)
-    assert stack(0, 3, None, stream, **where, taps=(2, 0), features=features) is None
+    assert stack(0, 3, None, stream, **where, aux_layers=(2, 0), features=features) is None
     assert distance(stream, expected.double()) < 3e-6
     assert distance(features, torch.cat([entering[2], entering[0]], dim=1).double()) < 3e-6

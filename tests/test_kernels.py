@@ -448,7 +448,7 @@ def test_layers_in_one_call_equal_one_after_the_other(lengths: list[tuple[int, i
     first = stack(0, 1, None, ours, **shared)
     assert torch.equal(first, before[0][0]) and torch.equal(ours, before[0][1])
     features = torch.full((len(ours), 2 * ours.shape[1]), torch.nan)
-    last = stack(1, 3, first, ours, **shared, taps=(2, 1), features=features)
+    last = stack(1, 3, first, ours, **shared, aux_layers=(2, 1), features=features)
     entering = [stream + added for added, stream in before[1::-1]]  # layer 2, then layer 1
     assert torch.equal(features, torch.cat(entering, dim=1))
     assert torch.equal(last, before[2][0]) and torch.equal(ours, before[2][1])

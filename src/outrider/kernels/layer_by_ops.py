@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from outrider.kernels.records import take_taps
+from outrider.kernels.records import copy_aux_hidden
 from outrider.tensors import PagedRows
 
 
@@ -117,13 +117,13 @@ class LayersByOps:
         residual: Tensor,
         rope: Tensor,
         rows: PagedRows,
-        taps: Sequence[int] = (),
+        aux_layers: Sequence[int] = (),
         features: Tensor | None = None,
     ) -> Tensor | None:
         """Runs layers first:last with ops that write the residual stream in place."""
         for index in range(first, last):
             layer = self._layers[index]
-            take_taps(index, None if layer.parameters.input_norm is None else x, residual, taps, features)
+            copy_aux_hidden(index, None if layer.parameters.input_norm is None else x, residual, aux_layers, features)
             residual, heads = before_attention(self._ops, layer.parameters, x, residual, layer.eps)
             mixed = self._attend(heads, layer, rope, rows)
             residual, x = after_attention(self._ops, layer.parameters, layer.mlp, mixed, residual, layer.eps)

@@ -45,16 +45,19 @@ class LayerWeights(NamedTuple):
     down: Tensor
 
 
-def take_taps(layer: int, x: Tensor | None, residual: Tensor, taps: Sequence[int], features: Tensor | None) -> None:
-    """Writes the stream that enters a layer, the residual and what the layer before has yet to add, where it is tapped.
+def copy_aux_hidden(
+    layer: int, x: Tensor | None, residual: Tensor, aux_layers: Sequence[int], features: Tensor | None
+) -> None:
+    """Copies the stream that enters a layer to its columns of `features`, if it is one of `aux_layers`.
 
-    features [T, len(taps) * H], None where nothing is tapped.
+    The stream is the residual and x, what the layer before has yet to add to it, None for nothing. features
+    [T, len(aux_layers) * H], None where there are no such layers.
     """
     if features is None:
         return
     width = residual.shape[1]
-    for place, tap in enumerate(taps):
-        if tap == layer:
+    for place, aux_layer in enumerate(aux_layers):
+        if aux_layer == layer:
             out = features[:, place * width : (place + 1) * width]
             if x is None:
                 out.copy_(residual)
@@ -76,10 +79,10 @@ class LayerStack(Protocol):
         residual: Tensor,
         rope: Tensor,
         rows: PagedRows,
-        taps: Sequence[int] = (),
+        aux_layers: Sequence[int] = (),
         features: Tensor | None = None,
     ) -> Tensor | None:
         """Runs layers first:last, at least one. x is what the layer before gave; see `decoder_layer`.
 
-        `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
+        `features` [T, len(aux_layers) * H] is filled with the stream as it enters each of aux_layers, side by side.
         """

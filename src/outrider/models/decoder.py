@@ -10,7 +10,7 @@ from torch import Tensor
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
 from outrider.errors import CheckpointError
-from outrider.kernels.records import take_taps
+from outrider.kernels.records import copy_aux_hidden
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMlpSpec
 from outrider.layers.norm import RMSNorm
@@ -101,7 +101,7 @@ class Decoder:
         residual = self.embedding(batch.input_ids)
         features = residual.new_empty(len(residual), len(taps) * residual.shape[1]) if taps else None
         x = self.layers.run(None, residual, batch, self.rope, cache, taps, features)
-        take_taps(len(self.layers), x, residual, taps, features)
+        copy_aux_hidden(len(self.layers), x, residual, taps, features)
         return self.norm(residual) if x is None else self.norm.add(x, residual), features
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -61,27 +61,27 @@ class DeviceLayerStack:
         residual: Tensor,
         rope: Tensor,
         rows: PagedRows,
-        taps: Sequence[int] = (),
+        aux_layers: Sequence[int] = (),
         features: Tensor | None = None,
     ) -> Tensor | None:
         """Runs layers first:last, at least one. x is what the layer before gave; see `decoder_layer`.
 
-        `features` [T, len(taps) * H] is filled with the stream as it enters each tapped layer, side by side.
+        `features` [T, len(aux_layers) * H] is filled with the stream as it enters each of aux_layers, side by side.
         """
         tokens, hidden = residual.shape
         # one launch serves few tokens, and more where the matrix unit multiplies all of it
         if tokens > FEW_ROWS and not self._all_tiled:
-            return self._by_ops(first, last, x, residual, rope, rows, taps, features)
+            return self._by_ops(first, last, x, residual, rope, rows, aux_layers, features)
         assert residual.is_contiguous() and (x is None or x.is_contiguous())
         result = torch.empty_like(residual)
         stride = 0
-        self._table[:, -1] = 0  # what the last call tapped may be gone
+        self._table[:, -1] = 0  # where the last call wrote to may be gone
         if features is not None:
             assert features.is_contiguous() and features.dtype == torch.float32
             stride = features.shape[1] * 4
-            for place, tap in enumerate(taps):
-                if first <= tap < last:
-                    self._table[tap, -1] = features.data_ptr() + place * hidden * 4
+            for place, layer in enumerate(aux_layers):
+                if first <= layer < last:
+                    self._table[layer, -1] = features.data_ptr() + place * hidden * 4
         sizes = self._kind, int(self._tiles), self._inputs, hidden, self._width, stride
         shape = Shape(*sizes, rope.data_ptr(), self._eps, self._scale, self._heads)
         layers = self._table.ctypes.data + first * self._table.strides[0]

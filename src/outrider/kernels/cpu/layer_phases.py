@@ -29,7 +29,7 @@ class Shape(NamedTuple):
     inputs: int
     hidden: int
     width: int
-    tap_stride: int
+    aux_stride: int
     rope: int
     eps: float
     scale: float
@@ -89,13 +89,13 @@ def before_attention(
     rows: Rows,
     x: int,
     residual: int,
-    tapped: int,  # of the tokens before, in the whole step
+    first_token: int,  # of these, among those of the whole step
     memory: Memory,
     query: int,
 ) -> int:
     """A layer up to its keys and values in the cache; returns the phase after it."""
     weights = carray(pointer(layer), (12,), np.int64)
-    input_norm, qkv, qkv_bias, tap = weights[0], weights[1], weights[2], weights[11]
+    input_norm, qkv, qkv_bias, aux = weights[0], weights[1], weights[2], weights[11]
     kind, hidden, heads, tokens = shape.kind, shape.hidden, shape.heads, rows.num_tokens
     if input_norm == 0:
         reads = x
@@ -108,9 +108,9 @@ def before_attention(
             norm_rows(phase, x, residual, input_norm, kind, reads, tokens, hidden, shape.eps)
         leave(phase)
         phase += PHASE
-    if tap != 0:
+    if aux != 0:
         enter(phase)
-        _copy_rows(phase, residual, tap + tapped * shape.tap_stride, shape.tap_stride, tokens, hidden)
+        _copy_rows(phase, residual, aux + first_token * shape.aux_stride, shape.aux_stride, tokens, hidden)
         leave(phase)
         phase += PHASE
     both = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim

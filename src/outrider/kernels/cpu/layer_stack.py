@@ -4,7 +4,7 @@ Layers run one after the other, each as `decoder_layer`: x is what the first add
 gives. A layer without input_norm is one alone, and x [tokens, inputs] what its q, k and v are made of.
 
 `layers` [count, 12] int64 holds for each the addresses of its weights and of its keys and values, in `LayerWeights`'
-order, 0 for none, and that of where to copy the stream that enters it, in rows of tap_stride bytes.
+order, 0 for none, and that of where to copy the stream that enters it, in rows of aux_stride bytes.
 """
 
 from __future__ import annotations

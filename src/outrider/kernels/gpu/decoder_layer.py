@@ -17,7 +17,7 @@ from outrider.kernels.gpu.partial_norm import Rows as NormedRows
 from outrider.kernels.gpu.partial_norm import scale_rows
 from outrider.kernels.gpu.rope_attention import is_short, new_counters, rope_attention_gpu
 from outrider.kernels.layer_by_ops import BoundLayer, LayersByOps
-from outrider.kernels.records import HeadNorms, LayerWeights, take_taps
+from outrider.kernels.records import HeadNorms, LayerWeights, copy_aux_hidden
 from outrider.tensors import PagedRows
 
 
@@ -51,14 +51,14 @@ class DeviceLayerStack:
         residual: Tensor,
         rope: Tensor,
         rows: PagedRows,
-        taps: Sequence[int] = (),
+        aux_layers: Sequence[int] = (),
         features: Tensor | None = None,
     ) -> None:
         """Runs layers first:last, at least one; see `LayerStack`."""
         if len(residual) <= FEW:
-            self._few(first, last, x, residual, rope, rows, taps, features)
+            self._few(first, last, x, residual, rope, rows, aux_layers, features)
         else:
-            self._many(first, last, x, residual, rope, rows, taps, features)
+            self._many(first, last, x, residual, rope, rows, aux_layers, features)
 
     def _mix(self, heads: Tensor, layer: BoundLayer, rope: Tensor, rows: PagedRows, ahead: bool) -> Tensor:
         """What attention makes of heads [T, (Hq + 2*Hkv) * D]: [T, Hq * D]. `ahead` as in `rope_attend`: in `_few`."""
@@ -77,7 +77,7 @@ class DeviceLayerStack:
         residual: Tensor,
         rope: Tensor,
         rows: PagedRows,
-        taps: Sequence[int],
+        aux_layers: Sequence[int],
         features: Tensor | None,
     ) -> None:
         entry = self._weights[first].input_norm
@@ -86,7 +86,7 @@ class DeviceLayerStack:
             source = scale_rows(x, residual, entry, self._eps)
         for index in range(first, last):
             weights = self._weights[index]
-            take_taps(index, None, residual, taps, features)
+            copy_aux_hidden(index, None, residual, aux_layers, features)
             assert source is not None, "a layer without input_norm is given what it reads"
             heads = self._empty(residual, weights.qkv.shape[0])
             few_rows(source, weights.qkv, heads, bias=weights.qkv_bias, tickets=self._tickets, late=True)
