@@ -25,7 +25,7 @@ from outrider.bench.provenance import provenance
 from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
 from outrider.kernels.cpu.emit import Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import compiled
+from outrider.kernels.cpu.jit import compiled, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.linear import LINEAR
@@ -66,7 +66,7 @@ def _read_part(emitter: Emitter, data: Int, size: Int, out: Int) -> None:
     emitter.store(emitter.sweep(size, step, [emitter.floats(0)], 8, fetch)[0], out, 0)
 
 
-@compiled()
+@task()
 def _read_tasks(tickets: int, data: int, size: int, share: int, out: int) -> None:
     while True:
         start = add(tickets, 1) * share

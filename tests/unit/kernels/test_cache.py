@@ -67,6 +67,37 @@ def test_a_comment_recompiles_its_own_file_and_no_other(tree: Path) -> None:
     assert compiled_by(tree) == set(), "the time of a file does not matter, what it says does"
 
 
+FIRST_CALLS = """
+import threading, torch
+from outrider.kernels.activation import SILU_MUL
+from outrider.kernels.norm import RMS_NORM
+
+silu_mul, rms_norm, x, failed = SILU_MUL.on("cpu"), RMS_NORM.on("cpu"), torch.ones(512, 512), []
+start = threading.Barrier(8)
+
+def call(index):
+    start.wait()
+    found = silu_mul(x) if index % 2 else rms_norm(x, x[0], 1e-6)
+    if not found.isfinite().all():
+        failed.append(index)
+
+threads = [threading.Thread(target=call, args=(index,)) for index in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failed
+"""
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_several_threads_may_call_a_kernel_for_the_first_time(tree: Path, tmp_path: Path, cold: bool) -> None:
+    """A task that is called before it is there would take the process down."""
+    cache = tmp_path if cold else tree / "cache"
+    environment = {**os.environ, "PYTHONPATH": str(tree), "NUMBA_CACHE_DIR": str(cache)}
+    subprocess.run([sys.executable, "-c", FIRST_CALLS], env=environment, check=True, timeout=120)
+
+
 def test_an_edit_of_what_all_use_recompiles_all(tree: Path) -> None:
     assert compiled_by(tree) <= {"sample"}
     edited = tree / "outrider" / "kernels" / "cpu" / "jit.py"

@@ -9,6 +9,7 @@ its callers hold its name, and the loader puts in the address.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -22,6 +23,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils, config
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin
 
@@ -103,9 +105,10 @@ def compiled(*, inline: str = "never") -> Callable[[Callable[P, R]], Callable[P,
         compile_or_load = dispatcher.compile
 
         def after_tasks(signature: Any) -> Any:
-            for task in needed(function):
-                task.load()
-            return compile_or_load(signature)
+            with global_compiler_lock:  # numba's own: two locks could wait for each other
+                for task in needed(function):
+                    task.load()
+                return compile_or_load(signature)
 
         dispatcher.compile = after_tasks
         jit: Callable[P, R] = dispatcher
@@ -141,16 +144,19 @@ class Task:
 
     def load(self) -> None:
         """Compiles it, or takes it from the cache, and gives its address to the loader; those that it calls first."""
-        if self._loaded:
-            return
-        self._loaded = True
+        with global_compiler_lock:
+            if not self._loaded:
+                llvmlite.binding.add_symbol(self.symbol, self._address())
+                self._loaded = True
+
+    def _address(self) -> int:
         if not self.exists:
-            llvmlite.binding.add_symbol(self.symbol, llvmlite.binding.address_of_symbol("abort"))
-            return
+            never: int = ctypes.cast(ctypes.pythonapi.Py_Exit, ctypes.c_void_p).value or 0
+            return never
         self._dispatcher.compile(self.arguments)
         overload = self._dispatcher.overloads[self.arguments]
-        address = overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name)
-        llvmlite.binding.add_symbol(self.symbol, address)
+        address: int = overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name)
+        return address
 
     def call(self, context: Any, builder: Any, arguments: Any) -> Any:
         """Emits a call."""

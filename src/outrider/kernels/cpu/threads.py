@@ -209,6 +209,7 @@ def _help() -> None:
 
 
 _helpers: list[threading.Thread] = []
+_starting = threading.Lock()  # a second thread would let the first one's trial run of `_help` go on for ever
 
 
 def num_threads() -> int:
@@ -223,15 +224,16 @@ def num_threads() -> int:
 
 
 def _start(count: int) -> None:
-    if not _helpers:
-        stop = ctypes.c_int64.from_address(_ADDRESS + _STOP)
-        stop.value = 1
-        _help()  # compiles it here and now: a helper would fight for the GIL to do it
-        stop.value = 0
-    while len(_helpers) < count:
-        helper = threading.Thread(target=_help, name="outrider-kernels", daemon=True)
-        _helpers.append(helper)
-        helper.start()
+    with _starting:
+        if not _helpers:
+            stop = ctypes.c_int64.from_address(_ADDRESS + _STOP)
+            stop.value = 1
+            _help()  # compiles it here and now: a helper would fight for the GIL to do it
+            stop.value = 0
+        while len(_helpers) < count:
+            helper = threading.Thread(target=_help, name="outrider-kernels", daemon=True)
+            _helpers.append(helper)
+            helper.start()
 
 
 def _reset() -> None:
