@@ -25,7 +25,7 @@ from outrider import LLM, CheckpointError, OptionError
 from outrider import config as config_module
 from outrider.config import EngineOptions, resolve
 from outrider.draft.registry import METHODS
-from outrider.drafting import Draft, DraftContext, Drafter, DraftOptions, Feature, TargetFacts
+from outrider.drafting import Draft, DraftContext, Drafter, DraftOptions, Feature, Footprint, TargetFacts
 from outrider.runner.eager import EagerRunner
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -228,6 +228,15 @@ def test_weights_and_caches_of_a_drafter_whose_checkpoint_is_the_target_s(target
     assert [tuple(layer.key.shape[1:]) for layer in caches] == [(heads, 16, HIDDEN // heads) for heads in (1, 2, 3)]
     assert memory.bytes_per_block - alone.bytes_per_block == 3 * 2 * 16 * HIDDEN * 4
     assert all(len(layer.key) == memory.num_blocks for layer in caches)
+
+
+def test_a_cache_that_the_footprint_leaves_out_is_refused(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mtp, "footprint", lambda options, facts: Footprint(weights=1))
+    config = {"method": "mtp_drafter:Mtp", "num_speculative_tokens": 1}
+    with pytest.raises(OptionError, match=r"keeps 6144 bytes in each block .* its footprint says per_block=0"):
+        serve(with_modules(target[0], tmp_path / "both", 1), speculative_config=config)
 
 
 def test_a_cache_that_needs_do_not_name_is_refused(

@@ -94,13 +94,21 @@ def build_model(config: RunnerConfig, count: Callable[[int], None]) -> Decoder:
 def _build_drafter(config: RunnerConfig, model: Decoder, count: Callable[[int], None] | None) -> Drafter:
     """The drafter, given its weights and its own layers of the cache.
 
-    OptionError if it asks for what its `needs` do not name, which the oracle and the scheduler go by.
+    OptionError if it asks for what its `needs` do not name, which the oracle and the scheduler go by, or for more
+    memory than it announced.
     """
     drafter = config.drafter(config.draft_options, config.target)
     layouts = drafter.cache_layouts()
     for asked, feature in ((layouts, Feature.DRAFT_CACHE), (drafter.aux_layer_ids(), Feature.FEATURES)):
         if asked and feature not in drafter.needs:
             raise OptionError(f"drafter {drafter.name} asks for {feature.name}: its needs must name that feature")
+    planned = config.memory.bytes_per_block - model.cache_layout(config.sizes.block_size).bytes_per_block
+    asked_for = sum(layout.bytes_per_block for layout in layouts)
+    if asked_for != planned:
+        raise OptionError(
+            f"drafter {drafter.name} keeps {asked_for} bytes in each block of the cache, but its footprint says "
+            f"per_block={planned}: they must agree"
+        )
     caches = [layout.allocate(config.memory.num_blocks, config.device) for layout in layouts]
     dummy_seed = config.seed if config.directory is None else None
     drafter.prepare(TargetParts(model.embedding, model.head), caches, dummy_seed, count)
