@@ -18,8 +18,8 @@ import torch
 from outrider import env
 from outrider.capability import Feature, Part
 from outrider.core.option import option, wrong_types
-from outrider.core.reading import Fact
-from outrider.core.sizes import Sizes
+from outrider.core.reading import Fact, written_short
+from outrider.core.sizes import Sizes, check_whole
 from outrider.device import device_part, find_device
 from outrider.draft.base import Drafter, Footprint, TargetFacts
 from outrider.draft.registry import parse_speculative_config
@@ -56,7 +56,9 @@ class EngineOptions:
 
     model: str | None = option(None, "local directory or Hugging Face id; left out: the bundled model")
     model_class: str | None = option(None, "module:Class of a model family of your own; left out: the checkpoint's")
-    speculative_config: Mapping[str, Any] | None = option(None, "drafting method and its options, as in vLLM")
+    speculative_config: Mapping[str, Any] | None = option(
+        None, 'drafting method and its options, as {"method": "ngram"}', example={"method": "ngram"}
+    )
     runner: str = option(AUTO, "auto takes the fastest runner that can serve; a name is taken or refused")
     dtype: str = option(AUTO, "auto (the checkpoint's), float32, bfloat16 or float16")
     device: str = option(AUTO, "auto, cpu, cuda or cuda:N")
@@ -103,7 +105,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name, value, wanted in wrong_types(self):
-            raise OptionError(f"{name} must be {wanted}: {value!r}")
+            raise OptionError(f"{name} must be {wanted}: {written_short(value)}")
 
     @classmethod
     def from_kwargs(cls, **given: Any) -> EngineOptions:
@@ -318,12 +320,11 @@ def _check_values(options: EngineOptions) -> None:
     counts = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_tokens_beside_decodes")
     for name in (*counts, "kv_cache_memory"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise OptionError(f"{name} must be a whole number of 1 or more: {value!r}")
+        if value is not None:
+            check_whole(name, value, 1)
     if not 0.0 < options.gpu_memory_utilization <= 1.0:
         raise OptionError(f"gpu_memory_utilization must be in (0, 1]: {options.gpu_memory_utilization}")
-    if not 0 <= options.seed < 2**63:
-        raise OptionError(f"seed must be a whole number of 0 or more: {options.seed}")
+    check_whole("seed", options.seed, 0)
     if options.dtype != AUTO and options.dtype not in DTYPES:
         raise OptionError(f"unknown dtype: {options.dtype} ({nearest(options.dtype, [AUTO, *DTYPES])})")
     backend = options.distributed_executor_backend

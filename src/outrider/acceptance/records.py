@@ -8,6 +8,8 @@ traffic it serves against the one nearest to it.
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -88,7 +90,7 @@ def read_records(path: Path) -> list[Expectation]:
     """Every record of an acceptance.json. CheckpointError, naming the file, if it is missing or not one."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     entries = given.get("records") if isinstance(given, Mapping) else None
     if not isinstance(entries, list):
@@ -106,15 +108,40 @@ def read_records(path: Path) -> list[Expectation]:
 
 
 def write_record(path: Path, record: Expectation) -> None:
-    """Puts a record into an acceptance.json, replacing the one of the same setting; other records stay."""
+    """Puts a record into an acceptance.json, replacing the one of the same setting; other records stay.
+
+    The file is replaced whole: CheckpointError if it cannot be written, and then it is as it was.
+    """
     records = read_records(path) if path.exists() else []
     found = find(records, record.setting)
     if found is None:
         records.append(record)
     else:
         records[records.index(found)] = record
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"records": [asdict(entry) for entry in records]}, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({"records": [asdict(entry) for entry in records]}, indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; the records there are as they were") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file beside it, and puts that in its place once all of it is on the disk."""
+    target = path.resolve()  # a link stays one
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    written = Path(name)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner may read
+        written.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o644)
+        written.replace(target)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
 
 
 def find(records: Sequence[Expectation], setting: Setting) -> Expectation | None:

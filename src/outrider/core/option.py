@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field, fields
 from typing import Any
 
 
-def option(default: Any, help: str, *, compare: bool = True, derived: bool = False) -> Any:
+def option(
+    default: Any, help: str, *, compare: bool = True, derived: bool = False, example: Mapping[str, Any] | None = None
+) -> Any:
     """A dataclass field with its default and one line of help.
 
     `compare`: false for an option in which two runs of the same setting may differ, such as where a file is.
     `derived`: true for a field that is worked out from the others, so that no user sets it.
+    `example`: of a record, shown to those who give something else.
     """
-    return field(default=default, compare=compare and not derived, metadata={"help": help, "derived": derived})
+    metadata = {"help": help, "derived": derived, "example": example}
+    return field(default=default, compare=compare and not derived, metadata=metadata)
 
 
 def option_names(record: Any) -> list[str]:
@@ -29,7 +34,8 @@ def wrong_types(record: Any) -> Iterator[tuple[str, Any, str]]:
     for entry in fields(record):
         value, hint = getattr(record, entry.name), hints[entry.name]
         if not _is(value, hint):
-            yield entry.name, value, _name(hint)
+            example = entry.metadata.get("example")
+            yield entry.name, value, _name(hint) + (f", as {json.dumps(example)}" if example else "")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -51,6 +57,26 @@ def _is(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+NAMES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Mapping: "a record of names and values",
+    type(None): "None",
+}
+"""Types as messages call them."""
+
+PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
 def _name(hint: Any) -> str:
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
-    return " or ".join(names.get(member, str(member).split(".")[-1]) for member in _members(hint))
+    return " or ".join(_name_of_one(member) for member in _members(hint))
+
+
+def _name_of_one(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is None or origin is Mapping:
+        return NAMES.get(origin or hint, str(hint).split(".")[-1])
+    item = typing.get_args(hint)[0]
+    return f"a list of {PLURALS.get(item, 'values')}"

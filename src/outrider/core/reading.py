@@ -137,4 +137,4 @@ def written_short(value: Any) -> str:
     try:
         return shortened(repr(value))
     except (RecursionError, ValueError):
-        return f"a {type(value).__name__} too large to be written here"
+        return f"{type(value).__name__}, too large to be written here"

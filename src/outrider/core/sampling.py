@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from outrider.core.option import option
+from outrider.core.reading import written_short
 from outrider.core.sampling_fields import (
     FIELDS,
     MIN_P,
@@ -89,13 +90,13 @@ class SamplingParams:
     def _check_stops(self) -> None:
         assert isinstance(self.stop, tuple) and isinstance(self.stop_token_ids, tuple)
         if any(not isinstance(text, str) or not text for text in self.stop):
-            raise SamplingError(f"stop must hold non-empty strings: {self.stop!r}", "stop")
+            raise SamplingError(f"stop must hold non-empty strings: {written_short(self.stop)}", "stop")
         if self.stop and not self.detokenize:
             raise SamplingError("stop strings need detokenize=True: give stop_token_ids instead, or detokenize", "stop")
         ids = [whole_or_none(token) for token in self.stop_token_ids]
         if any(token is None or token < 0 for token in ids):
             raise SamplingError(
-                f"stop_token_ids must be token ids of 0 or more: {self.stop_token_ids!r}", "stop_token_ids"
+                f"stop_token_ids must be token ids of 0 or more: {written_short(self.stop_token_ids)}", "stop_token_ids"
             )
         if len(set(ids)) > MAX_STOP_IDS:
             raise SamplingError(f"stop_token_ids holds {len(ids)} ids; give at most {MAX_STOP_IDS}", "stop_token_ids")
@@ -113,12 +114,12 @@ class SamplingParams:
                 return tuple(value)
         except TypeError:
             pass
-        raise SamplingError(f"{name} must be a list of {what}: {value!r}", name)
+        raise SamplingError(f"{name} must be a list of {what}: {written_short(value)}", name)
 
     def _check_extra_args(self) -> None:
         given = {} if self.extra_args is None else self.extra_args
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-            raise SamplingError(f"extra_args must map names to values: {given!r}", "extra_args")
+            raise SamplingError(f"extra_args must map names to values: {written_short(given)}", "extra_args")
         self._set("extra_args", dict(given))
 
     def check_extra_args(self, declared: Mapping[str, SamplingField]) -> None:

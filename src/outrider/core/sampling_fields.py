@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 from outrider.core.option import option
+from outrider.core.reading import written_short
 from outrider.errors import SamplingError
 
 MAX_TEMPERATURE = 1e6
@@ -119,8 +120,10 @@ OF_VLLM: Mapping[str, tuple[Any, ...]] = {
 def whole(name: str, value: Any, low: int, also: int | None = None) -> int:
     """A whole number of `low` or more, or `also`. SamplingError names the field."""
     number = whole_or_none(value)
-    if number is None or (number != also and not low <= number < 2**63):
-        raise SamplingError(f"{name} must be a whole number of {low} or more: {value!r}", name)
+    if number is None or (number != also and number < low):
+        raise SamplingError(f"{name} must be a whole number of {low} or more: {written_short(value)}", name)
+    if number >= 2**63:
+        raise SamplingError(f"{name} is too large: {written_short(value)}; give less than 2**63, or leave it out", name)
     return number
 
 
@@ -129,7 +132,7 @@ def within(name: str, value: Any, low: float, high: float, *, above_low: bool = 
     number = _number(value)
     if not low <= number <= high or (above_low and number == low):  # nan is in no range
         raise SamplingError(
-            f"{name} must be a number in {'(' if above_low else '['}{low:g}, {high:g}]: {value!r}", name
+            f"{name} must be a number in {'(' if above_low else '['}{low:g}, {high:g}]: {written_short(value)}", name
         )
     return number
 

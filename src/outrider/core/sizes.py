@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from outrider.core.reading import written_short
 from outrider.errors import OptionError
 
 
@@ -33,6 +34,8 @@ class Sizes:
 
 
 def check_whole(name: str, value: object, lowest: int) -> None:
-    """OptionError unless the value is a whole number of `lowest` or more."""
+    """OptionError unless the value is a whole number of `lowest` or more, and less than 2**63."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise OptionError(f"{name} must be a whole number of {lowest} or more: {value!r}")
+        raise OptionError(f"{name} must be a whole number of {lowest} or more: {written_short(value)}")
+    if value >= 2**63:
+        raise OptionError(f"{name} is too large: {written_short(value)}; give less than 2**63")

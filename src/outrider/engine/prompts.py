@@ -6,8 +6,9 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from outrider.core.reading import written_short
 from outrider.core.sampling import SamplingParams
-from outrider.errors import PromptError, SamplingError, shortened
+from outrider.errors import PromptError, SamplingError
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids} as in vLLM."""
@@ -24,7 +25,7 @@ def as_prompts(prompts: Any) -> list[Any]:
         items = list(prompts)
     except TypeError:
         raise PromptError(
-            f"prompts must be text, token ids, a record, or a list of those: {shortened(repr(prompts))}"
+            f"prompts must be text, token ids, a record, or a list of those: {written_short(prompts)}"
         ) from None
     if items and all(_is_whole(item) for item in items):
         return [items]
@@ -38,10 +39,10 @@ def as_token_ids(ids: Any) -> list[int]:
     except TypeError:
         items = None
     if items is None:
-        raise PromptError(f"token ids must be a list of whole numbers: {shortened(repr(ids))}")
+        raise PromptError(f"token ids must be a list of whole numbers: {written_short(ids)}")
     for index, item in enumerate(items):
         if isinstance(item, bool) or not _is_whole(item):
-            raise PromptError(f"token ids must be whole numbers: {shortened(repr(item))} at index {index}")
+            raise PromptError(f"token ids must be whole numbers: {written_short(item)} at index {index}")
     return [operator.index(item) for item in items]
 
 
@@ -50,7 +51,7 @@ def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
     for index, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise PromptError(
-                f"token id {shortened(repr(token))} is outside the vocabulary of {vocab_size}, at index {index} of the"
+                f"token id {written_short(token)} is outside the vocabulary of {vocab_size}, at index {index} of the"
                 " prompt"
             )
 
@@ -60,7 +61,7 @@ def check_stop_ids(sampling: SamplingParams, vocab_size: int) -> None:
     for token in sampling.stop_token_ids or ():
         if token >= vocab_size:
             raise SamplingError(
-                f"stop token id {shortened(repr(token))} is outside the vocabulary of {vocab_size}: drop it",
+                f"stop token id {written_short(token)} is outside the vocabulary of {vocab_size}: drop it",
                 "stop_token_ids",
             )
 
@@ -70,7 +71,7 @@ def as_conversations(messages: Any) -> list[Messages]:
     several = messages if isinstance(messages, Sequence) and not isinstance(messages, (str, bytes)) else None
     if several is None:
         raise PromptError(
-            f'a conversation must be a list of {{"role": ..., "content": ...}}: {shortened(repr(messages))}'
+            f'a conversation must be a list of {{"role": ..., "content": ...}}: {written_short(messages)}'
         )
     if not several:
         raise PromptError("the conversation is empty: give at least one message")
@@ -79,9 +80,7 @@ def as_conversations(messages: Any) -> list[Messages]:
         listed = isinstance(conversation, Sequence) and not isinstance(conversation, (str, bytes))
         wrong = [one for one in conversation if not isinstance(one, Mapping)] if listed else [conversation]
         if wrong:
-            raise PromptError(
-                f'a message must be a record {{"role": ..., "content": ...}}: {shortened(repr(wrong[0]))}'
-            )
+            raise PromptError(f'a message must be a record {{"role": ..., "content": ...}}: {written_short(wrong[0])}')
         if not conversation:
             raise PromptError("the conversation is empty: give at least one message")
     return conversations
@@ -90,7 +89,7 @@ def as_conversations(messages: Any) -> list[Messages]:
 def as_template_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The arguments of a chat template. PromptError for what is no record."""
     if given is not None and not isinstance(given, Mapping):
-        raise PromptError(f"chat_template_kwargs must be a record: {shortened(repr(given))}")
+        raise PromptError(f"chat_template_kwargs must be a record: {written_short(given)}")
     return dict(given or {})
 
 
@@ -103,7 +102,7 @@ def one_each(given: Any, count: int, default: SamplingParams) -> list[SamplingPa
     listed = isinstance(given, Sequence) and not isinstance(given, str)
     wrong = [one for one in given if not isinstance(one, SamplingParams)] if listed else [given]
     if wrong:
-        raise SamplingError(f"sampling_params must be SamplingParams, or one each: {shortened(repr(wrong[0]))}")
+        raise SamplingError(f"sampling_params must be SamplingParams, or one each: {written_short(wrong[0])}")
     if len(given) != count:
         raise SamplingError(f"{len(given)} sampling params for {count} prompts: give one, or one each")
     return list(given)

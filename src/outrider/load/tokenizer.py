@@ -67,7 +67,7 @@ class Tokenizer:
         if taken:
             raise PromptError(f"chat_template_kwargs holds {', '.join(taken)}, which the engine sets itself: drop it")
         if self._tokenizer.chat_template is None:
-            raise PromptError("the model has no chat template: use generate with a plain prompt")
+            raise PromptError("the model has no chat template: give a plain prompt to LLM.generate or /v1/completions")
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, **template_arguments

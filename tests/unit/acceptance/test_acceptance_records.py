@@ -6,8 +6,11 @@ must not. Rounds are drawn with a fixed seed; a round's drafts stand up to the f
 
 from __future__ import annotations
 
+import errno
+import io
 import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -285,3 +288,35 @@ def test_departures_read_as_sentences() -> None:
     assert str(Departure("rate", 0, 0.7, 0.2, 0.6, 0.8)) == "rate at position 0: 0.200, expected 0.600 to 0.800"
     ratio = Departure("ratio", 2, 0.7, 0.9, 0.6, 0.8)
     assert str(ratio) == "ratio at positions 1 to 2: 0.900, expected 0.600 to 0.800" and not ratio.fell
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_records_outlive_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    path = tmp_path / "acceptance.json"
+    first = Expectation(SETTING, 100, RATES, 2.0)
+    write_record(path, first)
+    path.chmod(0o640)
+    before = path.read_bytes()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    class Full(io.TextIOWrapper):
+        write = fail
+
+    with monkeypatch.context() as patch:
+        if failing == "write":
+            patch.setattr("builtins.open", lambda file, *_, **__: Full(io.FileIO(file, "w")))
+        else:
+            patch.setattr(os, failing, fail)
+            patch.setattr(Path, "replace", fail if failing == "replace" else Path.replace)
+        with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
+            write_record(path, replace(first, drafts=200))
+    assert isinstance(error, KeyboardInterrupt) or "the records there are as they were" in str(raised.value)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["acceptance.json"]
+    write_record(path, replace(first, drafts=200))
+    assert [record.drafts for record in read_records(path)] == [200]
+    assert path.stat().st_mode & 0o777 == 0o640, "as readable as it was"

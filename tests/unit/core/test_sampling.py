@@ -58,3 +58,18 @@ def test_numbers_of_numpy_s() -> None:
 def test_stops_in_any_form() -> None:
     assert SamplingParams(stop="ab").stop == ("ab",) == SamplingParams(stop=iter(["ab"])).stop  # type: ignore[arg-type]
     assert SamplingParams().stop == SamplingParams().stop_token_ids == ()
+
+
+@pytest.mark.parametrize("value", [10**30, 10**5000, 2**63], ids=["30 digits", "5000 digits", "2**63"])
+@pytest.mark.parametrize("name", ["max_tokens", "min_tokens", "n", "seed", "top_k"])
+def test_a_number_that_is_too_large_is_called_that(name: str, value: int) -> None:
+    with pytest.raises(SamplingError, match=f"{name} is too large: .*; give less than"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "given", [{"temperature": 10**5000}, {"stop_token_ids": [-(10**5000)]}, {"max_tokens": -(10**5000)}]
+)
+def test_a_number_that_python_does_not_write_is_refused_all_the_same(given: dict[str, Any]) -> None:
+    with pytest.raises(SamplingError, match="too large to be written here"):
+        SamplingParams(**given)

@@ -58,7 +58,13 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "broken-drafts": ({"speculative_config": {**NGRAM, "num_speculative_tokens": 2.5}}, "num_speculative_tokens.*2.5"),
     "lookup": ({"speculative_config": {**NGRAM, "prompt_lookup_min": 4, "prompt_lookup_max": 3}}, "3 is less than 4"),
     "lookup-of-text": ({"speculative_config": {**NGRAM, "prompt_lookup_min": "2"}}, "prompt_lookup_min.*'2'"),
-    "config-of-text": ({"speculative_config": "ngram"}, "speculative_config.*ngram"),
+    "config-of-text": (
+        {"speculative_config": "ngram"},
+        r"""^speculative_config must be a record of names and values or None, as {"method": "ngram"}: 'ngram'$""",
+    ),
+    "sizes-of-text": ({"capture_sizes": "8"}, "^capture_sizes must be a list of whole numbers or None: '8'$"),
+    "too-many-sequences": ({"max_num_seqs": 10**30}, "max_num_seqs is too large: 1000.*; give less"),
+    "too-large-a-seed": ({"seed": 10**5000}, "seed is too large: int, too large to be written"),
 }
 
 

@@ -111,7 +111,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "end of text": ({"eos_token_id": 1.5}, "eos_token_id must be token ids.*: 1.5"),
     "positions": ({"max_position_embeddings": 2**45}, "max_position_embeddings must be .* 16777216: 35184372088832"),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 4096"),
-    "digits": ({"vocab_size": 10**5000}, "vocab_size must be .*: a int too large to be written here"),
+    "digits": ({"vocab_size": 10**5000}, "vocab_size must be .*: int, too large to be written here"),
     "tied": ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false: 'false'"),
     "layer types": ({"layer_types": 5}, "layer_types must be a list of texts: 5"),
 }
