@@ -22,7 +22,7 @@ from outrider.core.reading import Fact, written_short
 from outrider.core.sizes import Sizes, check_whole
 from outrider.device import device_part, find_device
 from outrider.draft.base import Drafter, Footprint, TargetFacts
-from outrider.draft.registry import parse_speculative_config
+from outrider.draft.registry import METHODS, parse_speculative_config
 from outrider.errors import CapacityError, OptionError, nearest
 from outrider.layers.backend import choose_backend
 from outrider.load.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ class EngineOptions:
     model: str | None = option(None, "local directory or Hugging Face id; left out: the bundled model")
     model_class: str | None = option(None, "module:Class of a model family of your own; left out: the checkpoint's")
     speculative_config: Mapping[str, Any] | None = option(
-        None, 'drafting method and its options, as {"method": "ngram"}', example={"method": "ngram"}
+        None, "drafting method and its options, as in vLLM", example={"method": " | ".join(METHODS)}
     )
     runner: str = option(AUTO, "auto takes the fastest runner that can serve; a name is taken or refused")
     dtype: str = option(AUTO, "auto (the checkpoint's), float32, bfloat16 or float16")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.errors import CheckpointError, PromptError
+from outrider.errors import CheckpointError, PromptError, shortened
 from outrider.load.text_decoder import TextDecoder, Vocabulary, decode_all
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -25,9 +25,11 @@ class Tokenizer:
             raise CheckpointError(f"no tokenizer in {directory}: it holds none of {', '.join(FILES)}")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"no tokenizer in {directory}: {first}") from error
+        except Exception as error:  # whatever two libraries run into in files that are damaged
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CheckpointError(
+                f"no tokenizer in {directory}: {shortened(first)}; are its files complete?"
+            ) from error
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"the tokenizer in {directory} has no tokenizer.json; convert it to a fast one")
         self._vocabulary = Vocabulary(self._tokenizer.backend_tokenizer)

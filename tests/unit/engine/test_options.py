@@ -60,7 +60,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "lookup-of-text": ({"speculative_config": {**NGRAM, "prompt_lookup_min": "2"}}, "prompt_lookup_min.*'2'"),
     "config-of-text": (
         {"speculative_config": "ngram"},
-        r"""^speculative_config must be a record of names and values or None, as {"method": "ngram"}: 'ngram'$""",
+        r"""^speculative_config must be a record of names and values or None, as {"method": ".*ngram.*"}: 'ngram'$""",
     ),
     "sizes-of-text": ({"capture_sizes": "8"}, "^capture_sizes must be a list of whole numbers or None: '8'$"),
     "too-many-sequences": ({"max_num_seqs": 10**30}, "max_num_seqs is too large: 1000.*; give less"),

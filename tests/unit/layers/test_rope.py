@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from checkpoints import prompt, reference, write
 from outrider import LLM
 from outrider.errors import CheckpointError, OptionError
 from outrider.layers.rope import Rope
+from outrider.layers.rope_scaling import SCALINGS
 from outrider.models.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -155,6 +157,63 @@ def test_logits_of_a_checkpoint_that_names_a_scaling_twice(
         whole = parity.complete(llm, texts)
         with pytest.raises(AssertionError, match="are off by"):
             parity.check(model, recorder, texts, whole)
+
+
+RANDOM_VALUES: dict[str, list[Any]] = {
+    "factor": [1.0, 2, 2.5, 4.0, 8, None],
+    "rope_theta": [1e4, 5e5, 1e6, 100.0],
+    "original_max_position_embeddings": [16, 64, 128],
+    "attention_factor": [1.0, 0.8, 1.3, None],
+    "mscale": [0.7, 1.0, 0, None],
+    "mscale_all_dim": [0.7, 1.0, 0, None],
+    "beta_fast": [32, 16, 64.0, None],
+    "beta_slow": [1, 2, None],
+    "truncate": [True, False],
+    "low_freq_factor": [1.0, 2.0],
+    "high_freq_factor": [4.0, 3.0],
+    "short_factor": [SHORT],
+    "long_factor": [LONG],
+}
+
+
+def random_rope(rng: random.Random) -> dict[str, Any] | None:
+    """What a config may say in one of the two places."""
+    kind = rng.choice(list(SCALINGS))
+    keys = SCALINGS[kind].READS if SCALINGS[kind] is not None else ()  # type: ignore[union-attr]
+    made = {rng.choice(["rope_type", "rope_type", "type"]): kind}
+    made |= {key: rng.choice(RANDOM_VALUES[key]) for key in (*keys, "rope_theta") if rng.random() < 0.7}
+    return rng.choice([made, made, made, {}, None])
+
+
+def compare_random_configs(seed: int, count: int) -> int:
+    """How many both read, of so many; whatever both read is the same. Only what is refused may differ."""
+    rng, num_read = random.Random(seed), 0
+    for _ in range(count):
+        given: dict[str, Any] = {"head_dim": HEAD_DIM, "max_position_embeddings": rng.choice([64, 128, 256])}
+        given |= {key: rng.choice(RANDOM_VALUES[key]) for key in ("rope_theta",) if rng.random() < 0.6}
+        given |= {key: random_rope(rng) for key in ("rope_scaling", "rope_parameters") if rng.random() < 0.7}
+        given |= {key: rng.choice([16, 64]) for key in ("original_max_position_embeddings",) if rng.random() < 0.15}
+        make_config, make_embedding = FAMILIES[rng.choice(list(FAMILIES))]
+        length = rng.choice([12, 64, 256])
+        try:
+            table = Rope.from_config(given).table(length, HEAD_DIM, CPU)
+        except CheckpointError:
+            continue
+        embedding = make_embedding(make_config(**json.loads(json.dumps(given))))
+        cos, sin = embedding(torch.empty(1), torch.arange(length)[None])
+        expected = torch.cat((cos[0, :, : HEAD_DIM // 2], sin[0, :, : HEAD_DIM // 2]), -1)
+        torch.testing.assert_close(table, expected, atol=2e-4, rtol=0, msg=lambda told, of=given: f"{told}\n{of}")
+        num_read += 1
+    return num_read
+
+
+def test_random_configs_are_read_as_transformers_reads_them() -> None:
+    assert compare_random_configs(1, 200) > 100
+
+
+@pytest.mark.slow
+def test_many_random_configs_are_read_as_transformers_reads_them() -> None:
+    assert compare_random_configs(2, 20_000) > 10_000
 
 
 def test_positions_that_a_scaling_makes(tmp_path: Path) -> None:
