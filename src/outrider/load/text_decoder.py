@@ -25,6 +25,10 @@ class Vocabulary:
         """Whether every token is a run of bytes, in the letters of GPT-2's byte alphabet."""
         self.has_byte_fallback = "ByteFallback" in stages
         """Whether tokens of the form `<0xE3>` are single bytes."""
+        self.is_by_word = _is_by_word(stages)
+        """Whether a token of text that is not the first makes the same text wherever it stands."""
+        self.pieces: dict[int, str] = {}
+        """Those texts, of tokens that came before."""
         self._special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
         self._bytes: dict[int, bytes | None] = {}
         self._anchor: int | None = None
@@ -81,6 +85,14 @@ def _stages(decoder: dict[str, Any]) -> list[str]:
     if decoder["type"] == "Sequence":
         return [kind for inner in decoder["decoders"] for kind in _stages(inner)]
     return [decoder["type"]]
+
+
+def _is_by_word(stages: Sequence[str]) -> bool:
+    """Whether these stages look at one token at a time, but for the start of a text."""
+    before, _, after = "/".join(stages).partition("Fuse")
+    return set(stages) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} and not (
+        before and "Replace" in after
+    )
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -181,10 +193,15 @@ class TextDecoder:
         self._num_told = len(self._text)
 
     def _in_context(self, token: int) -> str:
+        told = len(self._text) == self._num_told > 0  # not the start of a text, and nothing is held back
+        if told and (piece := self._vocabulary.pieces.get(token)) is not None:
+            return piece
         self._context.append(token)
         self._text = self._decode(self._context)
         # where a decoder joins bytes in a way of its own, the next token may complete this character
         fresh = self._tell(len(self._text) - self._text.endswith(STRAY))
+        if told and self._vocabulary.is_by_word and STRAY not in fresh:
+            self._vocabulary.pieces[token] = fresh
         if len(self._context) > 2 * CONTEXT:
             self._shorten()
         return fresh

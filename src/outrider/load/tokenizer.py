@@ -20,6 +20,7 @@ class Tokenizer:
     def __init__(self, directory: Path) -> None:
         """Raises CheckpointError if the directory holds no fast tokenizer."""
         from transformers import AutoTokenizer
+        from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
         if not any((directory / name).exists() for name in FILES):
             raise CheckpointError(f"no tokenizer in {directory}: it holds none of {', '.join(FILES)}")
@@ -32,6 +33,8 @@ class Tokenizer:
             ) from error
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"the tokenizer in {directory} has no tokenizer.json; convert it to a fast one")
+        # the engine has a limit of its own; a config's may be none
+        self._tokenizer.model_max_length = VERY_LARGE_INTEGER
         self._vocabulary = Vocabulary(self._tokenizer.backend_tokenizer)
         applying = inspect.signature(self._tokenizer.apply_chat_template).parameters
         self._reserved = frozenset(applying) - {"tools"}  # a template of the caller's own would be run, for one

@@ -184,6 +184,25 @@ def test_a_config_that_is_none(single: Path, text: str | None, message: str) -> 
         LLM(str(single))
 
 
+@pytest.mark.parametrize("value", [5, [["x"]], {"a": 1}, "x"], ids=str)
+@pytest.mark.parametrize("key", ["model", "decoder", "added_tokens", "normalizer", "pre_tokenizer"])
+def test_a_damaged_tokenizer_is_refused(single: Path, key: str, value: Any) -> None:
+    write_tokenizer(single)
+    file = single / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=r"no tokenizer in .*are its files complete"):
+        Tokenizer(single)
+
+
+@pytest.mark.parametrize("limit", [None, -1, 1.5, [1], {"a": 1}], ids=str)
+def test_a_tokenizer_s_own_limit_is_none_of_the_engine_s(single: Path, limit: Any) -> None:
+    write_tokenizer(single)
+    file = single / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": limit}))
+    tokenizer = Tokenizer(single)
+    assert tokenizer.decode(tokenizer.encode("a" * 50)) == "a" * 50
+
+
 def test_tokenizers(single: Path) -> None:
     with pytest.raises(CheckpointError, match="no tokenizer in"):
         Tokenizer(single)

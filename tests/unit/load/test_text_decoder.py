@@ -164,6 +164,17 @@ def test_the_byte_alphabet_is_gpt_2_s() -> None:
     assert gpt2_alphabet() == BYTE_ALPHABET
 
 
+@pytest.mark.parametrize("name", ["llama 2", "gemma", "metaspace always"])
+def test_text_that_was_made_before_is_made_again(name: str) -> None:
+    backend = TOKENIZERS[name]()
+    vocabulary, ids = Vocabulary(backend), [backend.token_to_id(word) for word in ("▁the", "e", "▁é", "▁the", "e")]
+    for prompt in ([], ids[:1], []):
+        decoder = TextDecoder(vocabulary, prompt, True)
+        whole = backend.decode([*prompt, *ids, *ids])
+        assert "".join(decoder.step(token) for token in ids * 2) == whole[len(backend.decode(prompt)) :]
+    assert vocabulary.pieces
+
+
 def test_a_character_is_told_as_soon_as_it_is_whole() -> None:
     for backend in (LEVEL, FALLBACK):
         decoder = TextDecoder(Vocabulary(backend), backend.encode("e").ids, True)
