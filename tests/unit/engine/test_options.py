@@ -23,6 +23,10 @@ def path(tiny: Callable[..., Path]) -> Path:
 
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"max_model_length": 5}, "unknown option: max_model_length .*did you mean max_model_len"),
+    "backend": (
+        {"distributed_executor_backend": "ray"},
+        "unknown distributed_executor_backend: ray .*known: mp, uni",
+    ),
     "runner": ({"runner": "eagre"}, "unknown runner: eagre .*did you mean eager"),
     "dtype": ({"dtype": "float23"}, "unknown dtype: float23 .*did you mean float32"),
     "device": ({"device": "warp"}, "unknown device: warp"),

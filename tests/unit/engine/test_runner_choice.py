@@ -183,6 +183,15 @@ def test_explain_json(explain: Any) -> None:
     assert "refused" not in told
 
 
+@pytest.mark.parametrize(
+    ("backend", "said"), [("uni", "in the engine's own process"), ("mp", "in a process of its own")]
+)
+def test_explain_says_what_hosts_the_runner(explain: Any, backend: str, said: str) -> None:
+    flags = ("--distributed-executor-backend", backend)
+    assert json.loads(explain(*flags, "--json")[1])["distributed_executor_backend"] == backend
+    assert said in " ".join(explain(*flags)[1].split())
+
+
 def test_explain_json_of_a_fallback(explain: Any, two_runners: None) -> None:
     code, out, _ = explain("--draft", "checkpoints:Right", "--json")
     told = json.loads(out)
