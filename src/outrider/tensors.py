@@ -62,7 +62,7 @@ class TargetOutput:
 
     logits: Tensor  # [L, V] float32, after the step's processors, which work in place
     hidden: Tensor  # [T, H], after the final norm
-    features: Tensor | None  # [T, F], the residual stream entering the layers the drafter taps, side by side
+    features: Tensor | None  # [T, F], the residual stream entering the drafter's auxiliary layers, side by side
 
 
 @dataclass(slots=True)

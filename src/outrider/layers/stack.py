@@ -33,7 +33,7 @@ class DecoderStack(Sequence[DecoderLayer]):
         batch: StepBatch,
         rope: Tensor,
         cache: Sequence[LayerCache],  # of all layers, whichever are run
-        taps: Sequence[int] = (),
+        aux_layer_ids: Sequence[int] = (),
         features: Tensor | None = None,
         first: int = 0,
         last: int | None = None,  # None: to the end
@@ -41,7 +41,7 @@ class DecoderStack(Sequence[DecoderLayer]):
         """Runs layers first:last. Returns what is yet to be added to the residual stream [T, H], None for nothing.
 
         x is what the layer before returned, or the normed input [T, I] of a first layer that joins two. `residual` is
-        written in place. `features` [T, len(taps) * H] is filled with the stream that enters each tapped layer.
+        written in place. `features` [T, A * H] is filled with the stream that enters each of the A auxiliary layers.
         """
         if self._bound is None or self._cache is not cache:
             self._bound, self._cache = self.choice.backend.bind(self._layers, cache), cache
@@ -49,7 +49,7 @@ class DecoderStack(Sequence[DecoderLayer]):
         for start, end, stack in self._bound:
             begin, stop = max(first, start) - start, min(last, end) - start
             if begin < stop:
-                own = [tap - start for tap in taps] if start else taps
+                own = [index - start for index in aux_layer_ids] if start else aux_layer_ids
                 x = stack(begin, stop, x, residual, rope, batch.rows, own, features)
         return x
 

@@ -90,18 +90,17 @@ class Decoder:
         return CacheLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, self.cache_dtype)
 
     def forward(
-        self, batch: StepBatch, cache: Sequence[LayerCache], taps: Sequence[int] = ()
+        self, batch: StepBatch, cache: Sequence[LayerCache], aux_layer_ids: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """[T, H] after the final norm; the step's keys and values are written into the cache.
 
-        Also [T, len(taps) * H], or None without taps: the residual stream as it enters each tapped layer, side by
-        side in the order given. Tap i is what layer i reads, so 0 is the embedding, and the number of layers what the
-        final norm reads.
+        Also [T, A * H], or None for no auxiliary layers: the residual stream as it enters each of them, side by side
+        in the order given. Layer 0 reads the embedding; the number of layers stands for what the final norm reads.
         """
         residual = self.embedding(batch.input_ids)
-        features = residual.new_empty(len(residual), len(taps) * residual.shape[1]) if taps else None
-        x = self.layers.run(None, residual, batch, self.rope, cache, taps, features)
-        copy_aux_hidden(len(self.layers), x, residual, taps, features)
+        features = residual.new_empty(len(residual), len(aux_layer_ids) * residual.shape[1]) if aux_layer_ids else None
+        x = self.layers.run(None, residual, batch, self.rope, cache, aux_layer_ids, features)
+        copy_aux_hidden(len(self.layers), x, residual, aux_layer_ids, features)
         return self.norm(residual) if x is None else self.norm.add(x, residual), features
 
     def logits(self, hidden: Tensor) -> Tensor:
