@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -89,18 +89,29 @@ INTERPRETED = pytest.mark.skipif(
     not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
 )
 KERNELS = [
-    *(pytest.param(op, "cpu") for op in OPS),
-    *(pytest.param(op, "cuda", marks=[pytest.mark.gpu, NO_CUDA]) for op in OPS),
-    *(pytest.param(op, "interpreter", marks=INTERPRETED) for op in OPS if "cuda" in op.kernels),
+    *(pytest.param(op, "cpu", None) for op in OPS),
+    *(pytest.param(op, "cuda", None, marks=[pytest.mark.gpu, NO_CUDA]) for op in OPS),
+    *(pytest.param(op, "interpreter", 3, marks=INTERPRETED) for op in OPS if "cuda" in op.kernels),
+    *(
+        pytest.param(op, "interpreter", None, marks=[INTERPRETED, pytest.mark.slow])
+        for op in OPS
+        if "cuda" in op.kernels
+    ),
 ]
 
 
-@pytest.mark.parametrize(("op", "device"), KERNELS, ids=lambda value: getattr(value, "name", value))
-def test_kernel_agrees_with_reference(op: Op[..., Any], device: str, poison: None) -> None:
-    """Of GPU kernels too: on a GPU, and everywhere else through Triton's interpreter."""
+def size(example: Mapping[str, Any]) -> int:
+    """Elements of all tensors of a call."""
+    return sum(leaf.numel() for leaf in leaves(dict(example)))
+
+
+@pytest.mark.parametrize(("op", "device", "most"), KERNELS, ids=lambda value: getattr(value, "name", str(value)))
+def test_kernel_agrees_with_reference(op: Op[..., Any], device: str, most: int | None, poison: None) -> None:
+    """On a GPU, and everywhere else through Triton's interpreter: on the smallest examples, or on all."""
     kernel, count = op.kernel("cuda") if device == "interpreter" else op.on(device), 0
     place = torch.device("cpu" if device == "interpreter" else device)
-    for example in examples(op, torch.Generator().manual_seed(1), place, device == "cpu"):
+    made = examples(op, torch.Generator().manual_seed(1), place, device == "cpu")
+    for example in made if most is None else sorted(made, key=size)[:most]:
         theirs, ours = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
         expected, found = op.reference(**theirs), kernel(**ours)
         if op is DECODER_LAYER and found is None:  # all is added to the residual stream already
