@@ -25,7 +25,7 @@ from outrider.bench.provenance import provenance
 from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
 from outrider.kernels.cpu.emit import Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import compiled, task
+from outrider.kernels.cpu.jit import kernel, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.linear import LINEAR
@@ -75,7 +75,7 @@ def _read_tasks(tickets: int, data: int, size: int, share: int, out: int) -> Non
         _read_part(data + start * 4, min(share, size - start), out)
 
 
-@compiled()
+@kernel
 def _read_kernel(data: int, size: int, share: int, out: int, threads: int) -> None:
     parallel(_read_tasks, threads, (data, size, share, out))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import SERIAL, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import compiled, task
+from outrider.kernels.cpu.jit import kernel, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 
@@ -40,7 +40,7 @@ def gate_rows(tickets: int, gate_up: int, out: int, rows: int, size: int) -> Non
         _gate_row(gate, gate + size * 4, out + row * size * 4, size)
 
 
-@compiled()
+@kernel
 def _gate_kernel(gate_up: int, out: int, rows: int, size: int, threads: int) -> None:
     parallel(gate_rows, threads, (gate_up, out, rows, size))
 

@@ -75,21 +75,41 @@ def address(tensor: Tensor | None) -> int:
 
 def rows_of(rows: PagedRows) -> Rows:
     """The record of a step's rows."""
-    assert rows.positions.dtype == rows.cache_slot.dtype == torch.int64
-    assert rows.block_table.dtype == rows.query_start.dtype == rows.seq_lens.dtype == torch.int32
-    assert all(each.is_contiguous() for each in rows)
-    positions, cache_slot, block_table, query_start, seq_lens = (each.data_ptr() for each in rows)
-    sizes = len(rows.positions), *rows.block_table.shape
-    return Rows(positions, cache_slot, block_table, query_start, seq_lens, *sizes)
+    positions, cache_slot, block_table, query_start, seq_lens = rows
+    assert positions.dtype == cache_slot.dtype == torch.int64
+    assert block_table.dtype == query_start.dtype == seq_lens.dtype == torch.int32
+    # written out, since it is on the way of every step: a loop takes a microsecond more
+    assert positions.is_contiguous() and cache_slot.is_contiguous() and block_table.is_contiguous()
+    assert query_start.is_contiguous() and seq_lens.is_contiguous()
+    num_rows, max_blocks = block_table.shape
+    return Rows(
+        positions.data_ptr(),
+        cache_slot.data_ptr(),
+        block_table.data_ptr(),
+        query_start.data_ptr(),
+        seq_lens.data_ptr(),
+        len(positions),
+        num_rows,
+        max_blocks,
+    )
 
 
 def slots_of(slots: Slots) -> SlotTables:
     """The record of the slots' tables."""
-    tables = slots.tokens, slots.length, slots.computed, slots.block_table, slots.draft_tokens
-    assert all(table.is_contiguous() for table in tables)
-    tokens, length, computed, block_table, draft_tokens = (table.data_ptr() for table in tables)
-    sizes = *slots.tokens.shape, slots.block_table.shape[1], slots.draft_tokens.shape[1]
-    return SlotTables(tokens, length, computed, block_table, draft_tokens, *sizes)
+    tokens, block_table, draft_tokens = slots.tokens, slots.block_table, slots.draft_tokens
+    assert tokens.is_contiguous() and block_table.is_contiguous() and draft_tokens.is_contiguous()
+    num_slots, max_len = tokens.shape
+    return SlotTables(
+        tokens.data_ptr(),
+        slots.length.data_ptr(),
+        slots.computed.data_ptr(),
+        block_table.data_ptr(),
+        draft_tokens.data_ptr(),
+        num_slots,
+        max_len,
+        block_table.shape[1],
+        draft_tokens.shape[1],
+    )
 
 
 def norms_of(norms: HeadNorms) -> Norms:

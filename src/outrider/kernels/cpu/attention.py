@@ -8,12 +8,12 @@ from torch import Tensor
 from outrider.kernels.cpu.addresses import Heads, Rows, heads_of, rows_of
 from outrider.kernels.cpu.attention_tasks import area, attend, join, plan
 from outrider.kernels.cpu.emit import SERIAL
-from outrider.kernels.cpu.jit import allocate, compiled, free
+from outrider.kernels.cpu.jit import allocate, free, kernel
 from outrider.kernels.cpu.threads import num_threads, parallel
 from outrider.tensors import PagedRows
 
 
-@compiled()
+@kernel
 def _attention_kernel(
     query: int, keys: int, values: int, rows: Rows, heads: Heads, scale: float, out: int, num_tokens: int, threads: int
 ) -> None:

@@ -10,7 +10,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.addresses import Rows, SlotTables, rows_of, slots_of
-from outrider.kernels.cpu.jit import compiled, larger, pointer, smaller
+from outrider.kernels.cpu.jit import kernel, larger, pointer, smaller
 from outrider.kernels.records import DraftRows
 from outrider.tensors import PagedRows, Slots, StepBatch
 
@@ -26,7 +26,7 @@ class Made(NamedTuple):
     shift: int
 
 
-@compiled()
+@kernel
 def _draft_rows_kernel(
     tables: SlotTables,
     target: Rows,

@@ -8,10 +8,10 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import copy_row
-from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.jit import kernel, pointer
 
 
-@compiled()
+@kernel
 def _gather_kernel(x: int, extra: int, index_at: int, out: int, rows: int, known: int, size: int) -> None:
     index = carray(pointer(index_at), (rows,), np.int64)
     for row in range(rows):

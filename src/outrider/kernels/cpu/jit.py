@@ -94,10 +94,7 @@ def needed(function: Callable[..., Any], seen: set[str] | None = None) -> Iterat
 
 
 def compiled(*, inline: str = "never") -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`numba.njit`, cached on disk and without the GIL, that keeps the function's type.
-
-    Called from Python, or linked into the kernels that call it.
-    """
+    """`numba.njit`, cached on disk and without the GIL, that keeps the function's type: linked into what calls it."""
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         dispatcher = numba.njit(cache=True, nogil=True, inline=inline, error_model="numpy")(function)
@@ -127,6 +124,33 @@ def _numba_type(hint: Any) -> Any:
     return types.BaseTuple.from_types([_numba_type(fields[name]) for name in hint._fields], hint)
 
 
+def _signature(function: Callable[..., Any]) -> tuple[tuple[Any, ...], Any]:
+    """numba's types of the parameters and of the result, by the annotations."""
+    hints = get_type_hints(function)
+    result = _numba_type(hints.pop("return"))
+    return tuple(_numba_type(hint) for hint in hints.values()), result
+
+
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """`compiled`, for what is called from Python: with numbers and named tuples of them, in their order.
+
+    numba finds out the types of all arguments at every call, which takes it half a microsecond a named tuple. Here
+    there is one signature, that of the annotations.
+    """
+    dispatcher: Any = compiled()(function)
+    arguments, _ = _signature(function)
+    entry: Callable[..., R] | None = None
+
+    def launch(*given: P.args, **named: P.kwargs) -> R:
+        nonlocal entry
+        if entry is None:
+            dispatcher.compile(arguments)
+            entry = dispatcher.overloads[arguments].entry_point
+        return entry(*given)
+
+    return launch
+
+
 class Task:
     """A function of numbers and named tuples of them that kernels call, compiled once and called by its name.
 
@@ -136,9 +160,7 @@ class Task:
     def __init__(self, function: Callable[..., Any], exists: bool) -> None:
         self.function, self.exists, self._loaded = function, exists, False
         self.symbol = f"{function.__module__}.{function.__qualname__}"
-        hints = get_type_hints(function)
-        self.result = _numba_type(hints.pop("return"))
-        self.arguments = tuple(_numba_type(hint) for hint in hints.values())
+        self.arguments, self.result = _signature(function)
         self._dispatcher: Any = compiled()(function)
         _declare(self)
 

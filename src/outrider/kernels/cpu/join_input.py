@@ -8,7 +8,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import KIND, WIDTH, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.jit import kernel, pointer
 from outrider.kernels.cpu.norm import norm_row
 
 
@@ -26,7 +26,7 @@ def _widen_row(emitter: Emitter, source: Int, kind: Int, out: Int, size: Int) ->
     emitter.each_kind(kind, of_kind)
 
 
-@compiled()
+@kernel
 def _join_kernel(
     ids_at: int,
     embedding: int,

@@ -9,7 +9,7 @@ from torch.nn import functional
 from outrider.kernels.cpu import amx
 from outrider.kernels.cpu.addresses import Product
 from outrider.kernels.cpu.emit import BFLOAT16, FLOAT32, KIND, SERIAL, WIDTH, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import compiled, larger, smaller, task
+from outrider.kernels.cpu.jit import kernel, larger, smaller, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 FEW = 32  # rows up to which the vector kernel is used: torch needs some 30 us to start
@@ -81,7 +81,7 @@ def few_rows(tickets: int, x: int, product: Product, out: int, rows: int, thread
                 _add_bias(out + (row * outputs + o) * 4, place, kind, smaller(outputs - o, _WIDTH))
 
 
-@compiled()
+@kernel
 def _few_rows_kernel(x: int, product: Product, out: int, rows: int, threads: int) -> None:
     parallel(few_rows, threads, (x, product, out, rows, threads))
 

@@ -7,10 +7,10 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.jit import kernel, pointer
 
 
-@compiled()
+@kernel
 def _ngram_kernel(
     tokens_at: int,
     length_at: int,

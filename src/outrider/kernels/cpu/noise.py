@@ -7,7 +7,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import compiled, pointer
+from outrider.kernels.cpu.jit import compiled, kernel, pointer
 from outrider.kernels.noise import (
     MASK,
     MULTIPLY_1,
@@ -46,7 +46,7 @@ def native_bits(a: np.uint32, b: np.uint32, index: int) -> np.uint32:
     return native_mix(np.uint32(native_mix(np.uint32(np.uint32(index) ^ a)) + b))
 
 
-@compiled()
+@kernel
 def _bits_kernel(seed_at: int, position_at: int, purpose: int, out_at: int, num_rows: int, num_indices: int) -> None:
     seed = carray(pointer(seed_at), (num_rows,), np.int64)
     position = carray(pointer(position_at), (num_rows,), np.int64)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import KIND, SERIAL, Emitter, Int, Real, Vector, emitted
-from outrider.kernels.cpu.jit import compiled, task
+from outrider.kernels.cpu.jit import kernel, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 
@@ -62,7 +62,7 @@ def norm_rows(
         norm_row(source, weight, kind, out + start, size, eps)
 
 
-@compiled()
+@kernel
 def _norm_kernel(
     x: int, residual: int, weight: int, kind: int, out: int, rows: int, size: int, eps: float, threads: int
 ) -> None:

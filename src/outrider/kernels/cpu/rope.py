@@ -9,7 +9,7 @@ from torch import Tensor
 
 from outrider.kernels.cpu.addresses import Heads, Norms, Rows, heads_of, norms_of, rows_of
 from outrider.kernels.cpu.emit import BFLOAT16, SERIAL, Emitter, Int, Vector, copy_row, emitted
-from outrider.kernels.cpu.jit import allocate, compiled, free, pointer, task
+from outrider.kernels.cpu.jit import allocate, compiled, free, kernel, pointer, task
 from outrider.kernels.cpu.norm import norm_row
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 from outrider.kernels.records import HeadNorms
@@ -86,7 +86,7 @@ def rope_tokens(
     free(turned)
 
 
-@compiled()
+@kernel
 def _rope_kernel(
     qkv: int, norms: Norms, rope: int, rows: Rows, keys: int, values: int, heads: Heads, query: int, threads: int
 ) -> None:

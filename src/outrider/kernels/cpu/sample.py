@@ -12,7 +12,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.addresses import address
-from outrider.kernels.cpu.jit import Floats, Tokens, compiled, largest, pointer
+from outrider.kernels.cpu.jit import Floats, Tokens, compiled, kernel, largest, pointer
 from outrider.kernels.cpu.noise import native_bits, native_key
 from outrider.kernels.noise import GUMBEL_MAX
 
@@ -102,7 +102,7 @@ class Draws(NamedTuple):
     purpose: int
 
 
-@compiled()
+@kernel
 def _gumbel_argmax_kernel(given: Logits, draws: Draws, out_at: int) -> None:
     num_rows, size = given.num_rows, given.size
     temperature = carray(pointer(draws.temperature), (draws.num_slots,), np.float32)

@@ -10,7 +10,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.addresses import SlotTables, slots_of
-from outrider.kernels.cpu.jit import compiled, pointer, smaller
+from outrider.kernels.cpu.jit import kernel, pointer, smaller
 from outrider.tensors import PagedRows, Slots, StepBatch
 
 
@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
     logits: int
 
 
-@compiled()
+@kernel
 def _assemble_kernel(
     tables: SlotTables, columns: Columns, sizes: Sizes, wide_at: int, narrow_at: int, block_size: int
 ) -> None:

@@ -25,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.kernels.cpu.jit import Task, compiled, task
+from outrider.kernels.cpu.jit import Task, compiled, kernel, task
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic  # numba has no types
 _INT, _BYTE = ir.IntType(64), ir.IntType(8)
@@ -184,7 +184,7 @@ def _launch(job: int, data: int, threads: int) -> None:
     _swap(pool + _OWNER, 0)
 
 
-@compiled()
+@kernel
 def _help() -> None:
     pool = _pool()
     seen, looks = read(pool + _GENERATION), 0

@@ -10,7 +10,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import Floats, compiled, largest, pointer
+from outrider.kernels.cpu.jit import Floats, compiled, kernel, largest, pointer
 from outrider.kernels.truncate import by_row
 
 Bins: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float64]]"
@@ -71,7 +71,7 @@ def _pth(logits: Floats, most: np.float32, floor: float, top_p: float, mass: Bin
     return -math.inf
 
 
-@compiled()
+@kernel
 def _truncate_kernel(
     logits_at: int, stride: int, top_k_at: int, top_p_at: int, min_p_at: int, num_rows: int, size: int
 ) -> None:
