@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outrider.core.reading import Reader
 from outrider.errors import CheckpointError
 from outrider.load.checkpoint import Checkpoint
 from outrider.models.config import ModelConfig
@@ -104,12 +105,12 @@ def head_type(checkpoint: Checkpoint) -> bool | None:
 
     Raises CheckpointError if it is, but incomplete, or if its config and its tensors contradict each other.
     """
-    config = checkpoint.config
-    kind = config.get("speculators_model_type")
+    config, said = checkpoint.config, Reader(checkpoint.config, f"{checkpoint.directory}/config.json")
+    kind = said.text("speculators_model_type") if said.has("speculators_model_type") else None
     if kind is not None and kind not in SPECULATORS:
         return None
     names = {canonical(name) for name in checkpoint.tensors}
-    named = any("eagle" in str(name).lower() for name in config.get("architectures") or ())
+    named = any("eagle" in name.lower() for name in said.texts("architectures"))
     if kind is None and not named and "draft_vocab_size" not in config and "fc.weight" not in names:
         return None
     if kind is None and "layers.0.hidden_norm.weight" not in names:
@@ -126,6 +127,7 @@ def read_head(checkpoint: Checkpoint) -> HeadConfig:
     Raises CheckpointError if it is of a kind not supported, or if config and tensors contradict each other.
     """
     config, directory = checkpoint.config, checkpoint.directory
+    said = Reader(config, f"{directory}/config.json")
     parallel = head_type(checkpoint)
     if parallel is None:
         raise CheckpointError(f"{directory} is no draft head of the EAGLE family: {checkpoint.summary()}")
@@ -143,8 +145,8 @@ def read_head(checkpoint: Checkpoint) -> HeadConfig:
         layout=f"speculators {kind}" if kind is not None else ("AWS P-EAGLE" if parallel else "EAGLE-3"),
         layer=layer,
         qk_norm="layers.0.self_attn.q_norm.weight" in tensors,
-        target_hidden_size=_count(config, "target_hidden_size", layer.hidden_size),
-        draft_vocab_size=_count(config, "draft_vocab_size", layer.vocab_size),
+        target_hidden_size=said.whole("target_hidden_size", layer.hidden_size),
+        draft_vocab_size=said.whole("draft_vocab_size", layer.vocab_size),
         aux_layer_ids=_aux_layer_ids(config),
         norm_before_residual=_norm_before_residual(config, kind),
         norm_before_fc=_said_and_held(config, "norm_before_fc", "input_norm.weight", tensors),
@@ -247,15 +249,6 @@ def _is_parallel(checkpoint: Checkpoint, names: set[str]) -> bool:
             "correct speculators_model_type (or parallel_drafting)"
         )
     return bool(said)
-
-
-def _count(config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {key} must be a whole number of 1 or more: {value!r}")
-    return value
 
 
 def _aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:

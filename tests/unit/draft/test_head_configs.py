@@ -1,0 +1,54 @@
+"""A head's config.json with values of any type is a head, somebody else's, or a CheckpointError."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heads import tiny_head
+from outrider.draft.eagle.checkpoint import read_head
+from outrider.errors import CheckpointError
+from outrider.load.checkpoint import Checkpoint
+
+VALUES: tuple[Any, ...] = (None, True, 0, -1, 5, 1.5, 2**45, "", "x", "7", [], ["x"], [["x"]], [3], {}, {"x": 1})
+
+
+@pytest.fixture(params=[True, False], ids=["peagle", "eagle3"])
+def head(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_head(request.param), tmp_path / "head"))
+
+
+def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A copy with a value of the config, or of an object in it, replaced."""
+    config = json.loads(json.dumps(config))
+    inner = [config, *(value for value in config.values() if isinstance(value, dict))]
+    chosen = rng.choice(inner)
+    chosen[rng.choice(sorted(chosen))] = rng.choice(VALUES)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("architectures", 5), ("architectures", [["x"]]), ("speculators_model_type", ["x"])]
+)
+def test_a_value_of_another_type_is_named(head: Path, key: str, value: Any) -> None:
+    path = head / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=key):
+        read_head(Checkpoint.open(head))
+
+
+def test_random_configs(head: Path) -> None:
+    path, rng = head / "config.json", random.Random(3)
+    config, refused = json.loads(path.read_text()), 0
+    for _ in range(400):
+        path.write_text(json.dumps(mutated(config, rng)))
+        try:
+            read_head(Checkpoint.open(head))
+        except CheckpointError:
+            refused += 1
+    assert 50 < refused < 400
