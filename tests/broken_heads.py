@@ -42,7 +42,7 @@ class Sequential(PEagle):
 
 
 class TapsOffByOne(PEagle):
-    """Reads what enters the layer before each tapped one."""
+    """Reads what enters the layer before each auxiliary one."""
 
     def aux_layer_ids(self) -> tuple[int, ...]:
         return tuple(tap - 1 for tap in HeadDrafter.aux_layer_ids(self))

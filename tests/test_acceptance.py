@@ -236,7 +236,7 @@ CONTROLS = {
     "one token at a time": ("Sequential", 48, 1, "collapsed: the parallel head is run one token at a time"),
     "masks blind to the context": ("Blind", 48, 1, "collapsed: .*mask rows do not see the context"),
     "stale features": ("Stale", 48, 1, "collapsed: mask rows .* stale features of rejected tokens"),
-    "taps off by one": ("TapsOffByOne", 256, None, "every position fell somewhat, .*features tapped a layer off"),
+    "taps off by one": ("TapsOffByOne", 256, None, "every position fell somewhat, .*features one layer off"),
 }
 
 

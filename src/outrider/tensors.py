@@ -2,7 +2,7 @@
 
 Letters used in shapes, here and in every docstring of the package:
     B rows in the step     T query tokens in the step    L rows of logits in the step
-    K most drafts a row    V vocabulary                  H hidden size
+    K max. drafts a row    V vocabulary                  H hidden size
     F feature width        S request slots               M blocks a slot may hold
 """
 
@@ -25,7 +25,7 @@ class Purpose(IntEnum):
 
 
 class PagedRows(NamedTuple):
-    """Where a step's query tokens stand, and in which cache blocks the keys and values of their rows lie.
+    """The positions of a step's query tokens, and the cache blocks that hold the keys and values of their rows.
 
     Row b owns query tokens query_start[b]:query_start[b+1], the last of the seq_lens[b] tokens that it then holds.
     """

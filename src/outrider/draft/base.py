@@ -140,7 +140,7 @@ class Drafter(ABC):
     manner: ClassVar[str] = ""
     """How the K tokens of a round come out, in a few words."""
     rerun: ClassVar[int] = 0
-    """How many following tokens the draft keys and values of a position depend on. Prefix hits heed it."""
+    """How many following tokens the draft keys and values of a position depend on: a prefix hit runs as many again."""
     writes_ahead: ClassVar[bool] = False
     """Whether `propose` writes cache positions past a row's last query token."""
     gives_logits: ClassVar[bool] = False

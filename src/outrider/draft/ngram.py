@@ -17,8 +17,8 @@ from outrider.tensors import Draft
 class NgramOptions(DraftOptions):
     """How much of the text's end must have occurred before. Names as in vLLM."""
 
-    prompt_lookup_min: int = option(2, "fewest last tokens that must match; fewer find more, and worse, guesses")
-    prompt_lookup_max: int = option(5, "most last tokens compared; a longer match is preferred")
+    prompt_lookup_min: int = option(2, "minimum of last tokens that must match; fewer find more, and worse, guesses")
+    prompt_lookup_max: int = option(5, "maximum of last tokens compared; a longer match is preferred")
 
     def __post_init__(self) -> None:
         DraftOptions.__post_init__(self)

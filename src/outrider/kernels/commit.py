@@ -16,7 +16,7 @@ def commit_reference(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[
     """Write a verdict into the slots, in place; returns committed [B] int32 and next_token [B] int64.
 
     Where count > 0 the tokens are appended and computed becomes length - 1; inside a prompt computed
-    moves past the chunk. committed is how many of the row's query tokens stand, next_token the token
+    moves past the chunk. committed is how many of the row's query tokens are accepted, next_token the token
     after them: the last one appended, or the prompt's next. Tokens past max_len are dropped.
     """
     slot = batch.slot
@@ -27,10 +27,10 @@ def commit_reference(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[
 
     # Columns a row does not gain write back what is there; taken modulo max_len none meets another.
     column = torch.arange(verdict.tokens.shape[1], device=slot.device)
-    place = (length[:, None] + column) % max_len
-    there = slots.tokens[slot[:, None], place]
+    index = (length[:, None] + column) % max_len
+    there = slots.tokens[slot[:, None], index]
     written = torch.where(column < gained[:, None], verdict.tokens, there)
-    slots.tokens.index_put_((slot[:, None], place), written)
+    slots.tokens.index_put_((slot[:, None], index), written)
 
     computed = slots.computed[slot] + committed
     slots.length.index_put_((slot,), length + gained)
@@ -40,10 +40,12 @@ def commit_reference(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[
 
 
 def store_draft_reference(slots: Slots, batch: StepBatch, draft: Draft) -> None:
-    """Keep a draft by slot for the row's next step, in place. What rows that pad a batch leave in theirs is not said.
+    """Keep a draft by slot for the row's next step, in place.
+
+    Rows that pad a batch may leave anything in their slot.
 
     Slots keep logits only for a drafter that gives them: to a verifier stale logits would look like
-    the law a guess was drawn from.
+    the distribution that a guess was drawn from.
     """
     slots.draft_tokens.index_copy_(0, batch.slot, draft.tokens)
     slots.draft_length.index_copy_(0, batch.slot, draft.length)

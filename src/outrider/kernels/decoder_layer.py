@@ -1,12 +1,15 @@
-"""One layer of a pre-norm decoder with grouped-query attention and a gated MLP, in one launch on a CPU.
+"""One layer of a pre-norm decoder with grouped-query attention and a gated MLP.
 
-x [T, H] is the block before's output, not yet added to the residual stream, or None for the first layer; residual
-[T, H] is updated in place. Returns this layer's MLP output [T, H], not yet added: the hidden state after the layer is
-residual + what is returned. Without input_norm x [T, I] is what q, k and v are made of, normed already, and nothing is
-added to the residual stream before: so a draft head's first layer reads more than the stream. A kernel may add all to
-the residual stream itself and return None, nothing left to add. qkv, qkv_bias, out,
-gate_up and down are weights as `linear` takes them; input_norm and post_norm as `rms_norm`; the other arguments as
-`rope_store` and `paged_attention` take them.
+    x [T, H]          what the layer before returned, not yet added to the residual stream; None for the first layer
+    residual [T, H]   the residual stream, written in place
+    weights           `linear` defines qkv, qkv_bias, out, gate_up and down; `rms_norm` defines the norms
+    other arguments   as `rope_store` and `paged_attention` take them
+
+Returns the layer's MLP output [T, H], not yet added: the hidden state after the layer is residual + what is returned.
+A kernel may add all of it to the residual stream itself; it then returns None.
+
+Without input_norm, x [T, I] is the normed input of the qkv product, and it is not added to the residual stream. The
+first layer of a draft head uses this: it reads more than the stream.
 """
 
 from __future__ import annotations

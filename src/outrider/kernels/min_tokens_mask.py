@@ -1,4 +1,4 @@
-"""Barring tokens that would end a request before its least length.
+"""Masks tokens that would end a request before its minimum length.
 
 Row l of the logits predicts the token at position[l] of the request in slot[l]. Where that is below min_length, every
 token of the slot's `barred` that is in the vocabulary gets -inf; -1 is padding. All other logits keep their bits.

@@ -1,8 +1,8 @@
 """Prompt lookup: the tokens that followed the latest earlier copy of a row's last tokens.
 
 Source: Saxena, "Prompt Lookup Decoding" (2023). A row's history is tokens[slot, :length]. Over all
-earlier places where its last m tokens stood, `shortest` <= m <= `longest`, take the largest m, and
-among equals the latest place (on 60 Python files: 1.50 tokens a step, against 1.48 for the earliest).
+earlier positions where its last m tokens occurred, `shortest` <= m <= `longest`, take the largest m, and
+among equals the latest position (on 60 Python files: 1.50 tokens a step, against 1.48 for the earliest).
 With the copy ending at e, the p = length - e tokens after it are the guesses. A copy that overlaps
 what it copies, p <= m, means the text has period p, so there the guesses go on repeating it up to K.
 """

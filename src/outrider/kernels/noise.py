@@ -64,7 +64,7 @@ def uniform(bits: Tensor) -> Tensor:
 
 
 def gumbel(bits: Tensor) -> Tensor:
-    """Float32 with the standard Gumbel law, so that argmax(logits + gumbel) has the law softmax(logits)."""
+    """Float32 from the standard Gumbel distribution, so that argmax(logits + gumbel) is a draw from softmax(logits)."""
     return -torch.log(-torch.log1p(-uniform(bits))).float()
 
 

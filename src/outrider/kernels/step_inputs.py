@@ -16,9 +16,9 @@ from outrider.tensors import Draft, PagedRows, Slots, StepBatch
 
 
 def locate(start: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """For each of `size` items, the row that owns it and its place there: [size] int64, [size] int64.
+    """For each of `size` items, the row that owns it and its index there: [size] int64, [size] int64.
 
-    start is [B+1] int32. Items past start[B] are given to the last row, at a place it does not own.
+    start is [B+1] int32. Items past start[B] are given to the last row, at an index that it does not own.
     """
     item = torch.arange(size, device=start.device, dtype=start.dtype)
     row = torch.searchsorted(start[1:], item, right=True).clamp(max=start.shape[0] - 2)
@@ -65,9 +65,9 @@ def assemble_reference(
 
     owned = (num_drafts + 1) * ends_prompt
     logits_start = _prefix_sum(owned)
-    owner, place = locate(logits_start, num_logits)
-    logits_index = query_start[owner + 1].long() - owned[owner] + place
-    logits_index = torch.where(place < owned[owner], logits_index, 0)
+    owner, index = locate(logits_start, num_logits)
+    logits_index = query_start[owner + 1].long() - owned[owner] + index
+    logits_index = torch.where(index < owned[owner], logits_index, 0)
     return StepBatch(
         slot=slot.contiguous(),
         input_ids=input_ids,

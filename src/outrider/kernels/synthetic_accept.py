@@ -1,4 +1,4 @@
-"""Which drafts stand by decree: each with a chance that depends on its place among its row's drafts alone."""
+"""Accepts each draft with a given chance, which depends only on its index among its row's drafts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def synthetic_accept_reference(
     seed: Tensor,  # [S] int64, by slot
     logits_slot: Tensor,  # [L] int64
     logits_position: Tensor,  # [L] int64
-    chances: Tensor,  # [N] float64, of the drafts at places 0..N-1; 0 for later ones
+    chances: Tensor,  # [N] float64, of the drafts at index 0..N-1; 0 for later ones
     purpose: int,  # of the noise, as in `kernels.noise`
 ) -> Tensor:
-    """stands [L] bool: whether the row's uniform number is below the chance of its place among its row's."""
-    _, place = locate(logits_start, logits_slot.shape[0])
-    given = torch.nn.functional.pad(chances, (0, 1))[place.clamp(max=len(chances))]
+    """accepted [L] bool: whether the uniform number of a row of logits is below the chance of its draft's index."""
+    _, index = locate(logits_start, logits_slot.shape[0])
+    given = torch.nn.functional.pad(chances, (0, 1))[index.clamp(max=len(chances))]
     return uniform(noise_bits_reference(seed[logits_slot], logits_position, purpose, 1))[:, 0] < given
 
 

@@ -1,0 +1,1 @@
+"""Decoder layers as data, their parameters, and the backends that run them."""

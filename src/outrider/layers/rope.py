@@ -101,7 +101,7 @@ def _kind(given: Reader) -> str:
 
 
 def _unread(given: Reader, made: type[Scaling] | None) -> list[str]:
-    """Keys that nothing reads: a slip of the pen leaves a default standing in silence."""
+    """Keys that nothing reads: with a misspelt one the default would be used in silence."""
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(made.READS if made is not None else ())}
     unread = sorted(set(given.values) - known)
     return [f"{given.prefix}{', '.join(unread)} is read by no rope scaling of this kind"] if unread else []

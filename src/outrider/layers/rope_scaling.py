@@ -131,7 +131,7 @@ class LinearScaling(Scaling):
 class DynamicScaling(Scaling):
     """A theta that grows with the length of the sequence, past the positions of the training (dynamic NTK).
 
-    transformers makes the table anew for each sequence. Here one table serves all: that of the longest sequence.
+    transformers computes the table again for each sequence. Here one table serves all: that of the longest sequence.
     """
 
     READS: ClassVar[tuple[str, ...]] = ("factor",)

@@ -70,4 +70,4 @@ class LayerSpec:
     attention: AttentionSpec
     mlp: MlpSpec
     joined: JoinedInput | None = None  # None: it reads the residual stream
-    form: WeightForm | None = None  # of its matrices; None: as who makes them does, dense to serve
+    form: WeightForm | None = None  # of its matrices; None: the allocator's form

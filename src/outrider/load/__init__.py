@@ -1,0 +1,1 @@
+"""Reading checkpoints: configs, weights, tokenizers, and what their files say."""

@@ -78,7 +78,7 @@ def _named_ends(directory: Path) -> list[tuple[str, str]]:
 
 
 def _token_id(directory: Path, written: str) -> int | None:
-    """A token's id by the way it is written; None if the tokenizer's files do not tell."""
+    """A token's id by the way it is written; None if the tokenizer's files have no such token."""
     added = Reader(_optional(directory / TOKENIZER_CONFIG), TOKENIZER_CONFIG).inner("added_tokens_decoder").values
     for token, entry in added.items():
         if isinstance(entry, Mapping) and entry.get("content") == written and str(token).isdecimal():
@@ -129,9 +129,9 @@ def sampling_defaults(directory: Path, used: bool) -> tuple[dict[str, Any], Fact
     CheckpointError for a value that no request could have.
     """
     held = _optional(directory / GENERATION_CONFIG)
-    told = {key: held[key] for key in SAMPLING_KEYS if held.get(key) not in (None, ASKS_NOTHING.get(key))}
-    given = {key: value for key, value in told.items() if key in SamplingParams.__dataclass_fields__}
-    said = {GENERATION_CONFIG: told} if told else {}
+    listed = {key: held[key] for key in SAMPLING_KEYS if held.get(key) not in (None, ASKS_NOTHING.get(key))}
+    given = {key: value for key, value in listed.items() if key in SamplingParams.__dataclass_fields__}
+    said = {GENERATION_CONFIG: listed} if listed else {}
     if not used:
         return {}, Fact("sampling defaults", {}, said)
     try:
@@ -143,5 +143,5 @@ def sampling_defaults(directory: Path, used: bool) -> tuple[dict[str, Any], Fact
     if given:
         values = ", ".join(f"{key} {value}" for key, value in given.items())
         notes.append(f"requests that do not say otherwise take {values}; generation_config none turns that off")
-    notes += [f"{key} {told[key]} is not offered yet and left out" for key in told if key not in given]
+    notes += [f"{key} {listed[key]} is not offered yet and left out" for key in listed if key not in given]
     return given, Fact("sampling defaults", given, said, "; ".join(notes) or None)

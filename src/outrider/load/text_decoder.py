@@ -113,7 +113,7 @@ class _Characters:
         self._one_mark_a_byte = one_mark_a_byte
         self.pending = b""
         self.num_of_prompt = 0
-        """How many of the pending bytes are the prompt's: where they turn out stray, the prompt has told them."""
+        """How many of the pending bytes are the prompt's: if they turn out stray, the prompt's text counts them."""
 
     def decode(self, data: bytes, final: bool = False) -> tuple[str, bool]:
         """The characters that the bytes complete, and whether one of the bytes was stray."""
@@ -132,8 +132,8 @@ class _Characters:
             return text + found, stray
 
     def _marks(self, start: int, end: int) -> str:
-        told = self.num_of_prompt if start == 0 else 0
-        return STRAY * (max(0, end - start - told) if self._one_mark_a_byte else int(not told))
+        of_prompt = self.num_of_prompt if start == 0 else 0
+        return STRAY * (max(0, end - start - of_prompt) if self._one_mark_a_byte else int(not of_prompt))
 
 
 class TextDecoder:
@@ -149,7 +149,7 @@ class TextDecoder:
         self._characters = _Characters(one_mark_a_byte=not vocabulary.is_byte_level)
         self._context: list[int] = []  # the last tokens; all of them while they make no text
         self._text = ""  # what the context makes
-        self._num_told = 0  # letters of it that were handed out
+        self._num_returned = 0  # letters of it that were returned
         heard = (token for token in reversed(prompt) if not vocabulary.is_silent(token, skip_special_tokens))
         for token in reversed(list(islice(heard, CONTEXT))):
             self.step(token)
@@ -175,7 +175,7 @@ class TextDecoder:
 
     def finish(self) -> str:
         """No token follows: a character that was cut short is stray bytes."""
-        return self._cut_short() + self._tell(len(self._text))
+        return self._cut_short() + self._take(len(self._text))
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._vocabulary.decode(ids, self._skip)
@@ -190,33 +190,33 @@ class TextDecoder:
         """The next token follows a byte. A stray one would make the decoder give up the bytes beside it."""
         self._context = [self._vocabulary.anchor]
         self._text = self._decode(self._context)
-        self._num_told = len(self._text)
+        self._num_returned = len(self._text)
 
     def _in_context(self, token: int) -> str:
-        told = len(self._text) == self._num_told > 0  # not the start of a text, and nothing is held back
-        if told and (piece := self._vocabulary.pieces.get(token)) is not None:
+        is_plain = len(self._text) == self._num_returned > 0  # not the start of a text, and nothing is held back
+        if is_plain and (piece := self._vocabulary.pieces.get(token)) is not None:
             return piece
         self._context.append(token)
         self._text = self._decode(self._context)
         # where a decoder joins bytes in a way of its own, the next token may complete this character
-        fresh = self._tell(len(self._text) - self._text.endswith(STRAY))
-        if told and self._vocabulary.is_by_word and STRAY not in fresh:
+        fresh = self._take(len(self._text) - self._text.endswith(STRAY))
+        if is_plain and self._vocabulary.is_by_word and STRAY not in fresh:
             self._vocabulary.pieces[token] = fresh
         if len(self._context) > 2 * CONTEXT:
             self._shorten()
         return fresh
 
-    def _tell(self, end: int) -> str:
-        fresh = self._text[self._num_told : end]
-        self._num_told = max(self._num_told, end)
+    def _take(self, end: int) -> str:
+        fresh = self._text[self._num_returned : end]
+        self._num_returned = max(self._num_returned, end)
         return fresh
 
     def _shorten(self) -> None:
         """Lets go of what is far back, unless the rest would then begin a text."""
         shorter = self._context[-CONTEXT:]
-        text, num_untold = self._decode(shorter), len(self._text) - self._num_told
-        if len(text) > num_untold:
-            self._context, self._text, self._num_told = shorter, text, len(text) - num_untold
+        text, num_held = self._decode(shorter), len(self._text) - self._num_returned
+        if len(text) > num_held:
+            self._context, self._text, self._num_returned = shorter, text, len(text) - num_held
 
 
 def decode_all(vocabulary: Vocabulary, ids: Sequence[int], skip_special_tokens: bool) -> str:

@@ -19,10 +19,10 @@ DTYPES = {
     "float": torch.float32,
     "half": torch.float16,
 }
-
+"""The types of weights that are read, as configs name them."""
 
 MAX_POSITIONS = 2**24
-"""Positions are rotated by float32 angles, and float32 tells no more whole numbers than this apart."""
+"""Angles are computed from positions in float32, which does not hold every whole number above this one."""
 
 MAX_LAYERS = 4096
 MAX_SIZE = 2**24

@@ -95,7 +95,7 @@ class Decoder:
         """[T, H] after the final norm; the step's keys and values are written into the cache.
 
         Also [T, A * H], or None for no auxiliary layers: the residual stream as it enters each of them, side by side
-        in the order given. Layer 0 reads the embedding; the number of layers stands for what the final norm reads.
+        in the order given. Layer 0 reads the embedding; the number of layers means what the final norm reads.
         """
         residual = self.embedding(batch.input_ids)
         features = residual.new_empty(len(residual), len(aux_layer_ids) * residual.shape[1]) if aux_layer_ids else None

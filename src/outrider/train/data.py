@@ -70,7 +70,7 @@ class Reader:
         self._tokenizer: Tokenizer | None = None
 
     def read(self, paths: Sequence[Path], progress: Callable[[int], None] | None = None) -> Documents:
-        """Every document of the files, in order. `progress` is told the number of documents so far.
+        """Every document of the files, in order. `progress` is called with the number of documents so far.
 
         A text ends with the target's end-of-text token. Raises DataError naming file, line and remedy.
         """

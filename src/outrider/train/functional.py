@@ -11,7 +11,7 @@ from torch import Tensor
 
 Function = Callable[..., Any]
 
-_MOST_VARIANTS = 64
+_MAX_VARIANTS = 64
 """Shapes that one compiled function may meet: layers of different widths, segments, chunks."""
 
 
@@ -19,7 +19,7 @@ def compiler(wanted: bool) -> Callable[[Function], Function]:
     """What to pass functions through: torch.compile for static shapes, or nothing."""
     if not wanted:
         return lambda function: function
-    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
+    torch._dynamo.config.recompile_limit = _MAX_VARIANTS
     return lambda function: torch.compile(function, dynamic=False)
 
 

@@ -35,7 +35,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 
 OPS = LayerOps(multiply, _project, _norm, _silu_mul)
-"""The residual stream is made anew, not written in place."""
+"""Every op returns a new residual stream and writes nothing in place."""
 
 
 class Sizes(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from outrider.train.functional import Function, compiler, wide
 
 CHUNK_BYTES = 1 << 28
-"""Most that the logits of a chunk take."""
+"""Maximum size of the logits of a chunk."""
 
 
 def _chunk(

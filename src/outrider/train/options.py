@@ -16,7 +16,7 @@ EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """What every method takes. A method with more to tell extends this record in its own file.
+    """What every method takes. A method with more options extends this record in its own file.
 
     `registry.TrainOptions` is all of them together, so no record may have slots.
     """
@@ -43,7 +43,7 @@ class CommonOptions:
     grad_clip: float = option(1.0, "largest norm of the gradient")
     seed: int = option(0, "of initial weights, order of documents and dropped elements")
     feature_layers: Sequence[int] | None = option(
-        None, "three tapped layers, each the stream entering it; left out: 2, n//2, n-3 of n layers"
+        None, "three auxiliary layers, each read as the stream entering it; left out: 2, n//2, n-3 of n layers"
     )
     num_layers: int | None = option(None, "layers of the head; left out: 1, or 4 for a parallel head")
     num_attention_heads: int | None = option(None, "left out: the target's")

@@ -25,7 +25,7 @@ from outrider.train.packing import Batch
 from outrider.train.vocabulary import DraftVocabulary
 
 CHUNK_BYTES = 1 << 28
-"""Most that a chunk of logits over the target's whole vocabulary takes."""
+"""Maximum size of a chunk of logits over the target's whole vocabulary."""
 
 
 def check_aux_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ class Truth:
     """What the target says of a batch; n = B * L rows, row by row."""
 
     features: Tensor  # [B, L, 3H]
-    logits: Tensor  # [n, draft V] of the target at each place, over the draft vocabulary
+    logits: Tensor  # [n, draft V] of the target at each position, over the draft vocabulary
     drafted: Tensor  # [B, L] bool, whether the target's most likely token can be drafted
 
 

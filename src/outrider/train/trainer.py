@@ -31,7 +31,7 @@ MAY_CHANGE = frozenset({"out", "log_every", "eval_every", "save_every", "resume"
 """Options that a resumed run may set otherwise; all others shape the loss curve."""
 
 Report = Callable[[float, str], None]
-"""Told the share of the run that is done, and a line about it."""
+"""Called with the share of the run that is done, and a line about it."""
 
 
 class DivergedError(OutriderError, RuntimeError):
@@ -196,7 +196,7 @@ class Trainer:
         return sums
 
     def _run(self, batch: Batch, uniform: Tensor, backward: bool) -> Tensor:
-        """Evaluation is the same pass without its backward half, so that nothing is compiled for it anew."""
+        """Evaluation is the same pass without its backward half, so that nothing is compiled for it again."""
         truth = self.teacher.truth(batch, self._vocabulary)
         elements = self.objective.elements(batch, truth, uniform)
         weights = self.objective.weights(self.world.add(elements.counts()))
@@ -302,7 +302,7 @@ class Trainer:
     def _load(self) -> None:
         path = self.out / CHECKPOINT
         if not path.exists():
-            raise CheckpointError(f"nothing to resume: no {path}; leave --resume out to start anew")
+            raise CheckpointError(f"nothing to resume: no {path}; leave --resume out to start again")
         try:
             state = torch.load(path, map_location=self.world.device, weights_only=True)
         except (RuntimeError, OSError, EOFError) as error:

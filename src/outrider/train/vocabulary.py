@@ -1,4 +1,4 @@
-"""The draft vocabulary: the tokens a head can draft, and their places in the target's vocabulary."""
+"""The draft vocabulary: the tokens a head can draft, and their ids in the target's vocabulary."""
 
 from __future__ import annotations
 

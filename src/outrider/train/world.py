@@ -55,7 +55,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this is the process that writes files and logs."""
         return self.rank == 0
 
     def add(self, tensor: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ class World:
         """The first process's value, on all."""
         if self.size == 1:
             return value
-        told = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(told, 0)
-        return float(told.item())
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return float(shared.item())
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -130,7 +130,7 @@ PATTERNS: dict[str, tuple[tuple[float, ...], bool | None, str]] = {
     "taps": (
         (0.59, 0.28, 0.12, 0.04),
         True,
-        "every position fell somewhat, and further ones more: .*tapped a layer off",
+        "every position fell somewhat, and further ones more: .*features one layer off",
     ),
     "taps, mildly": ((0.65, 0.34, 0.16, 0.05), True, "every position fell somewhat, and further ones more"),
     "stale prefix": ((0.59, 0.28, 0.12, 0.04), None, "every position fell somewhat, .*\\(keys that a prefix hit"),

@@ -201,7 +201,7 @@ class HeadDrafter(Drafter):
             return "they are deeper than the head was trained for, or past the positions it has"
         if pattern.first == 0 and not pattern.collapsed:
             return (
-                "what guesses are conditioned on is a little off (features tapped a layer off, a norm left out, "
+                "what guesses are conditioned on is a little off (features one layer off, a norm left out, "
                 "keys that a prefix hit brought and nobody ran again)"
             )
         return None

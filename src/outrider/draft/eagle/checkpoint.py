@@ -78,7 +78,7 @@ class HeadConfig:
 
     @property
     def num_aux_layers(self) -> int:
-        """How many auxiliary hidden states stand side by side in the input of `fc`."""
+        """How many auxiliary hidden states lie side by side in the input of `fc`."""
         return NUM_DEFAULT_AUX_LAYERS if self.aux_layer_ids is None else len(self.aux_layer_ids)
 
     def aux_layers(self, num_target_layers: int) -> tuple[int, ...]:
@@ -283,9 +283,8 @@ def _said_and_held(config: Mapping[str, Any], key: str, tensor: str, tensors: Co
 
 def _mask_token_id(config: Mapping[str, Any], vocab_size: int) -> int:
     nested = config.get("dflash_config")
-    sources = [nested, *([config] * len(MASK_TOKEN_KEYS))] if isinstance(nested, Mapping) else [config] * 4
-    keys = ("mask_token_id", *MASK_TOKEN_KEYS) if isinstance(nested, Mapping) else MASK_TOKEN_KEYS
-    for source, key in zip(sources, keys, strict=True):
+    sources = [(nested, "mask_token_id")] if isinstance(nested, Mapping) else []
+    for source, key in (*sources, *((config, key) for key in MASK_TOKEN_KEYS)):
         value = source.get(key)
         if value is not None:
             token = int(value) if str(value).isdigit() else -1

@@ -1,9 +1,10 @@
 """The network of EAGLE-3 and P-EAGLE heads: a few decoder layers that read the target's auxiliary hidden states.
 
-A row stands at position i and holds the token after it and a hidden state: the target's features of position i,
-projected to the head's width, or, where a row follows a guess, what this network gave at the row before. The first
-layer's attention reads both side by side, normed apart; further layers are ordinary ones. EAGLE-3: Li et al., 2025,
-arXiv 2503.01840 (3.1: `fc_norm`, `norm_output`); P-EAGLE: arXiv 2602.01469.
+The row at position i holds the token of position i + 1 and a hidden state. The hidden state is the target's features
+of position i, projected to the head's width. After a draft it is what this network returned for the row before. The
+first layer's attention reads both side by side, each normed by itself. Further layers are ordinary ones.
+
+EAGLE-3: Li et al., 2025, arXiv 2503.01840 (3.1: `fc_norm`, `norm_output`); P-EAGLE: arXiv 2602.01469.
 """
 
 from __future__ import annotations

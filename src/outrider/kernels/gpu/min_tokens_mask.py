@@ -1,4 +1,4 @@
-"""Barring tokens: a program a row, which writes and never reads a logit. See `kernels.min_tokens_mask`."""
+"""Masking of tokens: a program a row, which writes and never reads a logit. See `kernels.min_tokens_mask`."""
 
 from __future__ import annotations
 

@@ -34,10 +34,10 @@ def _ngram_kernel(
     owner = tl.load(slot + row)
     history = tokens + owner * max_len
     end = tl.load(length + owner)
-    speaks = tl.load(logits_start + row + 1) > tl.load(logits_start + row)
+    samples = tl.load(logits_start + row + 1) > tl.load(logits_start + row)
     best = tl.full((), 0, tl.int32)
     copy = tl.full((), 0, tl.int32)  # a copy ends before it
-    stop = tl.where(speaks, end, 0)
+    stop = tl.where(samples, end, 0)
     while stop > 0 and best < longest:
         place = stop - 1 - tl.arange(0, BLOCK)
         run = tl.zeros((BLOCK,), tl.int32)

@@ -1,4 +1,4 @@
-"""Triton, if it is installed, and what all kernels of this room share.
+"""Triton, if it is installed, and what all kernels of this folder share.
 
 A kernel of one step is launched while the one before it still runs (programmatic dependent launch): its programs take
 their places, ask for weights, and wait. So each begins with `begin(PDL)`, may then touch nothing but constants
@@ -63,7 +63,7 @@ def jit_counts(*counts: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def next_power_of_2(number: int) -> int:
-    """The least power of two that is no less."""
+    """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()
 
 
@@ -84,7 +84,7 @@ def is_roomy(device: torch.device) -> bool:
 
 
 def launch(overlap: bool) -> dict[str, Any]:
-    """What a launch is told so that the kernel may start before the one in front has ended."""
+    """Keyword arguments of a launch; with overlap the kernel may start before the one in front has ended."""
     return {"launch_pdl": True} if overlap else {}
 
 
