@@ -34,7 +34,7 @@ class Medusa(Drafter):
 
     def propose(self, context: DraftContext) -> Draft:
         batch = context.batch
-        last = (batch.rows.query_start[:-1] + context.committed - 1).clamp(min=0)  # [B], the last token that stands
+        last = (batch.rows.query_start[:-1] + context.committed - 1).clamp(min=0)  # [B], the last accepted token
         hidden = context.target.hidden[last]  # [B, H]
         hidden = hidden[:, None] + silu(hidden @ self.blocks.to(hidden.dtype)).transpose(0, 1)  # [B, K, H]
         tokens = self.head(hidden.flatten(0, 1)).argmax(-1).view(-1, self.num_drafts)

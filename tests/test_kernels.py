@@ -89,7 +89,8 @@ INTERPRETED = pytest.mark.skipif(
     not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
 )
 KERNELS = [
-    *(pytest.param(op, "cpu", None) for op in OPS),
+    # an op without a kernel for CPUs would be compared with itself
+    *(pytest.param(op, "cpu", None) for op in OPS if "cpu" in op.kernels),
     *(pytest.param(op, "cuda", None, marks=[pytest.mark.gpu, NO_CUDA]) for op in OPS),
     *(pytest.param(op, "interpreter", 3, marks=INTERPRETED) for op in OPS if "cuda" in op.kernels),
     *(
@@ -465,7 +466,7 @@ def test_layers_in_one_call_equal_one_after_the_other(lengths: list[tuple[int, i
     assert torch.equal(last, before[2][0]) and torch.equal(ours, before[2][1])
     features.fill_(torch.nan)
     stack(1, 3, first.clone(), before[0][1].clone(), **shared)
-    assert features.isnan().all(), "a step that taps nothing wrote to the memory of one that did"
+    assert features.isnan().all(), "a step without auxiliary layers wrote to the memory of one that did"
     for case, (keys, values) in zip(one, caches, strict=True):
         assert close(keys, case["key_cache"], 0) and close(values, case["value_cache"], 0)
 

@@ -47,7 +47,7 @@ def serve(path: Path, **options: Any) -> LLM:
 
 
 class Listener(Drafter):
-    """Drafts nothing, and keeps the hidden states of every token that stands."""
+    """Drafts nothing, and keeps the hidden states of every token that is run."""
 
     name = "listener"
     needs = frozenset({Feature.HOST_CODE})

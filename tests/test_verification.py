@@ -116,7 +116,7 @@ class OneShot(Autoregressive):
 
 WIDTH, BLOCK = 6, 16
 FEATURES = torch.randn((VOCAB, 3 * WIDTH), generator=torch.Generator().manual_seed(4))
-"""What the target's tapped layers are made to say of each token."""
+"""What the target's auxiliary layers are made to say of each token."""
 
 HEAD_FACTS = TargetFacts(VOCAB, WIDTH, 2, Sizes(64, ROWS, ROWS, BLOCK), CPU, torch.float32)
 HEAD_SIZES = {

@@ -1,1 +1,1 @@
-"""One op a file: its contract, a torch reference, kernels for the devices that have one, and its `Op` record."""
+"""One op a file: its contract, torch reference and `Op`. Its kernels are in `cpu` and `gpu`, in files of that name."""

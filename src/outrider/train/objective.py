@@ -24,8 +24,8 @@ class Objective(ABC):
     name: ClassVar[str]  # as `speculators_model_type` says it
     architecture: ClassVar[str]  # as the speculators format names the class
     parallel: ClassVar[bool]  # whether all drafts come out of one pass: the head has a mask token and hidden state
-    trains_embedding: ClassVar[bool]  # unless told otherwise
-    num_layers: ClassVar[int]  # unless told otherwise
+    trains_embedding: ClassVar[bool]  # unless the options say otherwise
+    num_layers: ClassVar[int]  # unless the options say otherwise
 
     num_depths: int
     """Drafts ahead that are trained."""
@@ -37,7 +37,7 @@ class Objective(ABC):
         device: torch.device,
         compiled: bool,
     ) -> None:
-        """`mask_token_id` is None unless the method is parallel."""
+        """A subclass sets `num_depths` first: the rope table is as long as the deepest draft needs."""
         self.head = head
         config = head.config.layer
         positions = options.max_length + self.num_depths + 1

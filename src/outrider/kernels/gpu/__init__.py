@@ -1,2 +1,4 @@
-"""Triton kernels, one file an op. Contract and reference stand in the file of the same name one room up, which names
-the launcher here as its "cuda" kernel. Importing this room needs no Triton and no GPU."""
+"""Triton kernels of a GPU: an op's in the file named like its contract, and what they share.
+
+Importing these files needs neither Triton nor a GPU.
+"""
