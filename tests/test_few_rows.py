@@ -202,7 +202,7 @@ def test_many_rows_go_through_the_smaller_ops(device: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("few", [16, 0], ids=["few", "many"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_layers_hand_the_stream_on_and_show_it_where_it_is_tapped(
+def test_layers_hand_the_stream_on_and_show_it_at_auxiliary_layers(
     device: str, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_decoder_layer, "FEW", few)

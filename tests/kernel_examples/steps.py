@@ -40,8 +40,6 @@ def example_slots(generator: torch.Generator, device: torch.device, num_slots: i
 
 
 Case = tuple[int, int, int, int]
-
-
 """A plan's row: slot, num_tokens, num_drafts, ends_prompt."""
 
 

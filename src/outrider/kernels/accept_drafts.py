@@ -9,15 +9,15 @@ from outrider.kernels.op import Op
 
 
 def accept_drafts_reference(
-    choice: Tensor,  # [L] int64, the target's token at each logits row if no draft stands there
-    stands: Tensor | None,  # [L] bool, whether the draft there stands; None: iff it equals the choice
+    choice: Tensor,  # [L] int64, the token to take at each row of logits if no draft is accepted there
+    stands: Tensor | None,  # [L] bool, whether the draft there is accepted; None: iff it equals the choice
     logits_start: Tensor,  # [B+1] int32
     draft_tokens: Tensor,  # [B, K] int64
 ) -> tuple[Tensor, Tensor]:
     """tokens [B, K+1] int64 and count [B] int32 of a `Verdict`.
 
     A row that owns n + 1 logits rows has n drafts, n <= K. It gains the drafts before the first that
-    does not stand, then the choice there; -1 follows. A row that owns none gains nothing.
+    is not accepted, then the choice there; -1 follows. A row that owns none gains nothing.
     """
     width = draft_tokens.shape[1]
     column = torch.arange(width + 1, device=choice.device)

@@ -1,7 +1,7 @@
 """Rows of a matrix by index, and one more row behind its last.
 
 x [T, H] float32 on a CPU; index [R] int64 from 0 to T; extra [1, H], what index T means, or None where no index is T.
-Returns [R, H]: a draft head's rows take the target's features, or what stands for features not yet there.
+Returns [R, H]. A draft head's rows take the target's features, or `extra` where the target has not run the position.
 """
 
 from __future__ import annotations

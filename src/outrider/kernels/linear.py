@@ -3,7 +3,7 @@
 x [T, I] float32 on a CPU, of the weight's type on CUDA; weight [O, I] in its stored type; bias [O] of that type or
 None. Returns [T, O] of x's type, or float32 if `wide`, accumulated in float32.
 
-On a CPU a row's result does not depend on the rows beside it, to the last bit: for any number of rows where `_amx`
+On a CPU a row's result does not depend on the rows beside it, to the last bit: for any number of rows where `cpu.amx`
 takes the weight, and up to 32 rows elsewhere. Above that it is torch's float32 product, faster and not so strict.
 """
 

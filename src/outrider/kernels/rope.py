@@ -1,12 +1,15 @@
-"""What stands between the qkv product and attention: per-head norms, rotation, and the cache write.
+"""Per-head norms, rotation and cache write: the op between the qkv product and attention.
 
-qkv [T, (Hq + 2*Hkv) * D]: query heads, then key heads, then value heads. The norms are RMSNorm
-weights [D] applied to each head (Qwen3), or None (Llama). rope [max_len, D] float32 holds for each position the
-cosines of the D/2 frequencies, then their sines; element i of a head turns with element i + D/2 (the
-"rotate_half" form; Su et al., 2021). positions [T] int64. key_cache and value_cache [num_blocks, Hkv,
-block_size, D]; token t's key and value go to cache_slot[t] = block * block_size + offset, nowhere if that
-is -1; no two tokens share a slot. A cache of bfloat16 takes them rounded to the nearest, halves to even; on a CPU it
-may be that or float32. Returns the turned query [T, Hq, D].
+    qkv [T, (Hq + 2*Hkv) * D]   query heads, then key heads, then value heads
+    norms                       RMSNorm weights [D] of each head (Qwen3), or None (Llama)
+    rope [max_len, D]           float32, for each position the cosines of the D/2 frequencies, then their sines
+    positions [T]               int64
+    cache_slot [T]              int64, block * block_size + offset where a token's key and value go; -1: nowhere
+    key_cache, value_cache      [num_blocks, Hkv, block_size, D]
+
+Element i of a head turns with element i + D/2 (the "rotate_half" form; Su et al., 2021). No two tokens share a slot. A
+bfloat16 cache holds keys and values rounded to the nearest, halves to even; on a CPU a cache is bfloat16 or float32.
+Returns the turned query [T, Hq, D].
 """
 
 from __future__ import annotations

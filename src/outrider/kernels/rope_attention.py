@@ -1,9 +1,10 @@
 """Norms, rotation, cache write and attention: `rope_store`, then `paged_attention` of the query that it returns.
 
-Arguments as those two take them, qkv [T, (Hq + 2*Hkv) * D] in, [T, Hq, D] out, 0 for tokens of no row; key_cache and
-value_cache are written. For steps of few query tokens a row. A row's query tokens go where its block_table says that
-they lie, or nowhere (cache_slot -1) if their keys and values lie there already: a kernel may make them anew or read
-what is there.
+Arguments are as those two take them: qkv [T, (Hq + 2*Hkv) * D] in, [T, Hq, D] out, 0 for tokens of no row. key_cache
+and value_cache are written. The op is for steps of few query tokens a row.
+
+A row's query tokens are written where its block_table says. With cache_slot -1 nothing is written, since the cache
+already holds their keys and values. A kernel may compute these again or read them from the cache.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The passes with which a draft head that makes its drafts one after another follows its first: a row a request.
+"""The later passes of a draft head that makes its drafts one after another: one row a request.
 
-The first pass gives a request's first guess, from its bonus row; pass k (1 to K-1) runs guess k at the position of the
-bonus row plus k, two before the token that it guesses. Where a request has no guess k any more, its row stands at
-position 0 and goes nowhere (cache_slot -1).
+The first pass gives a request's first guess, from its bonus row. Pass k (1 to K-1) runs guess k at the position of the
+bonus row plus k, two before the token that it guesses. A request without a guess k has its row at position 0, and
+nothing of that row is written (cache_slot -1).
 """
 
 from __future__ import annotations

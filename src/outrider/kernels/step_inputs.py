@@ -1,9 +1,9 @@
 """Gathering a step's inputs from the slots.
 
 All shapes follow from B, T and L, which the host knows, so that a step can be recorded. Rows of a
-step name distinct slots. A batch may be padded: rows with no query tokens, which may share one slot
-that belongs to no request, then query tokens past the last row's (they go nowhere: cache_slot -1)
-and logits rows past the last row's (drawn, and read by nobody).
+step name distinct slots. A batch may be padded with rows that have no query tokens; these may share one
+slot that belongs to no request. Query tokens past the last row's are not written (cache_slot -1). Rows
+of logits past the last row's are sampled, and nobody reads the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which drafts stand, and what each row gains: a program a row. See `kernels.accept_drafts`."""
+"""Which drafts are accepted, and what each row gains: a program a row. See `kernels.accept_drafts`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `gpu.rope_attention` is made of: steps of keys from the cache, and of keys made anew."""
+"""What `gpu.rope_attention` is made of: steps of keys from the cache, and of keys computed again."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def own_step(
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """The step of OWN query tokens' keys and values, made anew as the cache will hold them."""
+    """The step of OWN query tokens' keys and values, computed again as the cache will hold them."""
     half: tl.constexpr = HEAD_DIM // 2
     part, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     own = first_own + tl.arange(0, OWN)
