@@ -155,7 +155,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
 
     Raises OptionError, CheckpointError or CapacityError, each naming the value and the remedy. What the oracle
     refuses is resolved too, so that it can be explained; then memory is planned without a runner's own.
-    `progress` is told the bytes loaded so far and in all when the runner is built.
+    `progress` is called with the bytes loaded so far and in all when the runner is built.
     """
     _check_values(options)
     checkpoint = Checkpoint.open(locate(options.model))

@@ -72,8 +72,8 @@ def accept(
     samplings = [
         SamplingParams(temperature=each, max_tokens=max_tokens) for each in dict.fromkeys(temperature or [0.0])
     ]
-    with loading(quiet=as_json) as told:
-        llm = LLM.from_options(options, *told)
+    with loading(quiet=as_json) as callbacks:
+        llm = LLM.from_options(options, *callbacks)
     verifier = llm.engine.resolved.runner.verifier
     say_if_unfaithful(verifier.faithful, verifier.name)
     if record is not None and not verifier.faithful:
@@ -99,7 +99,7 @@ def accept(
 
 
 def _check_record(record: Path) -> None:
-    """Before anything is run: a path that cannot be written, or a file that is no acceptance.json, is told at once."""
+    """Before anything is run: a path that cannot be written, or a file that is no acceptance.json, is reported at once."""
     if record.is_dir() or not record.parent.is_dir():
         raise OptionError(f"--record must name a file in a directory that exists: {record}")
     if record.exists():

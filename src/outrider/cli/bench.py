@@ -110,8 +110,8 @@ def prefill(
 ) -> None:
     """Prompts only: tokens a second, and the share of the device's rate for one large matrix product."""
     options = engine_options(engine, drafting, model, drafts=False)
-    with loading(quiet=as_json) as told:
-        llm = LLM.from_options(options, *told)
+    with loading(quiet=as_json) as callbacks:
+        llm = LLM.from_options(options, *callbacks)
     with llm:
         input_len = input_len or min(2048, llm.engine.resolved.runner.sizes.max_model_len - 1)
         _report(bench_prefill(llm, num_prompts, input_len, repeats), print_prefill, output, as_json)
@@ -190,8 +190,8 @@ def _bench_speed(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    with loading(quiet=as_json) as told:
-        result = bench(options, workload, concurrency, repeats, parts=parts, progress=told)
+    with loading(quiet=as_json) as callbacks:
+        result = bench(options, workload, concurrency, repeats, parts=parts, progress=callbacks)
     _report(result, print_speed, output, as_json)
 
 

@@ -86,16 +86,16 @@ def generate(
 ) -> None:
     """Continue a prompt and show the text as it comes; accepted drafts are coloured by their position."""
     options = engine_options(engine, drafting, model, drafts=True)
-    with loading(quiet=as_json) as told:
-        llm = LLM.from_options(options, *told)
+    with loading(quiet=as_json) as callbacks:
+        llm = LLM.from_options(options, *callbacks)
     say_if_unfaithful(_verifier(llm).faithful, _verifier(llm).name)
     ids = _prompt_ids(llm, prompt, chat)
     _warm_up(llm, ids, as_json)
     run = _run(llm, ids, sampling, show=not as_json)
     result = _result(run, llm)
     if compare:
-        with loading(quiet=as_json) as told:
-            baseline = LLM.from_options(without_drafts(options), *told)
+        with loading(quiet=as_json) as callbacks:
+            baseline = LLM.from_options(without_drafts(options), *callbacks)
         _warm_up(baseline, ids, as_json)
         result |= _compare(llm, baseline, ids, sampling, run)
     if as_json:

@@ -53,7 +53,7 @@ def serve(
             raise
         raise OptionError(f"serving needs {error.name}: install it with pip install 'outrider[serve]'") from None
 
-    def told(listening: Listening) -> None:
+    def announce(listening: Listening) -> None:
         facts = listening.facts
         if server.log_format == "text":
             say_if_unfaithful(facts.faithful, facts.verifier)
@@ -70,4 +70,4 @@ def serve(
     if for_people:
         err.print("[dim]loading the model, and preparing kernels (compiled on the first run only)[/]")
     quiet = not for_people or not err.is_interactive
-    raise typer.Exit(run(options, resolved.directory, server, told, lambda: loading(quiet)))
+    raise typer.Exit(run(options, resolved.directory, server, announce, lambda: loading(quiet)))

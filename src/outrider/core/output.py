@@ -94,7 +94,7 @@ class AcceptanceReport:
 
 
 class RoundCounter(Protocol):
-    """What is told of every round that verified drafts."""
+    """Called for every round that verified drafts."""
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
         """One round that verified `num_drafted` > 0 drafts, of which the first `num_accepted` stood."""

@@ -53,7 +53,7 @@ class Request:
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     num_preemptions: int = 0
     acceptance: AcceptanceTally = field(default_factory=AcceptanceTally)
-    watch: RoundCounter | None = None  # told of every round too, if anyone watches
+    watch: RoundCounter | None = None  # counts every round too, if anyone watches
     tokens: list[int] = field(init=False)  # prompt and output, all committed
     stop_set: frozenset[int] = field(init=False)
 

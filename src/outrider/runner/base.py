@@ -27,7 +27,7 @@ class RunnerConfig:
 
     model: type[Decoder]
     model_config: ModelConfig
-    target: TargetFacts  # the sizes, the device and what else a drafter is told
+    target: TargetFacts  # the sizes, the device and what else a drafter may know
     directory: Path | None  # None: dummy weights
     drafter: type[Drafter]
     draft_options: DraftOptions

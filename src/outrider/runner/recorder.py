@@ -36,7 +36,7 @@ class Recorder(Protocol):
         """Marks the stream here."""
 
     def marks(self, names: tuple[str, ...]) -> Marks:
-        """Points inside a program whose times can be told."""
+        """Points inside a program whose times can be measured."""
 
     def used(self) -> int:
         """Bytes of the device that are taken, by whomever, but for what is held in reserve."""

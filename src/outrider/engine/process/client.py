@@ -51,7 +51,7 @@ from outrider.oracle import Choice
 logger = logging.getLogger("outrider")
 
 Counted = Callable[[int, int], None]
-"""Told how much is done, and how much there is in all."""
+"""Called with how much is done, and how much there is in all."""
 
 CHECK_SECONDS = 0.25
 """Between two looks at whether the engine has shown a sign of life."""
