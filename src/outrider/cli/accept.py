@@ -99,7 +99,7 @@ def accept(
 
 
 def _check_record(record: Path) -> None:
-    """Before anything is run: a path that cannot be written, or a file that is no acceptance.json, is reported at once."""
+    """Before anything runs: reports a path that cannot be written, or a file that is no acceptance.json."""
     if record.is_dir() or not record.parent.is_dir():
         raise OptionError(f"--record must name a file in a directory that exists: {record}")
     if record.exists():

@@ -94,10 +94,10 @@ class AcceptanceReport:
 
 
 class RoundCounter(Protocol):
-    """Called for every round that verified drafts."""
+    """Counts every round that verified drafts."""
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
-        """One round that verified `num_drafted` > 0 drafts, of which the first `num_accepted` stood."""
+        """One round that verified `num_drafted` > 0 drafts, of which the first `num_accepted` were accepted."""
 
 
 class AcceptanceTally:
@@ -113,7 +113,7 @@ class AcceptanceTally:
         self._drafted = 0
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
-        """One round that verified `num_drafted` > 0 drafts, of which the first `num_accepted` stood."""
+        """One round that verified `num_drafted` > 0 drafts, of which the first `num_accepted` were accepted."""
         missing = num_drafted + 1 - len(self._rounds)
         if missing > 0:
             self._rounds.extend([0] * missing)

@@ -144,7 +144,7 @@ class SamplingParams:
 NOT_OFFERED = {name: off for name, off in OF_VLLM.items() if name not in SamplingParams.__dataclass_fields__}
 """Fields of vLLM's that no part reads, with their values that ask for nothing: unknown, but no slip of the pen."""
 
-# `__new__` takes anything, so that it can name what is unknown: `help` and editors are told what is known
+# `__new__` takes anything, so that it can name what is unknown: this signature shows `help` and editors what is known
 SamplingParams.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     list(inspect.signature(SamplingParams.__init__).parameters.values())[1:]
 )

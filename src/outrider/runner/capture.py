@@ -14,7 +14,7 @@ class CaptureOptions:
     """The shapes of the programs to record, resolved. A runner that records nothing ignores them."""
 
     sizes: tuple[int, ...]  # rows, rising; the last is max_num_seqs
-    num_drafts: tuple[int, ...]  # most drafts that a row verifies, rising; the last is K
+    num_drafts: tuple[int, ...]  # maximum drafts that a row verifies, rising; the last is K
     time_parts: bool = False  # whether the parts of a step are timed on the device
 
     @classmethod

@@ -87,16 +87,16 @@ class SlotTable:
         self._num_wanting = [0] * len(self.all_processors)
         self._drafted.clear()
         for slot, wanted in taken.items():
-            self._tell_of_release(slot, wanted)
+            self._notify_release(slot, wanted)
 
     def _release(self, slot: int) -> None:
         wanted = self._wanted_by.pop(slot)
         for index in wanted:
             self._num_wanting[index] -= 1
         self._drafted.discard(slot)
-        self._tell_of_release(slot, wanted)
+        self._notify_release(slot, wanted)
 
-    def _tell_of_release(self, slot: int, wanted: Sequence[int]) -> None:
+    def _notify_release(self, slot: int, wanted: Sequence[int]) -> None:
         self._drafter.release(slot)
         for index in wanted:
             self.all_processors[index].processor.release(slot)
