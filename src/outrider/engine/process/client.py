@@ -300,7 +300,7 @@ class EngineClient:
         self._end(stopped, FinishReason.STOP)
 
     async def _watch(self, process: SpawnProcess) -> None:
-        """Kills an engine that is silent for too long: it sends something every half second, unless a step takes longer."""
+        """Kills an engine that is silent for too long. It reports every half second, unless a step takes longer."""
         while self.cause_of_death is None:
             before = time.monotonic()
             await asyncio.sleep(CHECK_SECONDS)
