@@ -28,7 +28,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "test_tracing.py": (*SERVING, "opentelemetry.sdk"),
     "unit/draft/test_ngram.py": ("hypothesis",),
     "unit/engine/test_detokenize.py": ("hypothesis",),
-    "unit/engine/process/test_[chs]*.py": SERVING,
+    "unit/engine/process/test_[ces]*.py": SERVING,
     "unit/load/test_text_decoder.py": ("hypothesis",),
     "unit/models/test_config_fuzz.py": ("hypothesis",),
     "unit/server/test_*.py": (*SERVING, "hypothesis"),

@@ -454,7 +454,7 @@ def test_resuming_something_else_is_refused(target: Path, tmp_path: Path) -> Non
 
 ONE_OF_TWO = """
 import json, os, sys
-from outrider.train.options import OPTIMIZERS
+from outrider.train.registry import TrainOptions
 from outrider.train.run import train
 for port, options in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = port
