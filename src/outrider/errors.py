@@ -81,7 +81,7 @@ class EngineDeadError(OutriderError, RuntimeError):
 class EngineRestartingError(EngineDeadError):
     """The engine failed and another is being started. `retry_after`: seconds until it is worth asking again."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
+    def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
@@ -93,7 +93,7 @@ class DeadlineError(OutriderError, RuntimeError):
 class OverloadError(OutriderError, RuntimeError):
     """As many requests wait as may. `retry_after`: seconds until it is worth asking again."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
+    def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 

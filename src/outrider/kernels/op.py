@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -32,6 +33,7 @@ def triton_serves(device: torch.device) -> bool:
     )
 
 
+@cache
 def device_file(device_type: str, file: str) -> ModuleType:
     """A file of `kernels/cpu` ("cpu") or `kernels/gpu` ("cuda"), imported when it is first asked for."""
     return import_module(f"outrider.kernels.{FOLDERS[device_type]}.{file}")

@@ -60,7 +60,8 @@ def needs(spec: LayerSpec) -> dict[LayerFeature, str]:
     found = {}
     if spec.attention.out_bias:
         found[LayerFeature.OUT_BIAS] = "attention"
-    if not isinstance(spec.mlp, GatedMlpSpec):
+    # A subclass may compute something else, so the type must be this one.
+    if type(spec.mlp) is not GatedMlpSpec:
         found[LayerFeature.OTHER_MLP] = type(spec.mlp).__name__
     elif spec.mlp.bias:
         found[LayerFeature.MLP_BIAS] = "mlp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 from torch import Tensor
@@ -22,7 +23,8 @@ class DecoderStack(Sequence[DecoderLayer]):
     def __init__(self, specs: Sequence[LayerSpec], allocator: Allocator) -> None:
         """Parameters are NaN until `slots()` is filled."""
         self._layers = [DecoderLayer(spec, allocator) for spec in specs]
-        self.choice = choose_backend(specs, allocator.device)
+        formed = [spec if spec.form else replace(spec, form=allocator.form) for spec in specs]
+        self.choice = choose_backend(formed, allocator.device)
         self._bound: list[BoundLayers] | None = None  # the layers on the cache of the last step
         self._cache: Sequence[LayerCache] = ()
 

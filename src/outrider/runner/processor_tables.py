@@ -22,7 +22,10 @@ NUMPY: Mapping[torch.dtype, np.dtype[Any]] = {
 
 
 class ProcessorTables:
-    """A processor and its tables. A row holds `fill` while the request in its slot does not want the processor."""
+    """A processor and its tables.
+
+    A table that `commit` leaves alone holds `fill` in the rows of requests that do not want the processor.
+    """
 
     def __init__(self, processor: LogitsProcessor, num_slots: int, vocab_size: int, device: torch.device) -> None:
         state = {

@@ -146,6 +146,8 @@ class ProcessWorker:
             raise self._cause
         message = self._inbox.get()
         if message is None:
+            # An interrupt may come before the cause is kept: whoever asks again finds the end too.
+            self._inbox.put(None)
             self._cause = EngineDeadError(self._death())
             raise self._cause
         if isinstance(message, Failed):
@@ -159,7 +161,11 @@ class ProcessWorker:
         return message
 
     def _death(self) -> str:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(QUIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
         self._stderr.join(1.0)
         how = f"ended with exit code {code}"
         if code < 0:

@@ -39,7 +39,7 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_send, args=(connection, replies), daemon=True).start()
     try:
         _serve(connection, replies)
-    except EOFError:
+    except _EngineGoneError:
         raise SystemExit(1) from None
     except Exception as error:
         replies.put(partial(Failed.of, error))
@@ -47,11 +47,23 @@ def main(descriptor: int) -> None:
         raise SystemExit(1) from None
 
 
+class _EngineGoneError(Exception):
+    """The engine's process has closed its end."""
+
+
+def _receive(connection: Connection) -> Any:
+    try:
+        message = connection.recv_bytes()
+    except EOFError:
+        raise _EngineGoneError from None
+    return pickle.loads(message)
+
+
 def _serve(connection: Connection, replies: Replies) -> None:
-    with contextlib.closing(_build(pickle.loads(connection.recv_bytes()), replies)) as worker:
+    with contextlib.closing(_build(_receive(connection), replies)) as worker:
         replies.put(Built)
         while True:
-            message = pickle.loads(connection.recv_bytes())
+            message = _receive(connection)
             if isinstance(message, StepPlan):
                 replies.put(worker.submit(message).result)
             elif isinstance(message, Quit):

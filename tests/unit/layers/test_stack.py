@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from outrider.cli.main import app
 from outrider.config import EngineOptions, resolve
 from outrider.layers.backend import BACKENDS, ByOps, FusedCpu, choose_backend, declines
 from outrider.layers.mlp import GatedMlpSpec
-from outrider.layers.parameter import Allocator
+from outrider.layers.parameter import Allocator, dense
 from outrider.layers.rope import Rope
 from outrider.layers.spec import AttentionSpec, LayerFeature, LayerSpec
 from outrider.layers.stack import DecoderStack
+from outrider.layers.weight import Dense
 from outrider.tensors import PagedRows, StepBatch
 
 CPU = torch.device("cpu")
@@ -40,6 +41,10 @@ class OtherMlp:
     build = GatedMlpSpec(80).build
 
 
+class Relu(GatedMlpSpec):
+    """A subclass with an activation of its own, say."""
+
+
 @pytest.mark.parametrize(
     ("spec", "needed"),
     [
@@ -48,8 +53,9 @@ class OtherMlp:
         (OUT_BIAS, [("attention", LayerFeature.OUT_BIAS)]),
         (MLP_BIAS, [("mlp", LayerFeature.MLP_BIAS)]),
         (replace(PLAIN, mlp=OtherMlp()), [("OtherMlp", LayerFeature.OTHER_MLP)]),
+        (replace(PLAIN, mlp=Relu(80)), [("Relu", LayerFeature.OTHER_MLP)]),
     ],
-    ids=["plain", "qkv-bias", "out-bias", "mlp-bias", "other-mlp"],
+    ids=["plain", "qkv-bias", "out-bias", "mlp-bias", "other-mlp", "subclass"],
 )
 def test_a_fused_backend_declines_what_its_kernel_lacks(
     spec: LayerSpec, needed: list[tuple[str, LayerFeature]]
@@ -58,6 +64,15 @@ def test_a_fused_backend_declines_what_its_kernel_lacks(
     assert [(gap.part, gap.feature) for _, gap in choice.passed_over] == needed
     assert choice.backend is (ByOps if needed else FusedCpu)
     assert not declines(ByOps, [spec], CPU)
+
+
+def test_an_allocator_of_another_form_is_not_fused() -> None:
+    def other(parts: Sequence[int], inputs: int, allocator: Allocator) -> Dense:
+        return dense(parts, inputs, allocator)
+
+    made = DecoderStack([PLAIN], replace(Allocator.on(CPU, torch.float32), form=other))
+    assert made.choice.backend is ByOps
+    assert DecoderStack([PLAIN], Allocator.on(CPU, torch.float32)).choice.backend is FusedCpu
 
 
 def test_every_fused_backend_has_a_reason_for_every_feature() -> None:

@@ -287,7 +287,7 @@ def _mask_token_id(config: Mapping[str, Any], vocab_size: int) -> int:
     for source, key in (*sources, *((config, key) for key in MASK_TOKEN_KEYS)):
         value = source.get(key)
         if value is not None:
-            token = int(value) if str(value).isdigit() else -1
+            token = int(value) if str(value).isdecimal() else -1
             if not 0 <= token < vocab_size:
                 raise CheckpointError(f"config.json: {key} is not a token of the vocabulary of {vocab_size}: {value!r}")
             return token

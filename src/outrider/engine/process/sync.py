@@ -109,9 +109,11 @@ class SyncEngineClient:
         self._call(self._client.run(_Receiver(generation, self._put)))
 
     def step(self) -> None:
-        """Waits until something has come, and hands it out."""
-        self._filled.wait()
-        self._filled.clear()
+        """Waits until something has come, and hands it out. Raises EngineDeadError after `close`."""
+        self._check_open()
+        while not self._inbox:
+            self._filled.wait()
+            self._filled.clear()
         while self._inbox:
             came = self._inbox.popleft()
             if isinstance(came, _Came):
@@ -136,10 +138,12 @@ class SyncEngineClient:
         if self._closed:
             return
         self._closed = True
-        self._call(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            self._call(self._client.close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     def _put(self, came: _Came | tuple[Generation, Exception]) -> None:
         self._inbox.append(came)

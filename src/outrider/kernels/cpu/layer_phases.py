@@ -12,7 +12,7 @@ from outrider.kernels.cpu.addresses import Heads, Norms, Product, Rows
 from outrider.kernels.cpu.amx import alone, fits, pack, products, small, tile_height
 from outrider.kernels.cpu.attention_tasks import Plan, attend, join
 from outrider.kernels.cpu.emit import LANES, NO, YES, copy_row
-from outrider.kernels.cpu.jit import compiled, larger, pointer, task
+from outrider.kernels.cpu.jit import compiled, larger, pointer
 from outrider.kernels.cpu.linear import few_rows
 from outrider.kernels.cpu.norm import norm_rows
 from outrider.kernels.cpu.rope import rope_tokens
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
     packed: int
 
 
-@task()
+@compiled()
 def _linear(
     phase: int, packed: int, x: int, product: Product, out: int, rows: int, gated: int, tiles: int, threads: int
 ) -> int:
@@ -70,7 +70,7 @@ def _linear(
     return phase + PHASE
 
 
-@task()
+@compiled()
 def _copy_rows(tickets: int, x: int, out: int, stride: int, rows: int, size: int) -> None:
     """Takes rows, one at a time; those of `out` lie `stride` bytes apart."""
     while True:
@@ -80,7 +80,7 @@ def _copy_rows(tickets: int, x: int, out: int, stride: int, rows: int, size: int
         copy_row(x + row * size * 4, out + row * stride, size)
 
 
-@task()
+@compiled()
 def before_attention(
     phase: int,
     threads: int,
@@ -123,7 +123,7 @@ def before_attention(
     return phase + PHASE
 
 
-@task()
+@compiled()
 def from_attention(
     phase: int,
     threads: int,

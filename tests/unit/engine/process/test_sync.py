@@ -122,3 +122,12 @@ def test_what_building_raises_is_raised_here_and_nothing_stays(path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         serve(path, progress=interrupted, enable_multiprocessing=True)
     assert processes() == [] and not [one for one in threading.enumerate() if one.name == "outrider-client"]
+
+
+def test_a_stream_that_outlives_the_engine_ends_with_an_error(path: Path) -> None:
+    llm = serve(path, enable_multiprocessing=True)
+    pieces = llm.stream({"prompt_token_ids": [1, 2]}, ENDLESS)
+    next(pieces)
+    llm.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        list(pieces)
