@@ -27,8 +27,9 @@ class Fact:
         return {"taken": self.taken, "said": dict(self.said), "note": self.note}
 
     def __str__(self) -> str:
-        said = "; ".join(f"{place} says {shortened(str(value))}" for place, value in self.said.items())
-        return f"{self.name} {shortened(str(self.taken))}{f' ({said})' if said else ''}"
+        taken = "none" if self.taken in (None, [], {}) else self.taken
+        said = "; ".join(f"{place}: {shortened(str(value))}" for place, value in self.said.items())
+        return f"{self.name} {shortened(str(taken))}{f' ({said})' if said else ''}"
 
 
 @dataclass(frozen=True, slots=True)
