@@ -105,7 +105,7 @@ def test_explain_shows_what_was_taken_where_several_places_speak(outrider: Any, 
     assert facts["dtype"]["taken"] == "float32" and "torch_dtype" in facts["dtype"]["note"]
     code, out, _ = outrider("explain", str(tmp_path), "--generation-config", "none")
     assert code == 0 and "end of text [0, 7, 256]" in out and "generation_config.json: " in out
-    assert "sampling defaults {}" in out
+    assert "sampling defaults none" in out
 
 
 def test_explain_shows_the_head(outrider: Any, tiny: Callable[..., Path]) -> None:
