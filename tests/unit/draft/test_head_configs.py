@@ -33,7 +33,15 @@ def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("architectures", 5), ("architectures", [["x"]]), ("speculators_model_type", ["x"])]
+    ("key", "value"),
+    [
+        ("architectures", 5),
+        ("architectures", [["x"]]),
+        ("speculators_model_type", ["x"]),
+        ("norm_before_residual", "false"),
+        ("norm_output", 0),
+        ("eagle_aux_hidden_state_layer_ids", [True, 2, 3]),
+    ],
 )
 def test_a_value_of_another_type_is_named(head: Path, key: str, value: Any) -> None:
     path = head / "config.json"

@@ -151,7 +151,7 @@ def read_head(checkpoint: Checkpoint) -> HeadConfig:
         norm_before_residual=_norm_before_residual(config, kind),
         norm_before_fc=_said_and_held(config, "norm_before_fc", "input_norm.weight", tensors),
         fc_norm=_said_and_held(config, "fc_norm", "fc_norm.0.weight", tensors),
-        norm_output=bool(config.get("norm_output", False)),
+        norm_output=bool(_flag(config, "norm_output")),
         fc_bias="fc.bias" in tensors,
         mask_token_id=_mask_token_id(config, layer.vocab_size) if parallel else None,
         own_embedding="embed_tokens.weight" in tensors,
@@ -229,9 +229,9 @@ def _is_parallel(checkpoint: Checkpoint, names: set[str]) -> bool:
     """Config and tensors must agree: run the wrong way, a head's acceptance collapses and nothing fails."""
     config, directory = checkpoint.config, checkpoint.directory
     kind, held = config.get("speculators_model_type"), "mask_hidden" in names
-    flag = config.get("parallel_drafting")
+    flag = _flag(config, "parallel_drafting")
     said = SPECULATORS[kind] if kind is not None else flag
-    if kind is not None and flag is not None and bool(flag) != said:
+    if kind is not None and flag is not None and flag != said:
         raise CheckpointError(
             f"{directory}/config.json says parallel_drafting: {flag}, but speculators_model_type: {kind}: "
             "one of them is wrong"
@@ -251,6 +251,11 @@ def _is_parallel(checkpoint: Checkpoint, names: set[str]) -> bool:
     return bool(said)
 
 
+def _flag(config: Mapping[str, Any], key: str) -> bool | None:
+    said = Reader(config)
+    return said.flag(key, False) if said.has(key) else None
+
+
 def _aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     nested = config.get("eagle_config")
     given = config.get("eagle_aux_hidden_state_layer_ids")
@@ -258,7 +263,7 @@ def _aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
         given = nested.get("eagle_aux_hidden_state_layer_ids")
     if not given:
         return None
-    if not isinstance(given, list) or not all(isinstance(layer, int) for layer in given):
+    if not isinstance(given, list) or not all(type(layer) is int for layer in given):
         raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be a list of layers: {given!r}")
     return tuple(given)
 
@@ -268,15 +273,15 @@ def _norm_before_residual(config: Mapping[str, Any], kind: str | None) -> bool:
 
     Another engine reads a speculators head without the key as true, so that case is not passed over in silence.
     """
-    said = config.get("norm_before_residual")
+    said = _flag(config, "norm_before_residual")
     if said is None and kind is not None:
         logger.warning("the draft head's config.json lacks norm_before_residual: taken as false; acceptance will show")
     return bool(said)
 
 
 def _said_and_held(config: Mapping[str, Any], key: str, tensor: str, tensors: Collection[str]) -> bool:
-    said, held = config.get(key), tensor in tensors
-    if said is not None and bool(said) != held:
+    said, held = _flag(config, key), tensor in tensors
+    if said is not None and said != held:
         raise CheckpointError(f"config.json says {key}: {said}, but {tensor} is {'there' if held else 'missing'}")
     return held
 
