@@ -395,9 +395,9 @@ def test_the_support_page_is_what_the_code_says(
     monkeypatch.setattr(sys, "argv", ["outrider", "explain", "--table"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    page = (Path(__file__).parent.parent / "docs" / "support.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "support.md").read_text()
     assert not ended.value.code
-    assert page == capsys.readouterr().out, "write it anew: outrider explain --table > docs/support.md"
+    assert page == capsys.readouterr().out, "write it anew: outrider explain --table > docs/reference/support.md"
 
 
 def test_the_support_table_for_scripts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

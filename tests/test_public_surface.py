@@ -1,4 +1,4 @@
-"""What is promised: each public module's `__all__` is complete and sorted, and `docs/extending.md` names all of it."""
+"""What is promised: the `__all__` of each public module is complete and sorted, and the guide names all of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "guide" / "extending.md").read_text()
 MODULES = re.findall(r"`(outrider[\w.]*)`", PAGE.split("\n\n")[1])
 
 

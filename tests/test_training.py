@@ -670,7 +670,7 @@ def test_the_command_trains_a_head_for_the_bundled_model(
 
 def test_documented_commands_know_today_s_flags() -> None:
     group = typer.main.get_command(cli.app)
-    page = Path(__file__).parent.parent / "docs" / "train_a_head.md"
+    page = Path(__file__).parent.parent / "docs" / "guide" / "training.md"
     lines = re.findall(r"^outrider ((?:train|generate|accept) .*)$", page.read_text(), re.MULTILINE)
     assert len(lines) >= 6
     for line in lines:

@@ -66,7 +66,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(rows: int, outputs: int, inputs: int, itemsize: int, *, gate: bool = False, roomy: bool = False) -> Tiles:
-    """What was fastest on an H200 at the shapes of Qwen3-0.6B to 8B (docs/journal.md); `gate`: it has one.
+    """What was fastest on an H200 at the shapes of Qwen3-0.6B to 8B (docs/journal); `gate`: it has one.
 
     Programs come as places become free. Where a multiprocessor has more places than it should get programs, they crowd
     onto the first ones, and memory waits for those: so shared memory is made to leave as many places as there are
