@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from outrider.errors import CheckpointError, shortened
+
+MAX_WRITTEN = 80
+"""Characters of a value that a message shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,41 @@ def as_number(value: Any) -> float:
 
 
 def written_short(value: Any) -> str:
-    """A value for a message, whatever it is: it may be nested deeper, or have more digits, than Python writes out."""
+    """A value for a message, whatever its size, its depth and its number of digits.
+
+    No more of it is written than is shown.
+    """
+    parts: list[str] = []
+    length = 0
     try:
-        return shortened(repr(value))
+        for part in _written(value):
+            parts.append(part)
+            length += len(part)
+            if length > MAX_WRITTEN:
+                break
     except (RecursionError, ValueError):
         return f"{type(value).__name__}, too large to be written here"
+    return shortened("".join(parts))
+
+
+def _written(value: Any) -> Iterator[str]:
+    """`repr` in parts."""
+    kind = type(value)
+    if kind in (str, bytes):
+        yield repr(value[: MAX_WRITTEN + 1])
+    elif kind is dict:
+        yield "{"
+        for index, (name, inner) in enumerate(value.items()):
+            yield ", " if index else ""
+            yield from _written(name)
+            yield ": "
+            yield from _written(inner)
+        yield "}"
+    elif kind in (list, tuple):
+        yield "[" if kind is list else "("
+        for index, inner in enumerate(value):
+            yield ", " if index else ""
+            yield from _written(inner)
+        yield "]" if kind is list else ",)" if len(value) == 1 else ")"
+    else:
+        yield repr(value)

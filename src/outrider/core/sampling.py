@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from outrider.core.option import option
@@ -21,10 +22,22 @@ from outrider.core.sampling_fields import (
     whole,
     whole_or_none,
 )
-from outrider.errors import SamplingError, nearest
+from outrider.errors import SamplingError, nearest, shortened
 
 MAX_STOP_IDS = 16
 """Most `stop_token_ids` of a request; as many may be the model's own, and each has a column in a device table."""
+
+MAX_STOP_IDS_READ = 1024
+"""A longer list of `stop_token_ids` is refused, though it may name few ids many times."""
+
+MAX_STOPS = 4096
+"""Most `stop` strings of a request."""
+
+MAX_STOP_LENGTH = 1 << 18
+"""Most characters of them all together."""
+
+MAX_EXTRA_ARGS = 64
+"""Most `extra_args` of a request."""
 
 GREEDY_BELOW = 1e-5
 """A temperature under this is 0: dividing logits by it leaves no second token a chance, and may overflow."""
@@ -62,7 +75,7 @@ class SamplingParams:
             if name in NOT_OFFERED:
                 raise SamplingError(f"sampling parameter {name} is not offered yet: drop it", name)
             if name not in known:
-                raise SamplingError(f"unknown sampling parameter: {name} ({nearest(name, known)})", name)
+                raise SamplingError(f"unknown sampling parameter: {shortened(name)} ({nearest(name, known)})", name)
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -89,17 +102,30 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         assert isinstance(self.stop, tuple) and isinstance(self.stop_token_ids, tuple)
+        if len(self.stop) > MAX_STOPS:
+            raise SamplingError(f"stop holds {len(self.stop)} strings: give at most {MAX_STOPS}", "stop")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise SamplingError(f"stop must hold non-empty strings: {written_short(self.stop)}", "stop")
         if self.stop and not self.detokenize:
             raise SamplingError("stop strings need detokenize=True: give stop_token_ids instead, or detokenize", "stop")
-        ids = [whole_or_none(token) for token in self.stop_token_ids]
+        length = sum(map(len, self.stop))
+        if length > MAX_STOP_LENGTH:
+            raise SamplingError(
+                f"stop holds {length} characters in all: give at most {MAX_STOP_LENGTH}, in shorter or fewer strings",
+                "stop",
+            )
+        self._check_stop_ids()
+
+    def _check_stop_ids(self) -> None:
+        assert isinstance(self.stop_token_ids, tuple)
+        ids = [whole_or_none(token) for token in self.stop_token_ids[: MAX_STOP_IDS_READ + 1]]
         if any(token is None or token < 0 for token in ids):
             raise SamplingError(
                 f"stop_token_ids must be token ids of 0 or more: {written_short(self.stop_token_ids)}", "stop_token_ids"
             )
-        if len(set(ids)) > MAX_STOP_IDS:
-            raise SamplingError(f"stop_token_ids holds {len(ids)} ids; give at most {MAX_STOP_IDS}", "stop_token_ids")
+        if len(ids) > MAX_STOP_IDS_READ or len(set(ids)) > MAX_STOP_IDS:
+            count = len(self.stop_token_ids)
+            raise SamplingError(f"stop_token_ids holds {count} ids; give at most {MAX_STOP_IDS}", "stop_token_ids")
         self._set("stop_token_ids", tuple(ids))
 
     def _set(self, name: str, value: object) -> None:
@@ -118,6 +144,8 @@ class SamplingParams:
 
     def _check_extra_args(self) -> None:
         given = {} if self.extra_args is None else self.extra_args
+        if isinstance(given, Mapping) and len(given) > MAX_EXTRA_ARGS:
+            raise SamplingError(f"extra_args holds {len(given)} names: give at most {MAX_EXTRA_ARGS}", "extra_args")
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
             raise SamplingError(f"extra_args must map names to values: {written_short(given)}", "extra_args")
         self._set("extra_args", dict(given))
@@ -128,12 +156,17 @@ class SamplingParams:
         for name, value in self.extra_args.items():
             if name not in declared:
                 known = nearest(name, declared) if declared else "the option logits_processors names none of your own"
-                raise SamplingError(f"extra_args: no logits processor reads {name} ({known})", name)
+                said = f"extra_args: no logits processor reads {shortened(name)} ({known})"
+                raise SamplingError(said, shortened(name))
             declared[name].checked(value)
 
     def of_completion(self, index: int) -> SamplingParams:
         """Those of one of the `n` completions: a seed is for the first, and each further one has the next."""
-        return self if self.seed is None or not index else replace(self, seed=(self.seed + index) % 2**63)
+        if self.seed is None or not index:
+            return self
+        other = copy(self)  # not `replace`, which would check all the rest again
+        other._set("seed", (self.seed + index) % 2**63)
+        return other
 
     @property
     def greedy(self) -> bool:

@@ -65,12 +65,10 @@ class Completion:
                 assert detokenizer is not None
                 reason, output.stop_reason = FinishReason.STOP, detokenizer.stop_reason
                 break
-        if detokenizer is not None:
-            if reason is not None:
-                detokenizer.finish()
-                if taken:
-                    taken[-1] = (taken[-1][0], taken[-1][1] + detokenizer.stream(finished=True))
-            output.text = detokenizer.text
+        if detokenizer is not None and reason is not None:
+            detokenizer.finish()
+            if taken:
+                taken[-1] = (taken[-1][0], taken[-1][1] + detokenizer.stream(finished=True))
         # a stop string found before a stop token is the reason
         if output.stop_reason is None and delta.stop_token not in (None, *self.eos_token_ids):
             output.stop_reason = delta.stop_token
@@ -85,9 +83,12 @@ class Completion:
         if self.ended:
             return
         self.error = error
+        self._end(FinishReason.ABORT)
+
+    def write_text(self) -> None:
+        """Brings the output's text up to date, which takes as long as it is: so not every step does it."""
         if self.detokenizer is not None:
             self.output.text = self.detokenizer.text
-        self._end(FinishReason.ABORT)
 
     def _put_pieces(self, taken: list[tuple[int, str]], num_accepted: int, reason: FinishReason | None) -> None:
         last = len(taken) - 1
@@ -97,6 +98,7 @@ class Completion:
             self.inbox.pieces.append(Piece(self.index, token, text, drafted, finish if number == last else None))
 
     def _end(self, reason: FinishReason) -> None:
+        self.write_text()
         self.output.finish_reason = reason.value
         self.parent.acceptance += self.acceptance.report()
         self.parent.num_cached_tokens = max(self.parent.num_cached_tokens, self.num_cached)

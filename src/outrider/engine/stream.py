@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from outrider.engine.completion import Completion
 from outrider.engine.generation import Generation
-from outrider.engine.outputs import Piece
+from outrider.engine.outputs import Piece, RequestOutput
 
 
 class Stream(Iterator[Piece]):
@@ -23,18 +23,27 @@ class Stream(Iterator[Piece]):
         release: Callable[[Sequence[Completion]], None],  # aborts completions; must be safe in a finalizer
     ) -> None:
         """`LLM.stream` makes it."""
-        (self.output,) = generation.outputs
+        (self._output,) = generation.outputs
         self._generation = generation
         self._step, self._release = step, release
+
+    @property
+    def output(self) -> RequestOutput:
+        """What has come so far."""
+        for completion in self._generation.completions:
+            completion.write_text()
+        return self._output
 
     def __next__(self) -> Piece:
         pieces = self._generation.inbox.pieces
         while not pieces:
             self._generation.ended()
-            if self.output.finished:
+            if self._output.finished:
                 raise StopIteration
             self._step()
-        return pieces.popleft()
+        piece = pieces.popleft()
+        self._generation.completions[piece.index].write_text()
+        return piece
 
     def close(self) -> None:
         """Aborts what is not finished; pieces that came before can still be taken. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,3 +114,17 @@ def test_special_tokens(tokenizer: Tokenizer) -> None:
         for token in (*tokenizer.encode("a"), EOS, *tokenizer.encode("b")):
             found.append(token)
         assert found.text == expected
+
+
+def test_a_token_costs_the_same_however_long_the_text_is(tokenizer: Tokenizer) -> None:
+    def seconds(num_tokens: int) -> float:
+        found = detokenizer(tokenizer, stop=("never there",))
+        tokens = tokenizer.encode("some text ")
+        start = time.process_time()
+        for number in range(num_tokens):
+            found.append(tokens[number % len(tokens)])
+            found.stream(finished=False)
+        return time.process_time() - start
+
+    short, long = min(seconds(10_000) for _ in range(3)), seconds(200_000)
+    assert long < 20 * 3 * short

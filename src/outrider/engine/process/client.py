@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ import zmq.asyncio
 from outrider.acceptance.watchdog import WatchState
 from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceTally, FinishReason, TokenDelta
+from outrider.core.sampling import SamplingParams
 from outrider.engine.completion import Completion
 from outrider.engine.process.host import run
 from outrider.engine.process.messages import (
@@ -66,6 +66,11 @@ QUIT_SECONDS = 5.0
 def retry_seconds(expected: float) -> int:
     """The wait that a client is asked for, in whole seconds, given the expected time."""
     return max(1, min(MAX_RETRY_SECONDS, math.ceil(expected)))
+
+
+def _for_engine(sampling: SamplingParams) -> dict[str, Any]:
+    """What the engine reads of sampling parameters. It sees no text, so stop strings stay here."""
+    return {name: getattr(sampling, name) for name in SamplingParams.__dataclass_fields__ if name != "stop"}
 
 
 class Receiver(Protocol):
@@ -183,7 +188,7 @@ class EngineClient:
         prompts = []
         for completion in generation.completions:
             completion.id = f"{number}-{completion.index}"
-            ids, sampling = completion.parent.prompt_token_ids, asdict(completion.sampling)
+            ids, sampling = completion.parent.prompt_token_ids, _for_engine(completion.sampling)
             prompts.append(Prompt(completion.id, ids, sampling, generation.max_drafts))
         self._requests |= {completion.id: (generation, completion) for completion in generation.completions}
         try:
