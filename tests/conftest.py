@@ -30,6 +30,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "unit/engine/test_detokenize.py": ("hypothesis",),
     "unit/engine/process/test_[ces]*.py": SERVING,
     "unit/load/test_text_decoder.py": ("hypothesis",),
+    "unit/load/test_tokenizer.py": ("hypothesis",),
     "unit/models/test_config_fuzz.py": ("hypothesis",),
     "unit/server/test_*.py": (*SERVING, "hypothesis"),
     "unit/server/*/test_*.py": (*SERVING, "hypothesis"),
@@ -54,6 +55,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What is left out. A header would say so too, but not with -q."""
     for files, lacking in LACKING.items():
         terminalreporter.write_line(f"left out: tests/{files} ({', '.join(lacking)} not installed)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The user's own cache is not for tests; processes that tests start find this one too."""
+    os.environ["OUTRIDER_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
 TOGETHER = (

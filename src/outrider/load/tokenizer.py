@@ -1,57 +1,78 @@
-"""Tokenizer and chat template, through transformers. Imported only when text is involved."""
+"""Tokenizer and chat template, as transformers reads them. Imported only when text is involved."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from outrider.errors import CheckpointError, PromptError, shortened
 from outrider.load.text_decoder import TextDecoder, Vocabulary, decode_all
+from outrider.load.tokenizer_cache import TokenizerCache
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Any of these makes a tokenizer; transformers makes up an empty one where there is none."""
 
 
 class Tokenizer:
-    """A checkpoint's own tokenizer."""
+    """A checkpoint's own tokenizer.
+
+    transformers decides what the checkpoint's files mean. Importing it takes most of a second, so what it made of them
+    is kept on disk: later starts read that, and import transformers only for chat templates and for `wrapped`.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Raises CheckpointError if the directory holds no fast tokenizer."""
+        if not any((directory / name).exists() for name in FILES):
+            raise CheckpointError(f"no tokenizer in {directory}: it holds none of {', '.join(FILES)}")
+        self._directory = directory
+        cache = TokenizerCache.of(directory)
+        kept = cache.read()
+        if kept is None:
+            cache.write(self.wrapped.backend_tokenizer)
+        else:
+            self._backend = kept
+            self._vocabulary = Vocabulary(kept)
+
+    @cached_property
+    def wrapped(self) -> Any:
+        """The transformers tokenizer itself, loaded at first use. CheckpointError if it has no fast form."""
         from transformers import AutoTokenizer
         from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-        if not any((directory / name).exists() for name in FILES):
-            raise CheckpointError(f"no tokenizer in {directory}: it holds none of {', '.join(FILES)}")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(directory))
+            loaded = AutoTokenizer.from_pretrained(str(self._directory))
         except Exception as error:  # whatever two libraries run into in files that are damaged
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise CheckpointError(
-                f"no tokenizer in {directory}: {shortened(first)}; are its files complete?"
+                f"no tokenizer in {self._directory}: {shortened(first)}; are its files complete?"
             ) from error
-        if not self._tokenizer.is_fast:
-            raise CheckpointError(f"the tokenizer in {directory} has no tokenizer.json; convert it to a fast one")
+        if not loaded.is_fast:
+            raise CheckpointError(f"the tokenizer in {self._directory} has no tokenizer.json; convert it to a fast one")
         # the engine has a limit of its own; a config's may be none
-        self._tokenizer.model_max_length = VERY_LARGE_INTEGER
-        self._vocabulary = Vocabulary(self._tokenizer.backend_tokenizer)
-        applying = inspect.signature(self._tokenizer.apply_chat_template).parameters
-        self._reserved = frozenset(applying) - {"tools"}  # a template of the caller's own would be run, for one
+        loaded.model_max_length = VERY_LARGE_INTEGER
+        # one backend serves both, so that a large vocabulary is held once
+        self._backend = loaded.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._vocabulary = Vocabulary(self._backend)
+        return loaded
+
+    @cached_property
+    def _reserved(self) -> frozenset[str]:
+        """Arguments of rendering that are not the template's: a template of the caller's own would be run, for one."""
+        return frozenset(inspect.signature(self.wrapped.apply_chat_template).parameters) - {"tools"}
 
     @property
     def backend(self) -> Any:
         """The `tokenizers.Tokenizer` underneath."""
-        return self._tokenizer.backend_tokenizer
+        return self._backend
 
-    @property
-    def wrapped(self) -> Any:
-        """The transformers tokenizer itself."""
-        return self._tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model expects around it."""
-        ids: list[int] = self._tokenizer.encode(text)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; of a prompt, with the special tokens the model expects around it."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -71,13 +92,12 @@ class Tokenizer:
         taken = [name for name in template_arguments if name in self._reserved]
         if taken:
             raise PromptError(f"chat_template_kwargs holds {', '.join(taken)}, which the engine sets itself: drop it")
-        if self._tokenizer.chat_template is None:
+        if self.wrapped.chat_template is None:
             raise PromptError("the model has no chat template: give a plain prompt to LLM.generate or /v1/completions")
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.wrapped.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, **template_arguments
             )
         except Exception as error:  # whatever the code of a template runs into
             raise PromptError(f"the chat template refused the messages: {error}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        return self.encode(text, add_special_tokens=False)

@@ -39,9 +39,7 @@ class TokenizerService:
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
-        if add_special_tokens:
-            return await self._run(lambda: self._encoder.encode(text))
-        return await self._run(lambda: list(self._encoder.wrapped.encode(text, add_special_tokens=False)))
+        return await self._run(lambda: self._encoder.encode(text, add_special_tokens))
 
     async def prompts(
         self, given: Any, facts: Facts, check_count: Callable[[int], None], with_texts: bool = False
