@@ -37,9 +37,9 @@ from outrider.bench.speed import (
     times_of_parts,
     with_parts,
 )
-from outrider.config import EngineOptions
 from outrider.device import free_memory
 from outrider.engine.llm import LLM
+from outrider.options import EngineOptions
 
 SHAPES = Path(__file__).parent / "shapes"
 

@@ -26,9 +26,10 @@ from outrider.bench.bandwidth import read_bandwidth
 from outrider.bench.floors import Reads
 from outrider.bench.provenance import provenance
 from outrider.bench.speed import Workload, configuration, device_of, give_back, sampling_of
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.engine.engine import Engine
 from outrider.engine.llm import LLM
+from outrider.options import EngineOptions
 
 SHAPES = Path(__file__).parent / "shapes"
 

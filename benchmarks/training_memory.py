@@ -23,7 +23,8 @@ import torch
 
 from outrider.bench.provenance import provenance
 from outrider.load.hub import BUNDLED
-from outrider.train.registry import OBJECTIVES, TrainOptions
+from outrider.train.options import TrainOptions
+from outrider.train.registry import OBJECTIVES
 from outrider.train.run import train
 
 MIB = 1 << 20

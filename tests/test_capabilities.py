@@ -32,11 +32,12 @@ from outrider import config as config_module
 from outrider.capability import DEVICES, Feature, Offer
 from outrider.cli import main as cli
 from outrider.cli.support import parts, support, to_markdown
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.draft.registry import METHODS
 from outrider.errors import UnsupportedError
 from outrider.models.decoder import Decoder
 from outrider.models.registry import MODELS
+from outrider.options import EngineOptions
 from outrider.oracle import RefusedError
 from outrider.runner import registry
 from outrider.runner.base import RunnerConfig

@@ -19,11 +19,11 @@ from outrider.cli import common
 from outrider.cli import main as cli
 from outrider.cli import serve as serve_command
 from outrider.cli.common import Drafting
+from outrider.core.sizes import MIB
 from outrider.draft.base import BUNDLED_MODEL
 from outrider.draft.registry import default_method, names_head
 from outrider.engine.engine import Engine
 from outrider.load.hub import BUNDLED
-from outrider.runner.memory import MIB
 from outrider.server import serve as server
 from outrider.workers.base import WorkerStats
 

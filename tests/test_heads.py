@@ -23,8 +23,9 @@ from checkpoints import SIZES, Case, parameters, program, run
 from heads import LAYOUTS, MASK_TOKEN, TAPS, head_tensors, read_head, vocabulary_map, write_head
 from outrider import LLM, CheckpointError, OptionError
 from outrider.cli import main as cli
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.draft.eagle.base import HeadDrafter, HeadOptions
+from outrider.options import EngineOptions
 
 HIDDEN, VOCAB = SIZES["hidden_size"], SIZES["vocab_size"]
 METHODS = {"eagle3": False, "peagle": True}

@@ -23,9 +23,10 @@ from emulated import Emulated
 from mtp_drafter import Mtp
 from outrider import LLM, CheckpointError, OptionError
 from outrider import config as config_module
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.draft.registry import METHODS
 from outrider.drafting import Draft, DraftContext, Drafter, DraftOptions, Feature, Footprint, TargetFacts
+from outrider.options import EngineOptions
 from outrider.runner.eager import EagerRunner
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -15,7 +15,7 @@ MODULES = re.findall(r"`(outrider[\w.]*)`", PAGE.split("\n\n")[1])
 
 def missing_from_all(module: ModuleType) -> set[str]:
     """Names of its own or imported that `__all__` leaves out, or names without there being such a thing."""
-    names = {name for name in vars(module) if not name.startswith("_") and name != "annotations"}
+    names = {name for name in dir(module) if not name.startswith("_") and name != "annotations"}
     return {name for name in names if not isinstance(getattr(module, name), ModuleType)} ^ set(module.__all__)
 
 

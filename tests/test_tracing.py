@@ -19,9 +19,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from outrider.config import EngineOptions
 from outrider.engine.process.client import EngineClient
 from outrider.errors import OptionError
+from outrider.options import EngineOptions
 from outrider.server.app import build
 from outrider.server.http.metrics import Metrics
 from outrider.server.http.tracing import Tracing

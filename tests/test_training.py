@@ -37,10 +37,10 @@ from outrider.train import run
 from outrider.train.export import export_head
 from outrider.train.network import Head
 from outrider.train.objective import Objective
-from outrider.train.options import OPTIMIZERS
+from outrider.train.options import OPTIMIZERS, TrainOptions
 from outrider.train.packing import EMPTY, Batch
 from outrider.train.peagle import PEagle
-from outrider.train.registry import OBJECTIVES, TrainOptions
+from outrider.train.registry import OBJECTIVES
 from outrider.train.run import head_config, train
 from outrider.train.teacher import Teacher, Truth
 from outrider.train.trainer import Trainer
@@ -454,7 +454,7 @@ def test_resuming_something_else_is_refused(target: Path, tmp_path: Path) -> Non
 
 ONE_OF_TWO = """
 import json, os, sys
-from outrider.train.registry import TrainOptions
+from outrider.train.options import TrainOptions
 from outrider.train.run import train
 for port, options in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = port

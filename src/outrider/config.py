@@ -1,15 +1,13 @@
-"""What a user may set, and how it becomes a configuration with nothing left open.
+"""How a user's options become a configuration with nothing left open.
 
-`EngineOptions` is the one record from which keyword arguments, command-line flags and their help
-are generated. `resolve` reads the checkpoint's config and answers every "auto"; it loads nothing.
+`resolve` reads the checkpoint's config and answers every "auto"; it loads nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ import torch
 
 from outrider import env
 from outrider.capability import Feature, Part
-from outrider.core.option import option, wrong_types
-from outrider.core.reading import Fact, written_short
+from outrider.core.reading import Fact
 from outrider.core.sizes import Sizes, check_whole
 from outrider.device import device_part, find_device
 from outrider.draft.base import Drafter, Footprint, TargetFacts
-from outrider.draft.registry import METHODS, parse_speculative_config
+from outrider.draft.registry import parse_speculative_config
 from outrider.errors import CapacityError, OptionError, nearest
 from outrider.layers.backend import choose_backend
 from outrider.load.checkpoint import Checkpoint
@@ -31,7 +28,8 @@ from outrider.load.hub import BUNDLED_HEADS, locate
 from outrider.models.config import DTYPES, ModelConfig
 from outrider.models.decoder import Decoder
 from outrider.models.registry import find_model
-from outrider.oracle import AUTO, Choice, RefusedError, choose
+from outrider.options import AUTO, EXECUTOR_BACKENDS, EngineOptions
+from outrider.oracle import Choice, RefusedError, choose
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import RunnerConfig
 from outrider.runner.capture import CaptureOptions
@@ -39,86 +37,12 @@ from outrider.runner.memory import Demand, MemoryPlan, plan_memory
 from outrider.runner.registry import RUNNERS
 from outrider.schedule.options import SchedulerOptions
 from outrider.verify.base import LogitsProcessor, Verifier
-from outrider.verify.registry import DEFAULT_VERIFIER, VERIFIERS, build_processors, build_verifier
+from outrider.verify.registry import build_processors, build_verifier
 
 logger = logging.getLogger("outrider")
 
-EXECUTOR_BACKENDS = ("uni", "mp")
-"""What may host the runner, by vLLM's names."""
-
 BLOCK_SIZE = 16
 """Tokens a key/value block holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """Everything `LLM` takes. Names follow vLLM where the meaning is the same."""
-
-    model: str | None = option(None, "local directory or Hugging Face id; left out: the bundled model")
-    model_class: str | None = option(None, "module:Class of a model family of your own; left out: the checkpoint's")
-    speculative_config: Mapping[str, Any] | None = option(
-        None, "drafting method and its options, as in vLLM", example={"method": " | ".join(METHODS)}
-    )
-    runner: str = option(AUTO, "auto takes the fastest runner that can serve; a name is taken or refused")
-    dtype: str = option(AUTO, "auto (the checkpoint's), float32, bfloat16 or float16")
-    device: str = option(AUTO, "auto, cpu, cuda or cuda:N")
-    max_model_len: int | None = option(
-        None, "longest sequence, prompt and output; left out: the model's limit, or what fits"
-    )
-    max_num_seqs: int = option(128, "most sequences run at once")
-    max_num_batched_tokens: int | None = option(None, "most tokens a step; left out: 2048 on a CPU, 8192 on a GPU")
-    max_prefill_tokens_beside_decodes: int | None = option(
-        None,
-        "most prompt tokens of a step in which others decode, whose tokens wait for them; "
-        "left out: 2048 on a GPU, on a CPU as max_num_batched_tokens",
-    )
-    kv_cache_memory: int | None = option(None, "bytes for keys and values; left out: what is free")
-    gpu_memory_utilization: float = option(0.9, "share of a GPU's free memory to use")
-    enable_prefix_caching: bool = option(True, "reuse keys and values of prompts that begin alike")
-    tensor_parallel_size: int = option(1, "ranks that split each matrix")
-    pipeline_parallel_size: int = option(1, "ranks that split the layers")
-    distributed_executor_backend: str = option(
-        "uni", "what hosts the runner: uni, the engine's own process; mp, a process of its own"
-    )
-    capture_sizes: Sequence[int] | None = option(
-        None,
-        "batch sizes the graph runner records, a step takes the next larger; left out: 1, 2, 3, 4, 6, 8 ...",
-    )
-    capture_drafts: Sequence[int] | None = option(
-        None,
-        "numbers of drafts, below num_speculative_tokens, for which the graph runner records programs too; a step "
-        "whose rows verify no more takes the smaller program",
-    )
-    time_parts: bool = option(
-        False, "time the parts of a step on the device, for benchmarks; only the graph runner can"
-    )
-    load_format: str = option(AUTO, "auto (safetensors), or dummy: random weights, for benchmarks")
-    generation_config: str = option(
-        AUTO, "auto: requests take the sampling defaults of the checkpoint's generation_config.json; none: they do not"
-    )
-    seed: int = option(0, "seed of requests that bring none")
-    verifier: str = option(DEFAULT_VERIFIER, f"{', '.join(VERIFIERS)}; what each promises stands in its file")
-    logits_processors: Sequence[str] | None = option(
-        None, "logits processors of your own, each as module:Class; requests ask for them in extra_args"
-    )
-    synthetic_rates: Sequence[float] | None = option(None, "the synthetic verifier's acceptance per position")
-
-    def __post_init__(self) -> None:
-        for name, value, wanted in wrong_types(self):
-            raise OptionError(f"{name} must be {wanted}: {written_short(value)}")
-
-    @classmethod
-    def from_kwargs(cls, **given: Any) -> EngineOptions:
-        """The options; a path and a torch dtype will do. OptionError names an unknown one and the nearest known."""
-        known = [known.name for known in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise OptionError(f"unknown option: {name} ({nearest(name, known)})")
-        if isinstance(given.get("model"), os.PathLike):
-            given["model"] = os.fspath(given["model"])
-        if isinstance(given.get("dtype"), torch.dtype):
-            given["dtype"] = str(given["dtype"]).removeprefix("torch.")
-        return cls(**given)
 
 
 @dataclass(frozen=True, slots=True)

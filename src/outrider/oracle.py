@@ -9,9 +9,8 @@ from typing import Any
 from outrider.capability import Gap, Part
 from outrider.errors import OptionError, UnsupportedError, nearest
 from outrider.layers.backend import LayerChoice
+from outrider.options import AUTO
 from outrider.runner.base import Runner
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ from outrider.bench.batch import BatchRun, Steady, run_batch
 from outrider.bench.floors import Reads
 from outrider.bench.prompts import PromptSet
 from outrider.bench.provenance import provenance
-from outrider.config import EngineOptions
 from outrider.core.sampling import SamplingParams
 from outrider.device import free_memory
 from outrider.engine.llm import LLM
 from outrider.errors import OptionError
+from outrider.options import EngineOptions
 
 WARM_UP_STEPS = 4
 TIMED_STEPS = 32

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from outrider.acceptance.bands import interval
 from outrider.acceptance.records import Expectation, Setting, find, read_records, why_not_found, write_record
-from outrider.acceptance.setting import record_file
-from outrider.bench.acceptance import Comparison, measure, setting_of_run, summary
 from outrider.bench.prompts import HELD_OUT, read_prompts
 from outrider.cli.common import (
     Drafting,
@@ -29,11 +27,13 @@ from outrider.cli.common import (
     say_if_unfaithful,
     table,
 )
-from outrider.config import EngineOptions
 from outrider.core.sampling import SamplingParams
-from outrider.draft.registry import NO_DRAFTS
-from outrider.engine.llm import LLM
 from outrider.errors import OptionError
+from outrider.options import EngineOptions
+
+if TYPE_CHECKING:
+    from outrider.bench.acceptance import Comparison
+    from outrider.engine.llm import LLM
 
 
 @engine_flags
@@ -62,6 +62,10 @@ def accept(
     as_json: Json = False,
 ) -> None:
     """Measure acceptance by position. Exit code 1, with the position and a likely cause, if it left its band."""
+    from outrider.bench.acceptance import Comparison, measure, setting_of_run, summary
+    from outrider.draft.registry import NO_DRAFTS
+    from outrider.engine.llm import LLM
+
     options = engine_options(engine, drafting, model, drafts=True)
     if options.speculative_config is None:
         raise OptionError(f"accept measures drafts: give --draft a method other than {NO_DRAFTS}")
@@ -115,6 +119,8 @@ def _check_comparable(expect: Path, records: Sequence[Expectation], settings: Se
 
 def _own_records(llm: LLM) -> list[Expectation] | None:
     """What came with the head, or with the bundled model for this method; None if nothing did."""
+    from outrider.acceptance.setting import record_file
+
     path = record_file(llm.engine.resolved)
     return read_records(path) if path is not None and path.exists() else None
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from outrider.bench.kernels import KernelRow, bench_kernels
-from outrider.bench.prefill import bench_prefill
 from outrider.bench.prompts import read_prompts
-from outrider.bench.speed import Workload, bench, device_of
 from outrider.cli.bench_report import print_kernels, print_prefill, print_speed
 from outrider.cli.common import (
     Drafting,
@@ -27,12 +23,14 @@ from outrider.cli.common import (
     loading,
     print_json,
 )
-from outrider.config import EngineOptions
-from outrider.engine.llm import LLM
 from outrider.errors import InputError, OptionError, nearest
-from outrider.load.checkpoint import read_json
-from outrider.load.hub import locate
-from outrider.models.config import DTYPES, ModelConfig
+from outrider.options import EngineOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from outrider.bench.kernels import KernelRow
+    from outrider.bench.speed import Workload
 
 app = typer.Typer(help="Measure speed; every figure comes with its command, commit, device and versions.")
 
@@ -110,6 +108,9 @@ def prefill(
 ) -> None:
     """Prompts only: tokens a second, and the share of the device's rate for one large matrix product."""
     options = engine_options(engine, drafting, model, drafts=False)
+    from outrider.bench.prefill import bench_prefill
+    from outrider.engine.llm import LLM
+
     with loading(quiet=as_json) as callbacks:
         llm = LLM.from_options(options, *callbacks)
     with llm:
@@ -131,6 +132,11 @@ def kernels(
     as_json: Json = False,
 ) -> None:
     """Each op's kernel beside its torch reference and its floor, at a model's sizes. Needs no weights."""
+    from outrider.bench.kernels import bench_kernels
+    from outrider.load.checkpoint import read_json
+    from outrider.load.hub import locate
+    from outrider.models.config import DTYPES, ModelConfig
+
     counts = _counts(rows, "--rows")
     directory = locate(model)
     config = ModelConfig.from_dict(read_json(directory / "config.json"))
@@ -168,6 +174,8 @@ def _counts(given: str, flag: str) -> list[int]:
 
 def _device(name: str) -> torch.device:
     """As the engine's option names it."""
+    from outrider.bench.speed import device_of
+
     try:
         device = device_of(EngineOptions(device=name))
     except RuntimeError:  # torch's word for a GPU that is not there
@@ -178,6 +186,8 @@ def _device(name: str) -> torch.device:
 
 
 def _workload(input_len: int, output_len: int, prompts: Path | None, steps: int | None) -> Workload:
+    from outrider.bench.speed import Workload
+
     return Workload(input_len, output_len, None if prompts is None else read_prompts(prompts), steps)
 
 
@@ -190,6 +200,8 @@ def _bench_speed(
     output: Path | None,
     as_json: bool,
 ) -> None:
+    from outrider.bench.speed import bench
+
     with loading(quiet=as_json) as callbacks:
         result = bench(options, workload, concurrency, repeats, parts=parts, progress=callbacks)
     _report(result, print_speed, output, as_json)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from outrider.cli.common import out, say_if_unfaithful, table
-from outrider.runner.memory import MIB
+from outrider.core.sizes import MIB
 
 BAR = 40
 _WIDE = Console(highlight=False, soft_wrap=True, width=180)

@@ -1,4 +1,7 @@
-"""What every command shares: the engine's flags, progress bars, and how results are printed."""
+"""What every command shares: the engine's flags, progress bars, and how results are printed.
+
+No module of a command imports torch at its top, so that help is printed at once: its function does.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,13 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from outrider.cli.flags import with_flags
-from outrider.config import EngineOptions, Resolved
 from outrider.core.option import option
 from outrider.core.output import AcceptanceReport
-from outrider.draft.base import ANY_MODEL, BUNDLED_MODEL
-from outrider.draft.registry import NO_DRAFTS, default_method, names_head
+from outrider.core.sizes import MIB
 from outrider.errors import OptionError
-from outrider.runner.memory import MIB
+from outrider.options import EngineOptions
+
+if TYPE_CHECKING:
+    from outrider.config import Resolved
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
@@ -42,6 +46,9 @@ class Drafting:
         `drafts`: whether the command drafts unasked. The method, where none is named: the bundled model's own, or
         for a `model` of the user's one that needs no weights.
         """
+        from outrider.draft.base import ANY_MODEL, BUNDLED_MODEL
+        from outrider.draft.registry import NO_DRAFTS, default_method, names_head
+
         config: dict[str, Any] = {}
         if self.speculative_config is not None:
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -20,11 +20,12 @@ from outrider.cli.common import (
     print_json,
     table,
 )
-from outrider.cli.support import support, to_markdown, to_rows
-from outrider.config import EngineOptions, Resolved, resolve
-from outrider.oracle import Choice, RefusedError
-from outrider.runner.memory import MIB
-from outrider.runner.registry import RUNNERS
+from outrider.core.sizes import MIB
+from outrider.options import EngineOptions
+
+if TYPE_CHECKING:
+    from outrider.config import Resolved
+    from outrider.oracle import Choice
 
 Table = Annotated[
     bool,
@@ -45,7 +46,13 @@ def explain(
     as_table: Table = False,
 ) -> None:
     """Say which runner serves a configuration and why, without loading it. Exit code 2 if none does."""
+    from outrider.config import resolve
+    from outrider.oracle import RefusedError
+
     if as_table:
+        from outrider.cli.support import support, to_markdown, to_rows
+        from outrider.runner.registry import RUNNERS
+
         cells = support(RUNNERS)
         print_json({"support": to_rows(cells)}) if as_json else typer.echo(to_markdown(cells), nl=False)
         return

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,14 +29,15 @@ from outrider.cli.common import (
     without_drafts,
 )
 from outrider.cli.flags import with_flags
-from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
-from outrider.engine.llm import LLM
-from outrider.engine.outputs import Piece
 from outrider.errors import PromptError
-from outrider.tensors import Purpose
-from outrider.verify.base import Verifier
+from outrider.options import EngineOptions
+
+if TYPE_CHECKING:
+    from outrider.engine.llm import LLM
+    from outrider.engine.outputs import Piece
+    from outrider.verify.base import Verifier
 
 COLOURS = ("green", "cyan", "blue", "magenta")
 """Of the first, second, third accepted draft of a round, and all that follow."""
@@ -85,6 +86,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt and show the text as it comes; accepted drafts are coloured by their position."""
+    from outrider.engine.llm import LLM
+
     options = engine_options(engine, drafting, model, drafts=True)
     with loading(quiet=as_json) as callbacks:
         llm = LLM.from_options(options, *callbacks)
@@ -112,6 +115,8 @@ def _verifier(llm: LLM) -> Verifier:
 
 def _keeps_tokens(llm: LLM) -> bool:
     """Whether drafts may not change a token; other faithful verifiers keep the distribution they come from."""
+    from outrider.tensors import Purpose
+
     return _verifier(llm).draft_noise is Purpose.TARGET
 
 

@@ -22,8 +22,8 @@ from outrider.cli.common import (
     say_if_unfaithful,
 )
 from outrider.cli.flags import with_flags
-from outrider.config import EngineOptions, resolve
 from outrider.errors import OptionError
+from outrider.options import EngineOptions
 from outrider.server.options import ServerOptions
 
 logger = logging.getLogger("outrider")
@@ -42,6 +42,8 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients expect it. Ends on SIGTERM or Ctrl-C, after what is under way."""
+    from outrider.config import resolve
+
     options = engine_options(engine, drafting, model, drafts=True)
     resolved = resolve(options)
     resolved.served_by()  # what cannot be served is refused here, before a process is started for it

@@ -10,7 +10,8 @@ from outrider.capability import Feature, Part
 from outrider.draft.host import HostDrafter
 from outrider.draft.registry import METHODS
 from outrider.models.registry import MODELS
-from outrider.oracle import AUTO, RefusedError, choose
+from outrider.options import AUTO
+from outrider.oracle import RefusedError, choose
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import Runner
 from outrider.verify.base import Verifier

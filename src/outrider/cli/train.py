@@ -13,14 +13,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from outrider import env
 from outrider.acceptance.records import RECORDS, Expectation, write_record
-from outrider.bench.acceptance import measure, setting_of_run
 from outrider.bench.prompts import HELD_OUT, read_prompts
 from outrider.cli.common import Json, Model, counting, err, out, print_json, table
 from outrider.cli.flags import with_flags
 from outrider.core.sampling import SamplingParams
-from outrider.engine.llm import LLM
-from outrider.train import run
-from outrider.train.registry import TrainOptions
+from outrider.train.options import TrainOptions
 
 
 @with_flags(TrainOptions, "options", skip=("model",))
@@ -33,6 +30,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a draft head for a target and write it in the speculators format."""
+    from outrider.train import run
+
     silent = as_json or env.process()[0] > 0
     with counting("continuations", quiet=silent or options.on_policy is None) as count, _training(silent) as report:
         figures = run.train(replace(options, model=model), report, count)
@@ -51,6 +50,9 @@ def _record_acceptance(
     options: TrainOptions, num_prompts: int, progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
     """Runs the new head on the prompts that `outrider accept` takes unasked, and leaves acceptance.json beside it."""
+    from outrider.bench.acceptance import measure, setting_of_run
+    from outrider.engine.llm import LLM
+
     assert options.out is not None
     head, prompts = Path(options.out), read_prompts(HELD_OUT).first(num_prompts)
     sampling = SamplingParams(temperature=0.0, max_tokens=128)

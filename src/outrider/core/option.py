@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields
 from typing import Any
 
 
 def option(
-    default: Any, help: str, *, compare: bool = True, derived: bool = False, example: Mapping[str, Any] | None = None
+    default: Any,
+    help: str,
+    *,
+    compare: bool = True,
+    derived: bool = False,
+    example: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Any:
     """A dataclass field with its default and one line of help.
 
     `compare`: false for an option in which two runs of the same setting may differ, such as where a file is.
     `derived`: true for a field that is worked out from the others, so that no user sets it.
-    `example`: of a record, shown to those who give something else.
+    `example`: makes one of a record, shown to those who give something else.
     """
     metadata = {"help": help, "derived": derived, "example": example}
     return field(default=default, compare=compare and not derived, metadata=metadata)
@@ -35,7 +40,7 @@ def wrong_types(record: Any) -> Iterator[tuple[str, Any, str]]:
         value, hint = getattr(record, entry.name), hints[entry.name]
         if not _is(value, hint):
             example = entry.metadata.get("example")
-            yield entry.name, value, _name(hint) + (f", as {json.dumps(example)}" if example else "")
+            yield entry.name, value, _name(hint) + (f", as {json.dumps(example())}" if example else "")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from outrider.core.reading import written_short
 from outrider.errors import OptionError
 
+MIB = 1 << 20
+"""Bytes of a mebibyte."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:

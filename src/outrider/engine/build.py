@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.engine.engine import Engine
+from outrider.options import EngineOptions
 from outrider.workers.build import build_worker
 
 logger = logging.getLogger("outrider")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from outrider.acceptance.watchdog import WatchState
-from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
 from outrider.engine.build import build_engine
@@ -29,6 +28,7 @@ from outrider.engine.stream import Stream
 from outrider.errors import OptionError, PromptError
 from outrider.load.hub import locate
 from outrider.load.tokenizer import Tokenizer
+from outrider.options import EngineOptions
 from outrider.oracle import Choice
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 class LLM:
     """A loaded model that completes prompts in batches.
 
-    Keyword arguments are the fields of `outrider.config.EngineOptions`; an unknown one raises
+    Keyword arguments are the fields of `outrider.options.EngineOptions`; an unknown one raises
     OptionError naming the nearest. Usable as a context manager; `close` frees the memory.
 
     With `enable_multiprocessing` the engine runs in a process of its own, as vLLM's does unless its

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from outrider.core.sizes import MIB
 from outrider.device import free_memory
 from outrider.draft.base import Footprint, TargetFacts
 from outrider.errors import CapacityError
@@ -14,8 +15,6 @@ from outrider.models.config import ModelConfig
 from outrider.models.decoder import Decoder
 from outrider.runner.processor_tables import table_bytes
 from outrider.verify.base import LogitsProcessor
-
-MIB = 1 << 20
 
 HOST_SHARE = 0.5
 """Share of what a host has left beside the weights that the cache takes unasked: the host runs other programs too."""

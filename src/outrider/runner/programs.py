@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from outrider.core.sizes import MIB
 from outrider.errors import CapacityError, UnsupportedError
 from outrider.runner.base import RunnerConfig
 from outrider.runner.bound import Bound
 from outrider.runner.capture import CaptureOptions
-from outrider.runner.memory import MIB
 from outrider.runner.recorder import Marks, Recorder
 from outrider.runner.step import unmarked
 from outrider.runner.timing import END, MARKS, START

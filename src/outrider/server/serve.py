@@ -16,11 +16,11 @@ from typing import Any
 import uvicorn
 
 from outrider import env
-from outrider.config import EngineOptions
 from outrider.engine.process.client import Counted, EngineClient
 from outrider.engine.process.logs import write_logs
 from outrider.engine.process.messages import Facts
 from outrider.errors import EngineDeadError, OptionError
+from outrider.options import EngineOptions
 from outrider.server.app import build
 from outrider.server.http.metrics import Metrics
 from outrider.server.http.tracing import Tracing

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from outrider.core.option import option
 from outrider.train.attention import Mask, build_mask, join_chain
 from outrider.train.elements import Elements, every_anchor, label
 from outrider.train.functional import angles
 from outrider.train.network import Head
 from outrider.train.objective import Objective
-from outrider.train.options import CommonOptions
+from outrider.train.options import CommonOptions, Eagle3Options
 from outrider.train.packing import Batch
 from outrider.train.teacher import Truth
-
-
-@dataclass(frozen=True)
-class Eagle3Options(CommonOptions):
-    """What this method takes besides."""
-
-    ttt_steps: int = option(7, "eagle3: steps of the training-time test")
-    step_decay: float = option(0.8, "eagle3: weight of a step's loss beside the last one's")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts("ttt_steps")
-        self.check_share("step_decay")
 
 
 class Eagle3(Objective):

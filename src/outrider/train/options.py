@@ -1,4 +1,4 @@
-"""What a user may set about training, whatever the method. Flags and their help are made from the fields."""
+"""What a user may set about training. Nothing here imports torch. Flags and their help are made from the fields."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ EXPORT_DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """What every method takes. A method with more options extends this record in its own file.
+    """What every method takes. A method with more options extends this record.
 
-    `registry.TrainOptions` is all of them together, so no record may have slots.
+    `TrainOptions` is all of them together, so no record may have slots.
     """
 
     model: str | None = option(None, "local directory or Hugging Face id of the target; left out: the bundled model")
@@ -112,3 +112,41 @@ _COUNTS = (
     *("intermediate_size", "draft_vocab_size", "num_speculative_tokens"),
     *("on_policy", "prompt_length", "continuation_length", "log_every", "eval_every", "save_every"),
 )
+
+
+@dataclass(frozen=True)
+class Eagle3Options(CommonOptions):
+    """What a sequential head's training takes besides."""
+
+    ttt_steps: int = option(7, "eagle3: steps of the training-time test")
+    step_decay: float = option(0.8, "eagle3: weight of a step's loss beside the last one's")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("ttt_steps")
+        self.check_share("step_decay")
+
+
+@dataclass(frozen=True)
+class PEagleOptions(CommonOptions):
+    """What a parallel head's training takes besides."""
+
+    mask_token_id: int | None = option(None, "peagle: token of undrafted places; left out: <|mask|>")
+    k_train: int = option(8, "peagle: depths trained, more than K")
+    keep_rate: float = option(0.8, "peagle: share of a depth's elements that the next one keeps")
+    unreached_weight: float = option(
+        1.0, "peagle: weight of the loss of drafts behind a wrong one, which no verifier comes to"
+    )
+    partitions: int = option(1, "peagle: segments a row is run in, to save memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("k_train", "partitions")
+        self.check_share("keep_rate")
+        if not 0 <= self.unreached_weight <= 1:
+            raise OptionError(f"unreached_weight must be in [0, 1]: {self.unreached_weight}")
+
+
+@dataclass(frozen=True)
+class TrainOptions(PEagleOptions, Eagle3Options):
+    """Everything `outrider train` takes."""

@@ -9,36 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from outrider.core.option import option
 from outrider.errors import OptionError
 from outrider.train.attention import BLOCK, build_mask
 from outrider.train.elements import Elements, drop, kept, label, segment_bounds, stratum_of
 from outrider.train.functional import angles
 from outrider.train.network import Head
 from outrider.train.objective import Objective
-from outrider.train.options import CommonOptions
+from outrider.train.options import CommonOptions, PEagleOptions
 from outrider.train.packing import EMPTY, Batch
 from outrider.train.teacher import Truth
-
-
-@dataclass(frozen=True)
-class PEagleOptions(CommonOptions):
-    """What this method takes besides."""
-
-    mask_token_id: int | None = option(None, "peagle: token of undrafted places; left out: <|mask|>")
-    k_train: int = option(8, "peagle: depths trained, more than K")
-    keep_rate: float = option(0.8, "peagle: share of a depth's elements that the next one keeps")
-    unreached_weight: float = option(
-        1.0, "peagle: weight of the loss of drafts behind a wrong one, which no verifier comes to"
-    )
-    partitions: int = option(1, "peagle: segments a row is run in, to save memory")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_counts("k_train", "partitions")
-        self.check_share("keep_rate")
-        if not 0 <= self.unreached_weight <= 1:
-            raise OptionError(f"unreached_weight must be in [0, 1]: {self.unreached_weight}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from outrider.train.data import Documents, Reader, split_held_out
 from outrider.train.export import FAMILIES, export_head, write_json
 from outrider.train.network import Head
 from outrider.train.objective import Objective
-from outrider.train.registry import TrainOptions, find_objective, refuse_options_of_others
+from outrider.train.options import TrainOptions
+from outrider.train.registry import find_objective, refuse_options_of_others
 from outrider.train.teacher import Teacher, on_device
 from outrider.train.trainer import LOG, Report, Trainer
 from outrider.train.vocabulary import DraftVocabulary

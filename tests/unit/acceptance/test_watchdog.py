@@ -21,8 +21,9 @@ from outrider.acceptance import watchdog as module
 from outrider.acceptance.records import Expectation, Setting, write_record
 from outrider.acceptance.setting import setting_of
 from outrider.acceptance.watchdog import CHECK_EVERY, WINDOW, Watch, Watchdog
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.draft.eagle.peagle import PEagle
+from outrider.options import EngineOptions
 
 RATES = (0.675, 0.376, 0.196, 0.084)
 SEQUENTIAL = (0.675, 0.05, 0.002, 0.0)

@@ -12,10 +12,10 @@ from outrider.bench.bandwidth import matmul_rate, read_bandwidth
 from outrider.bench.kernels import bench_kernels
 from outrider.bench.prefill import bench_prefill
 from outrider.bench.speed import Workload, bench
-from outrider.config import EngineOptions
 from outrider.engine.llm import LLM
 from outrider.load.checkpoint import read_json
 from outrider.models.config import ModelConfig
+from outrider.options import EngineOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -14,11 +14,11 @@ from outrider.bench import speed
 from outrider.bench.floors import Reads
 from outrider.bench.prefill import bench_prefill, prefill_operations
 from outrider.bench.speed import Workload, bench
-from outrider.config import EngineOptions
 from outrider.engine.engine import Engine
 from outrider.errors import OptionError
 from outrider.load.checkpoint import read_json
 from outrider.models.config import ModelConfig
+from outrider.options import EngineOptions
 from outrider.workers.base import WorkerStats
 
 SHAPES = Path(__file__).parents[3] / "benchmarks" / "shapes"

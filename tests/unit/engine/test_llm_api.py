@@ -11,9 +11,9 @@ import pytest
 
 from checkpoints import prompt, write, write_tokenizer
 from outrider import LLM, EngineDeadError, OptionError, OutriderError, PromptError, SamplingParams
-from outrider.config import EngineOptions
 from outrider.engine.engine import StepTimes
 from outrider.engine.inproc import InprocClient
+from outrider.options import EngineOptions
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 TEMPLATE = (

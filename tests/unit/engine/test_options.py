@@ -10,7 +10,8 @@ import pytest
 
 from checkpoints import Case, cache_bytes, run
 from outrider import LLM, CapacityError, OptionError
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
+from outrider.options import EngineOptions
 
 MAX_LEN = 64
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}

@@ -18,9 +18,10 @@ from outrider import LLM, OptionError, SamplingParams, UnsupportedError
 from outrider import config as config_module
 from outrider.capability import Feature, Offer, Part
 from outrider.cli.main import main
-from outrider.config import EngineOptions, Resolved, resolve
+from outrider.config import Resolved, resolve
 from outrider.draft.registry import METHODS
 from outrider.layers.backend import ByOps, FusedGpu
+from outrider.options import EngineOptions
 from outrider.oracle import RefusedError, choose
 from outrider.runner.capture import CaptureOptions
 from outrider.runner.eager import EagerRunner

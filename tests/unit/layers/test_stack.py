@@ -18,7 +18,7 @@ from heads import write_head
 from outrider import LLM
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.cli.main import app
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.layers.backend import BACKENDS, ByOps, FusedCpu, choose_backend, declines
 from outrider.layers.mlp import GatedMlpSpec
 from outrider.layers.parameter import Allocator, dense
@@ -26,6 +26,7 @@ from outrider.layers.rope import Rope
 from outrider.layers.spec import AttentionSpec, LayerFeature, LayerSpec
 from outrider.layers.stack import DecoderStack
 from outrider.layers.weight import Dense
+from outrider.options import EngineOptions
 from outrider.tensors import PagedRows, StepBatch
 
 CPU = torch.device("cpu")

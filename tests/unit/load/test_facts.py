@@ -12,9 +12,10 @@ import pytest
 
 from checkpoints import EOS, prompt, write, write_tokenizer
 from outrider import LLM, SamplingParams
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.errors import CheckpointError, OptionError
 from outrider.load.facts import end_of_text, sampling_defaults
+from outrider.options import EngineOptions
 
 CHAT_END = 2
 

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints import write_tokenizer
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.errors import CapacityError, CheckpointError
 from outrider.models.config import ModelConfig
 from outrider.models.registry import find_model
+from outrider.options import EngineOptions
 
 DEVICE = torch.device("cpu")
 

@@ -12,11 +12,13 @@ import torch
 
 from checkpoints import cache_bytes, program
 from outrider import LLM, CapacityError, OptionError, device
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
+from outrider.core.sizes import MIB
+from outrider.options import EngineOptions
 from outrider.runner import memory
 from outrider.runner.capture import CaptureOptions
 from outrider.runner.graph import GraphRunner
-from outrider.runner.memory import MIB, MemoryPlan
+from outrider.runner.memory import MemoryPlan
 
 BLOCK = cache_bytes(1)
 

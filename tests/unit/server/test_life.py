@@ -13,8 +13,8 @@ import pytest
 import uvicorn
 
 from fake_engine import FACTS
-from outrider.config import EngineOptions
 from outrider.errors import EngineDeadError
+from outrider.options import EngineOptions
 from outrider.server import serve
 from outrider.server.options import ServerOptions
 

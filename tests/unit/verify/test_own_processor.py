@@ -17,8 +17,9 @@ from emulated import Emulated
 from heads import drafting
 from outrider import LLM, LogitsProcessor, OptionError, SamplingError, SamplingParams
 from outrider import config as config_module
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.core.plan import Admission
+from outrider.options import EngineOptions
 from outrider.processing import SamplingField, Slots, State, StepBatch, Verdict
 from outrider.runner.eager import EagerRunner
 from outrider.verify.registry import build_processors

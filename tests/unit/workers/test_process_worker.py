@@ -20,8 +20,9 @@ import pytest
 from checkpoints import Case, plugin, prompt, run
 from heads import drafting as head_drafting
 from outrider import LLM, CheckpointError, EngineDeadError, HostDrafter, OptionError, SamplingParams
-from outrider.config import EngineOptions, resolve
+from outrider.config import resolve
 from outrider.draft.none import NoDrafter
+from outrider.options import EngineOptions
 from outrider.parallel.mesh import Mesh
 from outrider.workers.process import ProcessWorker
 

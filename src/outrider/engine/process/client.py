@@ -21,7 +21,6 @@ import zmq
 import zmq.asyncio
 
 from outrider.acceptance.watchdog import WatchState
-from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceTally, FinishReason, TokenDelta
 from outrider.core.sampling import SamplingParams
 from outrider.engine.completion import Completion
@@ -46,6 +45,7 @@ from outrider.engine.process.messages import (
     Watchdog,
 )
 from outrider.errors import EngineDeadError, EngineRestartingError, OutriderError, rebuilt
+from outrider.options import EngineOptions
 from outrider.oracle import Choice
 
 logger = logging.getLogger("outrider")

@@ -15,7 +15,6 @@ from typing import Literal
 import msgspec
 import zmq
 
-from outrider.config import EngineOptions
 from outrider.core.output import FinishReason
 from outrider.core.sampling import SamplingParams
 from outrider.engine.build import build_engine
@@ -42,6 +41,7 @@ from outrider.engine.process.messages import (
     WatchedRates,
 )
 from outrider.errors import EngineDeadError, InputError, OutriderError, class_name
+from outrider.options import EngineOptions
 
 logger = logging.getLogger("outrider")
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from outrider.acceptance.watchdog import WatchState
-from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport, AcceptanceTally, FinishReason, TokenDelta
 from outrider.engine.completion import Completion
 from outrider.engine.engine import Engine
 from outrider.engine.generation import Generation
 from outrider.engine.process.client import Counted, EngineClient
 from outrider.errors import EngineDeadError, OptionError
+from outrider.options import EngineOptions
 from outrider.oracle import Choice
 
 Made = TypeVar("Made")

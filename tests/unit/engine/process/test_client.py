@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceTally
 from outrider.engine.process.client import EngineClient
 from outrider.engine.process.messages import Building, Progress, Snapshot
 from outrider.errors import EngineDeadError, EngineRestartingError, OptionError
+from outrider.options import EngineOptions
 
 
 async def hangs() -> None:

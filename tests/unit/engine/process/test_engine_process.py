@@ -14,7 +14,6 @@ import pytest
 import zmq
 
 from outrider import LLM, SamplingParams
-from outrider.config import EngineOptions
 from outrider.core.output import AcceptanceReport, FinishReason
 from outrider.engine.build import build_engine
 from outrider.engine.engine import Engine
@@ -33,6 +32,7 @@ from outrider.engine.process.messages import (
     Taken,
     ToEngine,
 )
+from outrider.options import EngineOptions
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
 
