@@ -20,6 +20,7 @@ SERVING = ("fastapi", "httpx", "msgspec", "openai", "prometheus_client", "uvicor
 NEEDS: dict[str, tuple[str, ...]] = {
     "test_*_api.py": SERVING,
     "test_cli.py": SERVING,
+    "test_fuzz_requests.py": SERVING,
     "test_lossless.py": ("hypothesis",),
     "test_manners.py": (*SERVING, "trustme"),
     "test_playground.py": (*SERVING, "playwright"),

@@ -157,8 +157,11 @@ class SamplingParams:
             if name not in declared:
                 known = nearest(name, declared) if declared else "the option logits_processors names none of your own"
                 said = f"extra_args: no logits processor reads {shortened(name)} ({known})"
-                raise SamplingError(said, shortened(name))
-            declared[name].checked(value)
+                raise SamplingError(said, f"extra_args.{shortened(name)}")
+            try:
+                declared[name].checked(value)
+            except SamplingError as error:
+                raise SamplingError(f"extra_args: {error}", f"extra_args.{name}") from None
 
     def of_completion(self, index: int) -> SamplingParams:
         """Those of one of the `n` completions: a seed is for the first, and each further one has the next."""

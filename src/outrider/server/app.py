@@ -20,6 +20,7 @@ from outrider.server.http.deadline import HEADER, Deadline, seconds_asked
 from outrider.server.http.metrics import CONTENT_TYPE
 from outrider.server.http.responses import error_record, error_response, in_time, json_response
 from outrider.server.openai import chat, completions, responses
+from outrider.server.openai.base import naming
 from outrider.server.openai.responses_schemas import ResponsesRequest
 from outrider.server.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
 from outrider.server.playground import routes as playground
@@ -134,12 +135,14 @@ async def _tokenize(service: Service, request: Request) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise FieldError("give either prompt or messages", "prompt")
     if asked.prompt is not None:
-        ids = await service.tokenizer.encode(asked.prompt, asked.add_special_tokens is not False)
+        with naming("prompt"):
+            ids = await service.tokenizer.encode(asked.prompt, asked.add_special_tokens is not False)
     else:
         if asked.add_special_tokens is not None:
             said = "add_special_tokens is for a prompt, a conversation has its template's: leave it out"
             raise FieldError(said, "add_special_tokens")
-        ids = await service.tokenizer.conversation(asked.messages)
+        with naming("messages"):
+            ids = await service.tokenizer.conversation(asked.messages)
     pieces = {"token_strs": await service.tokenizer.pieces(ids)} if asked.return_token_strs else {}
     return json_response({"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, **pieces})
 
@@ -148,7 +151,9 @@ async def _detokenize(service: Service, request: Request) -> Response:
     """The text of token ids."""
     asked = parse(await request.body(), DetokenizeRequest)
     service.check_model(asked.model)
-    return json_response({"prompt": await service.tokenizer.decode(asked.tokens, service.facts.vocab_size)})
+    with naming("tokens"):
+        text = await service.tokenizer.decode(asked.tokens, service.facts.vocab_size)
+    return json_response({"prompt": text})
 
 
 async def _models(service: Service, request: Request) -> Response:

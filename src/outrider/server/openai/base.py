@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from starlette.responses import Response
 
 from outrider.engine.completion import Completion
 from outrider.engine.generation import AsyncGeneration, CompletionDelta
-from outrider.errors import InputError, PromptError
+from outrider.errors import PromptError, SamplingError
 from outrider.server.http.responses import DONE, EventStream, event, json_response, unless_gone
 from outrider.server.openai.schemas import Sampled, Sampling
 from outrider.server.service import Prompts, Service
@@ -115,13 +116,22 @@ async def begin(
             if begun.done() and not begun.cancelled() and begun.exception() is None:
                 service.client.abort(begun.result())
             raise
+    except SamplingError as error:
+        field = error.field
+        if field is not None and field.startswith("extra_args"):  # which requests call vllm_xargs
+            raise SamplingError(str(error), f"vllm_xargs{field.removeprefix('extra_args')}") from None
+        raise
     finally:
         prompts.close()
 
 
-def placed(error: PromptError, field: str) -> InputError:
-    """The same, naming the field that holds the prompt if it names none."""
-    return error if error.field is not None else PromptError(str(error), field)
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Around what reads a prompt: a PromptError that names no field leaves it with this one."""
+    try:
+        yield
+    except PromptError as error:
+        raise error if error.field is not None else PromptError(str(error), field) from None
 
 
 def head(service: Service, request: Request, prefix: str, kind: str) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from starlette.responses import Response
 
 from outrider.engine.completion import Completion
 from outrider.engine.generation import AsyncGeneration, CompletionDelta
-from outrider.errors import PromptError
-from outrider.server.openai.base import ResponseBuilder, answer, begin, choice, head, placed, usage
+from outrider.server.openai.base import ResponseBuilder, answer, begin, choice, head, naming, usage
 from outrider.server.openai.output_parsers import Part, Reasoning, ReplyParser
 from outrider.server.openai.replies import call_id, num_reasoning_tokens, reply_parsers, text_defaults
 from outrider.server.openai.schemas import ChatRequest, parse
@@ -30,10 +29,8 @@ async def chat(service: Service, request: Request) -> Response:
         return [(None, await service.tokenizer.conversation(asked.messages, asked.chat_template_kwargs, tools))]
 
     defaults = text_defaults(service.tokenizer, asked, tools)
-    try:
+    with naming("messages"):
         generation = await begin(service, request, asked, prompts(), **defaults)
-    except PromptError as error:
-        raise placed(error, "messages") from None
     kind = "chat.completion.chunk" if asked.stream else "chat.completion"
     replies = reply_parsers(service.tokenizer, generation, tools, asked.parallel_tool_calls)
     builder = _MessageBuilder(asked, head(service, request, "chatcmpl", kind), service.tokenizer, replies)

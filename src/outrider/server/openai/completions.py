@@ -10,8 +10,7 @@ from starlette.responses import Response
 
 from outrider.engine.completion import Completion
 from outrider.engine.generation import AsyncGeneration, CompletionDelta
-from outrider.errors import PromptError
-from outrider.server.openai.base import ResponseBuilder, answer, begin, head, placed
+from outrider.server.openai.base import ResponseBuilder, answer, begin, head, naming
 from outrider.server.openai.schemas import CompletionRequest, parse
 from outrider.server.service import Prompts, Service
 
@@ -19,10 +18,8 @@ from outrider.server.service import Prompts, Service
 async def complete(service: Service, request: Request) -> Response:
     """Answers `/v1/completions`."""
     asked = parse(await request.body(), CompletionRequest)
-    try:
+    with naming("prompt"):
         generation = await begin(service, request, asked, _prompts(service, asked))
-    except PromptError as error:
-        raise placed(error, "prompt") from None
     builder = _TextBuilder(asked, head(service, request, "cmpl", "text_completion"), bool(asked.echo))
     return await answer(service, request, generation, builder)
 

@@ -29,6 +29,8 @@ from outrider.errors import FieldError, nearest, shortened
 MOST_NESTED = 64
 """Lists and objects of a body, each in the next."""
 
+TOO_DEEP = f"the body is nested more than {MOST_NESTED} deep: flatten it"
+
 NOTHING: tuple[Any, ...] = (None,)
 _NEITHER = (None, False)
 ROLES = ["system", "developer", "user", "assistant", "tool"]
@@ -332,7 +334,11 @@ def parse(body: bytes, record: type[Asked]) -> Asked:
     """A request body as its record. FieldError for the first thing that is wrong with it."""
     try:
         given = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise FieldError(f"the body is not JSON: no UTF-8 from byte {error.start} on, send it as UTF-8") from None
+    except RecursionError:
+        raise FieldError(TOO_DEEP) from None
+    except msgspec.DecodeError as error:
         raise FieldError(f"the body is not JSON: {error}") from None
     if not isinstance(given, dict):
         raise FieldError("the body must be a JSON object")
@@ -359,7 +365,7 @@ def _check_depth(given: Any) -> None:
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
         if not level:
             return
-    raise FieldError(f"the body is nested more than {MOST_NESTED} deep: flatten it")
+    raise FieldError(TOO_DEEP)
 
 
 def _asks_for_nothing(value: Any, values: tuple[Any, ...]) -> bool:
