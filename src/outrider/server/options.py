@@ -40,6 +40,12 @@ class ServerOptions:
     api_key_file: str | None = option(None, "file of keys, one a line; each of them lets a client in")
     max_waiting: int = option(256, "completions that may wait for a place to run; more are told to come back (429)")
     max_body_bytes: int = option(4 << 20, "largest request body; a larger one is refused (413)")
+    max_header_bytes: int = option(64 << 10, "largest head of a request; a larger one is refused (431)")
+    max_connections: int = option(
+        2048, "connections at once; one more closes the one that is longest without a request, or is refused (503)"
+    )
+    receive_timeout: float = option(30.0, "seconds in which a request must have come whole, or is refused (408)")
+    send_timeout: float = option(30.0, "seconds after which a client that reads nothing of its answer is cut off")
     drain_timeout: float = option(60.0, "seconds that requests under way have to end after SIGTERM")
     engine_timeout: float = option(120.0, "seconds without a sign of life after which the engine counts as hung")
     root_path: str = option("", "path under which a proxy shows the server")
@@ -69,9 +75,10 @@ class ServerOptions:
                 raise OptionError(f"{name} must be {' or '.join(known)}: {value!r}")
         if self.max_waiting < 0:
             raise OptionError(f"max_waiting must be a whole number of 0 or more: {self.max_waiting}")
-        if self.max_body_bytes < 1:
-            raise OptionError(f"max_body_bytes must be a whole number of 1 or more: {self.max_body_bytes}")
-        for name in ("drain_timeout", "engine_timeout", "request_timeout"):
+        for name, low in (("max_body_bytes", 1), ("max_header_bytes", 1024), ("max_connections", 1)):
+            if getattr(self, name) < low:
+                raise OptionError(f"{name} must be a whole number of {low} or more: {getattr(self, name)}")
+        for name in ("drain_timeout", "engine_timeout", "request_timeout", "receive_timeout", "send_timeout"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise OptionError(f"{name} must be a number of seconds above 0: {getattr(self, name)}")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import time
@@ -22,6 +23,7 @@ from outrider.engine.process.messages import Facts
 from outrider.errors import EngineDeadError, OptionError
 from outrider.options import EngineOptions
 from outrider.server.app import build
+from outrider.server.http.connection import ConnectionLimits
 from outrider.server.http.metrics import Metrics
 from outrider.server.http.tracing import Tracing
 from outrider.server.options import ServerOptions
@@ -36,6 +38,9 @@ LINGER_SECONDS = 2.0
 """How long the server of a dead engine says so, to probes and clients, before it ends."""
 
 BACKLOG = 2048
+
+SPARE_FILES = 256
+"""Open files of a server besides its connections."""
 
 Bars = Callable[[], contextlib.AbstractContextManager[tuple[Counted | None, Counted | None]]]
 """What is shown while the engine starts: callbacks for weights loaded, and for programs recorded."""
@@ -111,6 +116,7 @@ async def _serve(
         app = build(service, keys, options.max_body_bytes, options.root_path, options.allowed_origin or ())
         config = uvicorn.Config(
             app,
+            http=_limits(options).protocol(),  # type: ignore[arg-type]
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -249,6 +255,29 @@ def _bound(options: ServerOptions) -> socket.socket:
     except OSError as error:
         raise OptionError(f"cannot listen on {options.host} port {options.port}: {error.strerror or error}") from None
     return listener
+
+
+def _limits(options: ServerOptions) -> ConnectionLimits:
+    """What connections may cost. Raises the process's limit of open files to hold them, or says that it is too low."""
+    needed = options.max_connections + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < needed:
+            logger.warning(
+                "max_connections %d needs %d open files, and the system allows %d: raise ulimit -n, or lower it",
+                options.max_connections,
+                needed,
+                hard,
+            )
+    return ConnectionLimits(
+        options.max_connections,
+        options.max_header_bytes,
+        options.max_body_bytes,
+        options.receive_timeout,
+        options.send_timeout,
+    )
 
 
 def _url(listener: socket.socket, options: ServerOptions) -> str:
