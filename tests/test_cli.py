@@ -146,6 +146,8 @@ def test_the_bundled_model_drafts_with_its_own_head(outrider: Any) -> None:
     _, out, _ = outrider("explain", "-k", "3", "--json")
     assert json.loads(out)["method"] == default_method(BUNDLED_MODEL)
     _, out, _ = outrider("explain", "--json")
+    assert json.loads(out)["method"] == default_method(BUNDLED_MODEL)
+    _, out, _ = outrider("explain", "--draft", "none", "--json")
     assert json.loads(out)["method"] == "none"
 
 
@@ -187,7 +189,7 @@ def test_text_is_written_as_it_is(outrider: Any, monkeypatch: pytest.MonkeyPatch
     from outrider.cli import generate
     from outrider.engine.outputs import Piece
 
-    pieces = [Piece(0, 1, "a\tb\r\n[bold]x", None), Piece(0, 2, "c", 0)]
+    pieces = [Piece(0, 1, "a\tb\r\n[bold]x", 0), Piece(0, 2, "c", 1)]
     for piece in pieces:
         generate._write(piece)
     _, out, _ = outrider("--version")

@@ -87,7 +87,7 @@ def test_each_token_is_told_of_as_offline(
     tokens = [token for one in told for token in one["tokens"]]
     assert [(token["id"], token["text"]) for token in tokens] == [piece[:2] for piece in expected]
     if not speculative:
-        places = [0 if position is None else position + 1 for _, _, position in expected]
+        places = [position for _, _, position in expected]
         assert [token["draft_position"] for token in tokens] == places
         assert max(places) > 2, "this prompt shows nothing"
     texts = ["".join(token["text"] for token in one["tokens"]) for one in told]
@@ -177,7 +177,7 @@ def test_the_state_is_what_models_and_metrics_say_and_needs_a_key(server: Server
     assert state["status"] == "ok" and (state["running"], state["waiting"]) == (0, 0)
     assert state["acceptance"]["drafts"] == metrics["outrider:spec_decode_num_drafts_total"] > 0
     (greedy,) = [one for one in state["watched"] if one["temperature"] == 0]
-    assert greedy["expected"][0] == metrics['outrider:watchdog_expected_rate{position="0",temperature="0"}']
+    assert greedy["expected"][0] == metrics['outrider:watchdog_expected_rate{position="1",temperature="0"}']
 
 
 # --- the page

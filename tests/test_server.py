@@ -397,7 +397,7 @@ METRICS = [
     "spec_decode_num_drafts_total",
     "spec_decode_num_draft_tokens_total",
     "spec_decode_num_accepted_tokens_total",
-    'spec_decode_num_accepted_tokens_per_pos_total{position="0"}',
+    'spec_decode_num_accepted_tokens_per_pos_total{position="1"}',
     'request_success_total{finished_reason="length"}',
     "time_to_first_token_seconds_count",
     "inter_token_latency_seconds_count",
@@ -421,7 +421,7 @@ def test_metrics(server: Server, llm: LLM) -> None:
     assert gained["spec_decode_num_drafts_total"] == told["drafts"] > 0
     assert gained["spec_decode_num_draft_tokens_total"] == told["drafted"]
     assert gained["spec_decode_num_accepted_tokens_total"] == told["accepted"] > 0
-    first = gained['spec_decode_num_accepted_tokens_per_pos_total{position="0"}']
+    first = gained['spec_decode_num_accepted_tokens_per_pos_total{position="1"}']
     assert first == told["per_position"][0]
     assert after["outrider:num_requests_running"] == 0 == after["outrider:kv_cache_usage_perc"]
     assert after["outrider:engine_up"] == 1

@@ -17,7 +17,7 @@ class Departure:
     """A figure outside its band."""
 
     figure: str  # "rate" or "ratio"
-    position: int
+    position: int  # of the draft in its round, from 1; of a ratio the later of the two
     expected: float
     measured: float
     low: float
@@ -40,18 +40,18 @@ class Departure:
 def departures(expected: Expectation, report: AcceptanceReport) -> list[Departure]:
     """The rates, and the ratios of neighbours, that left their two-sided bands.
 
-    Ratios are held too because a band on rates alone misses a collapse that spares position 0. The noise is what two
+    Ratios are held too because a band on rates alone misses a collapse that spares position 1. The noise is what two
     samples of independent rounds would differ by. Rounds of one text are alike, so figures of other prompts differ by
     more; but both samples are of the same prompts with the same seeds, and what the texts have in common cancels.
     """
     if not report.drafts:
-        return [Departure("rate", 0, expected.rates[0], 0.0, expected.rates[0], 1.0)]
+        return [Departure("rate", 1, expected.rates[0], 0.0, expected.rates[0], 1.0)]
     found: list[Departure] = []
     trials = (expected.drafts, report.drafts)
-    for position, (then, now) in enumerate(zip(expected.rates, report.rates, strict=True)):
+    for position, (then, now) in enumerate(zip(expected.rates, report.rates, strict=True), start=1):
         found += _outside("rate", position, then, now, trials, expected.tolerance)
     of = zip(expected.ratios, report.ratios, ratio_trials(expected, report), strict=True)
-    for position, (then, now, trials) in enumerate(of, start=1):
+    for position, (then, now, trials) in enumerate(of, start=2):
         found += _outside("ratio", position, then, now, trials, expected.tolerance)
     return found
 

@@ -158,18 +158,18 @@ class Watch:
         expected, rounds = self.expected, list(self._found())
         rates: list[Departure] = []
         ratios: list[Departure] = []
-        for position, then in enumerate(expected.rates):
-            reached = [(accepted, number) for drafted, accepted, number in rounds if drafted > position]
+        for position, then in enumerate(expected.rates, start=1):
+            reached = [(accepted, number) for drafted, accepted, number in rounds if drafted >= position]
             trials = sum(number for _, number in reached)
-            accepted = sum(number for accepted, number in reached if accepted > position)
-            before = sum(number for accepted, number in reached if accepted >= position)
+            accepted = sum(number for accepted, number in reached if accepted >= position)
+            before = sum(number for accepted, number in reached if accepted >= position - 1)
             if trials:
-                lowest = (1 - TOLERANCE) ** (position + 1)
+                lowest = (1 - TOLERANCE) ** position
                 rates += _under("rate", position, then, accepted / trials, (expected.drafts, trials), lowest)
-            if trials and position:
-                recorded = round(expected.rates[position - 1] * expected.drafts)
+            if trials and position > 1:
+                recorded = round(expected.rates[position - 2] * expected.drafts)
                 now, of = accepted / before if before else 0.0, (recorded, before)
-                ratios += _under("ratio", position, expected.ratios[position - 1], now, of, 1 - TOLERANCE)
+                ratios += _under("ratio", position, expected.ratios[position - 2], now, of, 1 - TOLERANCE)
         return rates + ratios
 
     def check(self) -> None:

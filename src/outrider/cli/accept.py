@@ -66,7 +66,7 @@ def accept(
     from outrider.draft.registry import NO_DRAFTS
     from outrider.engine.llm import LLM
 
-    options = engine_options(engine, drafting, model, drafts=True)
+    options = engine_options(engine, drafting, model)
     if options.speculative_config is None:
         raise OptionError(f"accept measures drafts: give --draft a method other than {NO_DRAFTS}")
     if record is not None:
@@ -145,11 +145,11 @@ def _print_run(run: Comparison) -> None:
     report, expected = run.report, run.expected
     title = f"\ntemperature {run.setting.temperature:g}: {report.drafts} drafts"
     rows = table(title, "position", "rate", "95 % interval", "ratio", "expected rate", "expected ratio")
-    for position, rate in enumerate(report.rates):
+    for position, rate in enumerate(report.rates, start=1):
         low, high = interval(rate, report.drafts)
-        ratio = f"{report.ratios[position - 1]:.3f}" if position else ""
-        then = f"{expected.rates[position]:.3f}" if expected else "not recorded"
-        then_ratio = f"{expected.ratios[position - 1]:.3f}" if expected and position else ""
+        ratio = f"{report.ratios[position - 2]:.3f}" if position > 1 else ""
+        then = f"{expected.rates[position - 1]:.3f}" if expected else "not recorded"
+        then_ratio = f"{expected.ratios[position - 2]:.3f}" if expected and position > 1 else ""
         rows.add_row(str(position), f"{rate:.3f}", f"{low:.3f} to {high:.3f}", ratio, then, then_ratio)
     out.print(rows)
     recorded = f", recorded {expected.acceptance_length:.3f}" if expected else ""
@@ -169,7 +169,9 @@ def _print_run(run: Comparison) -> None:
 def _print_ratios(runs: Sequence[Comparison]) -> None:
     """Of every temperature, side by side: what a guess is worth once those before it stood."""
     width = max(len(run.report.ratios) for run in runs)
-    rows = table("\nratios", "temperature", "length", *(f"{place} to {place + 1}" for place in range(width)))
+    rows = table(
+        "\nratios", "temperature", "length", *(f"{position} to {position + 1}" for position in range(1, width + 1))
+    )
     for run in runs:
         ratios = (f"{ratio:.3f}" for ratio in run.report.ratios)
         rows.add_row(f"{run.setting.temperature:g}", f"{run.report.length:.3f}", *ratios)

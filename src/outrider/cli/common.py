@@ -96,8 +96,14 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def engine_options(engine: EngineOptions, drafting: Drafting, model: str | None, *, drafts: bool) -> EngineOptions:
-    """The engine's options with the model and the drafting that were asked for; `drafts`: drafting if not a word."""
+def engine_options(
+    engine: EngineOptions, drafting: Drafting, model: str | None, *, drafts: bool = True
+) -> EngineOptions:
+    """The engine's options with the model and the drafting that were asked for.
+
+    `serve`, `generate`, `accept` and `explain` draft unless `--draft none` is given. `drafts`: false for a command that
+    drafts only if asked.
+    """
     return replace(engine, model=model, speculative_config=drafting.config(model, drafts))
 
 
@@ -112,7 +118,7 @@ def loading(quiet: bool) -> Iterator[tuple[Callable[[int, int], None] | None, Ca
 
     There is one line at a time: of several, those further up could not be erased once another process wrote below them.
     """
-    if quiet:
+    if quiet or not err.is_terminal:
         yield None, None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
@@ -133,7 +139,7 @@ def loading(quiet: bool) -> Iterator[tuple[Callable[[int, int], None] | None, Ca
 @contextmanager
 def counting(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar for finished things, on stderr."""
-    if quiet:
+    if quiet or not err.is_terminal:
         yield None
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

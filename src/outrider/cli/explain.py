@@ -58,7 +58,7 @@ def explain(
         return
     configuration: dict[str, Any] = {}
     try:
-        resolved = resolve(engine_options(engine, drafting, model, drafts=False))
+        resolved = resolve(engine_options(engine, drafting, model))
         configuration = _configuration(resolved)
         choice = resolved.served_by()
     except RefusedError as refusal:

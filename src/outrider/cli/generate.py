@@ -88,7 +88,7 @@ def generate(
     """Continue a prompt and show the text as it comes; accepted drafts are coloured by their position."""
     from outrider.engine.llm import LLM
 
-    options = engine_options(engine, drafting, model, drafts=True)
+    options = engine_options(engine, drafting, model)
     with loading(quiet=as_json) as callbacks:
         llm = LLM.from_options(options, *callbacks)
     say_if_unfaithful(_verifier(llm).faithful, _verifier(llm).name)
@@ -162,8 +162,8 @@ def _run(llm: LLM, ids: list[int], sampling: SamplingParams, show: bool = False)
 def _write(piece: Piece) -> None:
     """The text as it is: nothing of it is wrapped or expanded. Colours only on a terminal."""
     text = piece.text
-    if text and piece.draft_position is not None and out.is_terminal and not out.no_color:
-        colour = COLOURS[min(piece.draft_position, len(COLOURS) - 1)]
+    if text and piece.draft_position and out.is_terminal and not out.no_color:
+        colour = COLOURS[min(piece.draft_position, len(COLOURS)) - 1]
         text = f"\x1b[1;{ANSI[colour]}m{text}\x1b[0m"
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -202,7 +202,7 @@ def _result(run: _Run, llm: LLM) -> dict[str, Any]:
 
 def _print_figures(result: dict[str, Any], run: _Run, drafting: str) -> None:
     if run.acceptance.drafts:
-        legend = "  ".join(f"[bold {colour}]{place}[/]" for place, colour in enumerate(COLOURS, start=1))
+        legend = "  ".join(f"[bold {colour}]{position}[/]" for position, colour in enumerate(COLOURS, start=1))
         err.print(f"\n[dim]accepted drafts by position:[/] {legend}[dim]+[/]")
     err.print(
         f"{len(run.token_ids)} tokens, {run.tokens_per_second:.0f} a second, {describe_acceptance(run.acceptance)}"

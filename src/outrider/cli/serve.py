@@ -44,7 +44,7 @@ def serve(
     """Serve a model over HTTP, as OpenAI's clients expect it. Ends on SIGTERM or Ctrl-C, after what is under way."""
     from outrider.config import resolve
 
-    options = engine_options(engine, drafting, model, drafts=True)
+    options = engine_options(engine, drafting, model)
     resolved = resolve(options)
     resolved.served_by()  # what cannot be served is refused here, before a process is started for it
     try:

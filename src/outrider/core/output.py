@@ -38,7 +38,7 @@ class AcceptanceReport:
     drafts: int = 0  # rounds
     drafted: int = 0  # tokens proposed and verified
     accepted: int = 0  # tokens that stood
-    per_position: tuple[int, ...] = ()  # of `accepted`, how many were the first, second, ... of their round
+    per_position: tuple[int, ...] = ()  # of `accepted`, by position in the round: the first entry is position 1
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -47,7 +47,7 @@ class AcceptanceReport:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Accepted at each position over accepted at the one before: shows a collapse that spares position 0.
+        """Accepted at each position over accepted at the one before: shows a collapse that spares position 1.
 
         One shorter than `rates`; 0 where nothing was accepted before.
         """

@@ -87,7 +87,7 @@ class Mismatch:
 class AcceptancePattern:
     """How measured acceptance differs from what was recorded, from the first position that fell."""
 
-    first: int  # that position; 0: every one fell
+    first: int  # that position; 1: every one fell
     collapsed: bool  # whether more than half was lost there; else acceptance merely declined
     share: float  # what is left at `first` of its ratio to the position before, from 0 to 1
 

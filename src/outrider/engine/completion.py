@@ -94,8 +94,8 @@ class Completion:
         last = len(taken) - 1
         finish = None if reason is None else reason.value
         for number, (token, text) in enumerate(taken):
-            drafted = number if number < num_accepted else None
-            self.inbox.pieces.append(Piece(self.index, token, text, drafted, finish if number == last else None))
+            position = number + 1 if number < num_accepted else 0
+            self.inbox.pieces.append(Piece(self.index, token, text, position, finish if number == last else None))
 
     def _end(self, reason: FinishReason) -> None:
         self.write_text()

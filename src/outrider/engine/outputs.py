@@ -45,5 +45,5 @@ class Piece:
     index: int  # of the completion
     token_id: int
     text: str  # may be empty: a character not complete yet, or text held back for a stop string
-    draft_position: int | None  # 0 for an accepted first draft, 1 for a second, ...; None: the target's own
+    draft_position: int  # 1 for an accepted first draft of a round, 2 for a second, ...; 0: the target's own token
     finish_reason: str | None = None  # on a completion's last piece; an aborted completion has no last piece

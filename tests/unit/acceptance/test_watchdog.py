@@ -66,11 +66,11 @@ def test_a_collapse_after_a_healthy_start_warns_once_and_recovers_once(
     assert not caplog.records and not watch.state().departures
     serve(watch, SEQUENTIAL, 6 * WINDOW, rng)
     (told,) = warnings(caplog)
-    assert "mine (K=4, temperature 0) fell" in told and "ratio at positions 0 to 1" in told
+    assert "mine (K=4, temperature 0) fell" in told and "ratio at positions 1 to 2" in told
     assert "one token at a time" in told
     state = watch.state()
-    assert min(departure.position for departure in state.departures) == 1
-    assert state.suspect is not None and "positions before 1" in state.suspect
+    assert min(departure.position for departure in state.departures) == 2
+    assert state.suspect is not None and "positions before 2" in state.suspect
     serve(watch, RATES, 6 * WINDOW, rng)
     assert len(warnings(caplog)) == 1 and len(recoveries(caplog)) == 1 and not watch.state().departures
     serve(watch, SEQUENTIAL, 6 * WINDOW, rng)
@@ -88,7 +88,7 @@ def test_a_fall_at_an_earlier_position_is_told_too(caplog: pytest.LogCaptureFixt
     serve(watch, SEQUENTIAL, 4 * WINDOW, rng)
     serve(watch, (0.02, 0.0, 0.0, 0.0), 8 * WINDOW, rng)
     first, second = warnings(caplog)
-    assert "rate at position 0" in second and "rate at position 0" not in first
+    assert "rate at position 1" in second and "rate at position 1" not in first
     serve(watch, SEQUENTIAL, 8 * WINDOW, rng)
     assert len(warnings(caplog)) == 2, "what is left of it has been told"
 
@@ -155,7 +155,7 @@ def test_rounds_that_verify_fewer_drafts_count_at_their_own_positions(
         serve(watch, SEQUENTIAL[:verified], 15, rng)
         serve(watch, SEQUENTIAL, 5, rng)
     (told,) = warnings(caplog)
-    assert "ratio at positions 0 to 1" in told
+    assert "ratio at positions 1 to 2" in told
 
 
 def test_traffic_of_few_drafts_alone_is_watched(caplog: pytest.LogCaptureFixture) -> None:
@@ -300,7 +300,7 @@ def test_an_engine_warns_of_its_drafter(
         for _ in range(3):
             llm.generate(prompts, sampling)
         (told,) = warnings(caplog)
-        assert f"{collapsing.name} (K={K}, temperature 0) fell" in told and "rate at position 0" not in told
+        assert f"{collapsing.name} (K={K}, temperature 0) fell" in told and "rate at position 1" not in told
         assert llm.watchdog().departed
         collapsing.collapsed = False
         for _ in range(6):

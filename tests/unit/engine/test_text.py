@@ -114,10 +114,10 @@ def test_pieces_tell_accepted_drafts_by_their_position(path: Path, plain: Any) -
     case = text_case(3, max_tokens=13)
     with serve(path, "right") as llm:
         streamed, output = pieces(llm, case)
-        assert [piece.draft_position for piece in streamed] == [None, *([0, 1, 2, 3, 4, None] * 2)]
+        assert [piece.draft_position for piece in streamed] == [0, *([1, 2, 3, 4, 5, 0] * 2)]
         assert output.acceptance.per_position == (2, 2, 2, 2, 2)
     with serve(path) as llm:
-        assert {piece.draft_position for piece in pieces(llm, case)[0]} == {None}
+        assert {piece.draft_position for piece in pieces(llm, case)[0]} == {0}
 
 
 @pytest.mark.parametrize("drafting", DRAFTINGS)

@@ -197,9 +197,9 @@ class HeadDrafter(Drafter):
 
     @classmethod
     def diagnose(cls, pattern: AcceptancePattern) -> str | None:
-        if pattern.first > 1:
+        if pattern.first > 2:
             return "they are deeper than the head was trained for, or past the positions it has"
-        if pattern.first == 0 and not pattern.collapsed:
+        if pattern.first == 1 and not pattern.collapsed:
             return (
                 "what guesses are conditioned on is a little off (features one layer off, a norm left out, "
                 "keys that a prefix hit brought and nobody ran again)"

@@ -39,7 +39,7 @@ class Eagle3(HeadDrafter):
 
     @classmethod
     def diagnose(cls, pattern: AcceptancePattern) -> str | None:
-        if pattern.first == 1 and pattern.collapsed:
+        if pattern.first == 2 and pattern.collapsed:
             return "what is handed from one pass to the next is not the last pass's (hidden state, token, keys)"
         return super().diagnose(pattern)
 

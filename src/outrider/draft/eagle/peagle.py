@@ -45,7 +45,7 @@ class PEagle(HeadDrafter):
 
     @classmethod
     def diagnose(cls, pattern: AcceptancePattern) -> str | None:
-        if pattern.first != 1:
+        if pattern.first != 2:
             return super().diagnose(pattern)
         if not pattern.collapsed:
             return "mask rows see something stale (features of rejected tokens, or an earlier round's keys)"

@@ -141,13 +141,13 @@ class _EngineCollector(Collector):
         report = snapshot.acceptance
         yield self._count("spec_decode_num_drafts", "Rounds that verified drafts.", report.drafts)
         yield self._count("spec_decode_num_draft_tokens", "Drafts verified.", report.drafted)
-        yield self._count("spec_decode_num_accepted_tokens", "Drafts that stood.", report.accepted)
+        yield self._count("spec_decode_num_accepted_tokens", "Accepted drafts.", report.accepted)
         positions = CounterMetricFamily(
             PREFIX + "spec_decode_num_accepted_tokens_per_pos",
-            "Drafts that stood, by their place in the round.",
+            "Accepted drafts, by their position in the round, from 1.",
             labels=["model_name", "position"],
         )
-        for position, count in enumerate(report.per_position):
+        for position, count in enumerate(report.per_position, start=1):
             positions.add_metric([self._model_name, str(position)], count)
         yield positions
 
@@ -162,7 +162,7 @@ class _EngineCollector(Collector):
         measured = GaugeMetricFamily(PREFIX + "watchdog_measured_rate", "Acceptance rate of late.", labels=labels)
         for one in snapshot.watched:
             for family, rates in ((expected, one.expected), (measured, one.measured)):
-                for position, rate in enumerate(rates):
+                for position, rate in enumerate(rates, start=1):
                     family.add_metric([self._model_name, f"{one.temperature:g}", str(position)], rate)
         yield from (expected, measured)
 

@@ -203,7 +203,7 @@ def _speculative(delta: CompletionDelta, generation: AsyncGeneration) -> dict[st
         {
             "id": piece.token_id,
             "text": piece.text,
-            "draft_position": 0 if piece.draft_position is None else piece.draft_position + 1,
+            "draft_position": piece.draft_position,
         }
         for piece in delta.pieces
     ]

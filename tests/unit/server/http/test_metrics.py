@@ -79,11 +79,11 @@ def test_speculation_and_the_watchdog(metrics: Metrics) -> None:
     assert value("spec_decode_num_drafts_total") == report.drafts == 10
     assert value("spec_decode_num_draft_tokens_total") == 20
     assert value("spec_decode_num_accepted_tokens_total") == report.accepted == 16
-    for position, count in enumerate(report.per_position):
+    for position, count in enumerate(report.per_position, start=1):
         assert value("spec_decode_num_accepted_tokens_per_pos_total", position=str(position)) == count
     assert value("watchdog_departed") == 1
-    assert value("watchdog_measured_rate", temperature="0", position="1") == 0.1
-    assert value("watchdog_expected_rate", temperature="1", position="0") == 0.7
+    assert value("watchdog_measured_rate", temperature="0", position="2") == 0.1
+    assert value("watchdog_expected_rate", temperature="1", position="1") == 0.7
     told = {"runner": "graph", "part": "the device", "feature": "CUDA", "reason": REASON}
     assert value("runner_passed_over_info", **told) == 1
     assert value("inter_token_latency_seconds_count") == 3 and value("time_to_first_token_seconds_count") == 1
