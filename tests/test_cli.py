@@ -196,6 +196,21 @@ def test_text_is_written_as_it_is(outrider: Any, monkeypatch: pytest.MonkeyPatch
     assert out.startswith("a\tb\r\n[bold]xc")
 
 
+@pytest.mark.parametrize("speedup", [0.94, 1.0, 2.5])
+def test_a_slow_down_is_called_one(speedup: float, outrider: Any) -> None:
+    from outrider.cli import generate
+    from outrider.core.output import AcceptanceReport
+
+    report = AcceptanceReport(drafts=10, drafted=40, accepted=30, per_position=(10, 8, 7, 5))
+    result = {"identical": True, "same_tokens_promised": True, "speedup": speedup, "verifier": "exact", "runner": "x"}
+    speeds = {"with": 100 * speedup, "without": 100.0}
+    generate._print_figures({**result, "tokens_per_second": speeds}, generate._Run("", [1], 1.0, report, "stop"), "x")
+    _, _, err = outrider("--version")
+    assert "accepted by position: 1 1.00  2 0.80  3 0.70  4 0.50" in err
+    assert f"gives 4.00 tokens and takes as long as {4 / speedup:.2f} steps without" in err
+    assert ("drafts are slower here" in err) == (speedup < 1)
+
+
 def test_explain_refused_json(outrider: Any) -> None:
     code, out, _ = outrider("explain", "--tensor-parallel-size", "2", "--json")
     refused = json.loads(out)["refused"]

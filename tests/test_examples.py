@@ -136,7 +136,27 @@ def test_demo_commands_parse() -> None:
     group = typer.main.get_command(app)
     for command in demo["COMMANDS"]:
         subcommand = group.commands[command[0]]  # type: ignore[attr-defined]
-        subcommand.make_context(command[0], list(command[1:]))
+        subcommand.make_context(command[0], [*command[1:], "-k", "2"])
+
+
+@pytest.mark.parametrize(
+    ("speeds", "taken", "pays"),
+    [
+        ({0: 100.0, 2: 150.0, 7: 120.0}, 2, True),
+        ({0: 100.0, 2: 99.0, 7: 60.0}, 2, False),
+        ({0: 100.0, 2: 90.0, 7: 100.0}, 7, False),
+    ],
+)
+def test_the_demo_takes_the_fastest_k_and_says_if_none_pays(
+    speeds: dict[int, float], taken: int, pays: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
+    assert demo["choose"](speeds) == taken
+    shown = capsys.readouterr().out
+    (line,) = (line for line in shown.splitlines() if "taken" in line)
+    assert f"K = {taken} " in line and f"{speeds[taken] / 100:.2f}x" in line
+    assert ("do not pay" not in shown) == pays and "\x1b" not in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

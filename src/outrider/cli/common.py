@@ -170,11 +170,10 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 
 def describe_acceptance(report: AcceptanceReport) -> str:
-    """Drafting in one line."""
+    """How drafts fared, in a few words."""
     if not report.drafts:
         return "no drafts"
-    rates = " ".join(f"{rate:.2f}" for rate in report.rates)
-    return f"acceptance length {report.length:.2f} ({report.accepted} of {report.drafted} drafts; by position {rates})"
+    return f"acceptance length {report.length:.2f} ({report.accepted} of {report.drafted} drafts)"
 
 
 def describe_head(resolved: Resolved) -> dict[str, Any] | None:

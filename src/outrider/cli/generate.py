@@ -94,6 +94,8 @@ def generate(
     say_if_unfaithful(_verifier(llm).faithful, _verifier(llm).name)
     ids = _prompt_ids(llm, prompt, chat)
     _warm_up(llm, ids, as_json)
+    if prompt is not None and not as_json:
+        _show_prompt(llm.tokenizer.decode(ids))
     run = _run(llm, ids, sampling, show=not as_json)
     result = _result(run, llm)
     if compare:
@@ -159,6 +161,12 @@ def _run(llm: LLM, ids: list[int], sampling: SamplingParams, show: bool = False)
     )
 
 
+def _show_prompt(text: str) -> None:
+    """The prompt in grey, on a terminal alone: a file gets what the model wrote and nothing else."""
+    if out.is_terminal and not out.no_color:
+        sys.stdout.write(f"\x1b[2m{text}\x1b[0m")
+
+
 def _write(piece: Piece) -> None:
     """The text as it is: nothing of it is wrapped or expanded. Colours only on a terminal."""
     text = piece.text
@@ -201,19 +209,36 @@ def _result(run: _Run, llm: LLM) -> dict[str, Any]:
 
 
 def _print_figures(result: dict[str, Any], run: _Run, drafting: str) -> None:
-    if run.acceptance.drafts:
-        legend = "  ".join(f"[bold {colour}]{position}[/]" for position, colour in enumerate(COLOURS, start=1))
-        err.print(f"\n[dim]accepted drafts by position:[/] {legend}[dim]+[/]")
     err.print(
-        f"{len(run.token_ids)} tokens, {run.tokens_per_second:.0f} a second, {describe_acceptance(run.acceptance)}"
-        f"\n[dim]drafting {drafting}; verifier {result['verifier']}; runner {result['runner']}[/]"
+        f"\n{len(run.token_ids)} tokens, {run.tokens_per_second:.0f} a second, {describe_acceptance(run.acceptance)}"
     )
+    if run.acceptance.drafts:
+        colours = [*COLOURS, *[COLOURS[-1]] * len(run.acceptance.rates)]
+        shares = zip(colours, enumerate(run.acceptance.rates, start=1), strict=False)
+        shown = "  ".join(f"[bold {colour}]{position}[/] {share:.2f}" for colour, (position, share) in shares)
+        err.print(f"accepted by position: {shown}")
+    err.print(f"[dim]drafting {drafting}; verifier {result['verifier']}; runner {result['runner']}[/]")
     if "identical" in result:
-        speeds = result["tokens_per_second"]
-        same = "[green]the same text[/]" if result["identical"] else "[bold red]a DIFFERENT text[/]"
-        if not result["identical"] and not result["same_tokens_promised"]:
-            same = f"another text, as verifier {result['verifier']} keeps the distribution and not the tokens"
+        _print_comparison(result, run)
+
+
+def _print_comparison(result: dict[str, Any], run: _Run) -> None:
+    """What drafts were worth, and why: what a step with them yields beside what it costs."""
+    speeds, speedup = result["tokens_per_second"], result["speedup"]
+    same = "[green]the same text[/]" if result["identical"] else "[bold red]a DIFFERENT text[/]"
+    if not result["identical"] and not result["same_tokens_promised"]:
+        same = f"another text, as verifier {result['verifier']} keeps the distribution and not the tokens"
+    err.print(f"without drafts: {same}. Medians of {COMPARED_RUNS} runs each, in turn:")
+    err.print(
+        f"  {speeds['without']:.0f} tokens a second without drafts, {speeds['with']:.0f} with: [bold]{speedup:.2f}x[/]"
+    )
+    if run.acceptance.drafts:
+        length = run.acceptance.length
         err.print(
-            f"without drafts: {same}, {speeds['without']:.0f} tokens a second; "
-            f"with drafts {speeds['with']:.0f}: [bold]{result['speedup']:.2f}x[/]"
+            f"  a step with drafts gives {length:.2f} tokens and takes as long as {length / speedup:.2f} steps without"
         )
+        if speedup < 1:
+            err.print(
+                "[bold yellow]drafts are slower here[/]: a step with them costs more than it gives. "
+                "Try a smaller -k, or --draft none"
+            )

@@ -212,7 +212,7 @@ def test_explain_json_of_a_refusal(explain: Any) -> None:
         ("eager", "tensor_parallel_size=2", "tensor"),
     ]
     assert "leave it at 1" in told["refused"][-1]["reason"] and told["able"] == []
-    assert told["method"] == "none" and told["device"] == "cpu", "the configuration stands beside the reasons"
+    assert told["method"] == "ngram" and told["device"] == "cpu", "the configuration stands beside the reasons"
 
 
 def test_explain_of_a_runner_that_cannot(explain: Any) -> None:
