@@ -59,19 +59,41 @@ def acceptance(method: str, num_prompts: int | None = None) -> AcceptanceReport:
         return measure(llm, prompts, sampling)
 
 
+FIRST = Path(__file__).parent / "recorded" / "first_64_prompts.json"
+"""Acceptance of the n-gram drafter and of both heads on the first 64 held-out prompts, K=4, greedy.
+
+Recorded anew by `outrider accept --draft METHOD -k 4 --num-prompts 64 --record` with this file.
+"""
+
+
+@pytest.mark.parametrize("method", ["ngram", "peagle", "eagle3"])
+def test_acceptance_on_the_first_prompts_is_as_recorded(method: str) -> None:
+    expected = next(record for record in read_records(FIRST) if record.setting.method == method)
+    prompts = read_prompts(HELD_OUT).first(64)
+    assert prompts.hash == expected.setting.prompts, "the prompts changed: record acceptance anew"
+    with LLM(device="cpu", speculative_config={"method": method, **expected.setting.draft_options}) as llm:
+        report = measure(llm, prompts, SamplingParams(temperature=0.0, max_tokens=expected.setting.max_tokens))
+    assert departures(expected, report) == []
+
+
+@pytest.mark.slow
 def test_ngram_acceptance_is_as_recorded() -> None:
     assert departures(RECORDED, acceptance("ngram")) == []
 
 
 @pytest.mark.parametrize("method", ["peagle", "eagle3"])
+def test_records_are_of_the_bundled_weights(method: str) -> None:
+    head = BUNDLED_HEADS / method
+    for records in (read_records(head / RECORDS), [r for r in read_records(FIRST) if r.setting.method == method]):
+        assert {record.setting.head for record in records} == {fingerprint(head)}, "another head: record anew"
+        assert {record.setting.model for record in records} == {fingerprint(BUNDLED / "model")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["peagle", "eagle3"])
 def test_head_acceptance_is_as_recorded(method: str) -> None:
     """Of each head at the K of its record, greedy; the other temperatures on record are read and no more."""
-    head = BUNDLED_HEADS / method
-    if not (head / RECORDS).is_file():
-        pytest.skip(f"there is no {head / RECORDS}")
-    records = read_records(head / RECORDS)
-    assert {record.setting.head for record in records} == {fingerprint(head)}, "another head: record acceptance anew"
-    assert {record.setting.model for record in records} == {fingerprint(BUNDLED / "model")}
+    records = read_records(BUNDLED_HEADS / method / RECORDS)
     expected = next(record for record in records if record.setting.temperature == 0.0)
     prompts, setting = read_prompts(HELD_OUT), expected.setting
     assert prompts.hash == setting.prompts, "the prompts changed: record acceptance anew"
