@@ -88,17 +88,23 @@ OPS = all_ops()
 INTERPRETED = pytest.mark.skipif(
     not os.environ.get("TRITON_INTERPRET"), reason="Triton's interpreter runs where there is no GPU"
 )
-KERNELS = [
-    # an op without a kernel for CPUs would be compared with itself
-    *(pytest.param(op, "cpu", None) for op in OPS if "cpu" in op.kernels),
-    *(pytest.param(op, "cuda", None, marks=[pytest.mark.gpu, NO_CUDA]) for op in OPS),
-    *(pytest.param(op, "interpreter", 3, marks=INTERPRETED) for op in OPS if "cuda" in op.kernels),
-    *(
-        pytest.param(op, "interpreter", None, marks=[INTERPRETED, pytest.mark.slow])
-        for op in OPS
-        if "cuda" in op.kernels
-    ),
-]
+SMALL_EXAMPLES = {"decoder_layer": 4, "rope_attention": 6, "truncate": 5}
+"""How many of an op's examples the interpreter runs in `make test`, the smallest ones; 16 of any other op."""
+
+
+def cases() -> Iterator[Any]:
+    """Each op on each device: the op, the device, and the number of its smallest examples; None: all of them."""
+    for op in OPS:
+        # an op without a kernel for CPUs would be compared with itself
+        if "cpu" in op.kernels:
+            yield pytest.param(op, "cpu", None, id=f"{op.name}-cpu")
+        if "cuda" in op.kernels:
+            yield pytest.param(op, "cuda", None, id=f"{op.name}-cuda", marks=[pytest.mark.gpu, NO_CUDA])
+            few = SMALL_EXAMPLES.get(op.name, 16)
+            yield pytest.param(op, "interpreter", few, id=f"{op.name}-interpreter", marks=INTERPRETED)
+            yield pytest.param(
+                op, "interpreter", None, id=f"{op.name}-interpreter-all", marks=[INTERPRETED, pytest.mark.slow]
+            )
 
 
 def size(example: Mapping[str, Any]) -> int:
@@ -106,13 +112,13 @@ def size(example: Mapping[str, Any]) -> int:
     return sum(leaf.numel() for leaf in leaves(dict(example)))
 
 
-@pytest.mark.parametrize(("op", "device", "most"), KERNELS, ids=lambda value: getattr(value, "name", str(value)))
-def test_kernel_agrees_with_reference(op: Op[..., Any], device: str, most: int | None, poison: None) -> None:
+@pytest.mark.parametrize(("op", "device", "limit"), list(cases()))
+def test_kernel_agrees_with_reference(op: Op[..., Any], device: str, limit: int | None, poison: None) -> None:
     """On a GPU, and everywhere else through Triton's interpreter: on the smallest examples, or on all."""
     kernel, count = op.kernel("cuda") if device == "interpreter" else op.on(device), 0
     place = torch.device("cpu" if device == "interpreter" else device)
     made = examples(op, torch.Generator().manual_seed(1), place, device == "cpu")
-    for example in made if most is None else sorted(made, key=size)[:most]:
+    for example in made if limit is None else sorted(made, key=size)[:limit]:
         theirs, ours = dict(copy.deepcopy(example)), dict(copy.deepcopy(example))
         expected, found = op.reference(**theirs), kernel(**ours)
         if op is DECODER_LAYER and found is None:  # all is added to the residual stream already

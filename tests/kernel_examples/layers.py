@@ -167,7 +167,7 @@ def linear(generator: torch.Generator, device: torch.device, wide: bool) -> Iter
             (0, 64, 128),
             (1, 64, 128),
             (1, 67, 5),
-            (3, 129, 67),
+            (3, 129, 65),
             (7, 256, 96),
             (17, 256, 131),
             (65, 96, 45),

@@ -213,6 +213,16 @@ def ngram_lookup(generator: torch.Generator, device: torch.device, wide: bool) -
             "shortest": shortest,
             "longest": longest,
         }
+    # A copy must not reach past the start of its own row: the token there, and at the row's end, would lengthen it.
+    yield {
+        "tokens": torch.tensor([[1, 2, 1, 2]] * 2, device=device),
+        "length": torch.full((2,), 3, dtype=torch.int32, device=device),
+        "slot": torch.tensor([1, 0], device=device),
+        "logits_start": torch.arange(3, dtype=torch.int32, device=device),
+        "num_drafts": 4,
+        "shortest": 1,
+        "longest": 3,
+    }
 
 
 def report(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
