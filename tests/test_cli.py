@@ -101,6 +101,7 @@ def test_explain_shows_what_was_taken_where_several_places_speak(outrider: Any, 
     assert code == 0 and facts["end_of_text"]["taken"] == [0, 7, EOS]
     assert facts["end_of_text"]["said"]["tokenizer_config.json"] == [EOS]
     assert facts["sampling_defaults"]["taken"] == {"temperature": 0.6, "top_k": 20}
+    assert facts["chat_template"]["taken"] is None
     assert facts["rope"]["taken"].startswith("linear") and "rope_parameters" in facts["rope"]["note"]
     assert facts["dtype"]["taken"] == "float32" and "torch_dtype" in facts["dtype"]["note"]
     code, out, _ = outrider("explain", str(tmp_path), "--generation-config", "none")

@@ -242,7 +242,7 @@ def test_tokenize_and_detokenize(server: Server, llm: LLM) -> None:
     assert len(got["token_strs"]) == got["count"] and got["max_model_len"] == 2048
     assert server.post("/detokenize", tokens=got["tokens"]).json() == {"prompt": PROMPTS[4]}
     messages = [{"role": "user", "content": "hi"}]
-    assert server.post("/tokenize", messages=messages).json()["tokens"] == llm.tokenizer.render_chat(messages)
+    assert server.post("/tokenize", messages=messages).json()["tokens"] == llm.encode_conversation(messages)
 
 
 def test_what_is_told_of_the_server(server: Server, llm: LLM) -> None:

@@ -25,6 +25,7 @@ from outrider.options import EngineOptions
 
 if TYPE_CHECKING:
     from outrider.config import Resolved
+    from outrider.core.reading import Fact
     from outrider.oracle import Choice
 
 Table = Annotated[
@@ -84,12 +85,21 @@ def _configuration(resolved: Resolved) -> dict[str, Any]:
         "dtype": str(runner.dtype).removeprefix("torch."),
         "device": str(runner.device),
         "max_model_len": runner.sizes.max_model_len,
-        "facts": {fact.name.replace(" ", "_"): fact.to_dict() for fact in resolved.facts},
+        "facts": {fact.name.replace(" ", "_"): fact.to_dict() for fact in _facts(resolved)},
         "parts": [
             {"part": part.name, "needs": sorted(feature.name.lower() for feature in part.needs)}
             for part in resolved.parts
         ],
     }
+
+
+def _facts(resolved: Resolved) -> tuple[Fact, ...]:
+    """What was taken of the checkpoint, its chat template included. A checkpoint may have no tokenizer."""
+    from outrider.load.tokenizer import FILES, Tokenizer
+
+    if not any((resolved.directory / name).exists() for name in FILES):
+        return resolved.facts
+    return (*resolved.facts, Tokenizer(resolved.directory).chat_templates().fact())
 
 
 def _memory(resolved: Resolved) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     out.print(
         f"drafting {describe_drafting(resolved)}; verifier {runner.verifier.name}; {runner.dtype} on {runner.device}"
     )
-    for fact in resolved.facts:
+    for fact in _facts(resolved):
         out.print(escape(str(fact)))
         if fact.note is not None:
             out.print(f"  [yellow]{escape(fact.note)}[/]")

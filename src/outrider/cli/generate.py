@@ -126,7 +126,7 @@ def _prompt_ids(llm: LLM, prompt: str | None, chat: str | None) -> list[int]:
     if (prompt is None) == (chat is None):
         raise PromptError("give either --prompt or --chat")
     if chat is not None:
-        return llm.tokenizer.render_chat([{"role": "user", "content": _read(chat)}])
+        return llm.encode_conversation([{"role": "user", "content": _read(chat)}])
     assert prompt is not None
     return llm.tokenizer.encode(_read(prompt))
 

@@ -10,6 +10,7 @@ from outrider.acceptance.watchdog import WatchState
 from outrider.core.output import AcceptanceReport
 from outrider.core.sampling import SamplingParams
 from outrider.engine.build import build_engine
+from outrider.engine.conversation import encode_conversation
 from outrider.engine.detokenize import Detokenizer
 from outrider.engine.engine import Engine
 from outrider.engine.generation import Generation
@@ -20,7 +21,6 @@ from outrider.engine.prompts import (
     Prompt,
     as_conversations,
     as_prompts,
-    as_template_arguments,
     as_token_ids,
     one_each,
 )
@@ -33,6 +33,9 @@ from outrider.oracle import Choice
 
 if TYPE_CHECKING:
     from outrider.engine.process.sync import SyncEngineClient
+
+CHAT_REMEDY = "give LLM.chat a chat_template of your own, or LLM.generate a plain prompt"
+"""What a caller of `LLM` can do where no chat template serves."""
 
 Progress = Callable[[int, int], None]
 """Called with how much is done, and how much there is."""
@@ -159,13 +162,33 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or several, rendered by the checkpoint's chat template."""
-        conversations = as_conversations(messages)
-        arguments = as_template_arguments(chat_template_kwargs)
-        rendered = [self.tokenizer.render_chat(conversation, **arguments) for conversation in conversations]
-        return self.generate([{"prompt_token_ids": ids} for ids in rendered], sampling_params, use_tqdm=use_tqdm)
+        """Answers one conversation or several, written by the checkpoint's chat template or the one given.
+
+        `chat_template` is a template, a file of one, or the name of one of the checkpoint's. `tools` are shown to the
+        model; its calls stay text. PromptError for what the template would leave out or refuses.
+        """
+        prompts = [
+            self.encode_conversation(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools or (),
+                arguments=chat_template_kwargs,
+            )
+            for conversation in as_conversations(messages)
+        ]
+        return self.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, use_tqdm=use_tqdm)
+
+    def encode_conversation(self, messages: Messages, **how: Any) -> list[int]:
+        """Token ids of one conversation, as `chat` takes it; `how` is of `engine.conversation.encode_conversation`."""
+        return encode_conversation(self.tokenizer, messages, remedy=CHAT_REMEDY, takes_records=True, **how)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Completes one prompt, token by token as they come; closing or dropping the stream aborts it."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from outrider.errors import CheckpointError, PromptError, shortened
+from outrider.errors import CheckpointError, shortened
+from outrider.load.chat_template import ChatTemplates
 from outrider.load.text_decoder import TextDecoder, Vocabulary, decode_all
 from outrider.load.tokenizer_cache import TokenizerCache
 
@@ -28,6 +28,7 @@ class Tokenizer:
         if not any((directory / name).exists() for name in FILES):
             raise CheckpointError(f"no tokenizer in {directory}: it holds none of {', '.join(FILES)}")
         self._directory = directory
+        self._templates: dict[str | None, ChatTemplates] = {}
         cache = TokenizerCache.of(directory)
         kept = cache.read()
         if kept is None:
@@ -60,15 +61,16 @@ class Tokenizer:
         self._vocabulary = Vocabulary(self._backend)
         return loaded
 
-    @cached_property
-    def _reserved(self) -> frozenset[str]:
-        """Arguments of rendering that are not the template's: a template of the caller's own would be run, for one."""
-        return frozenset(inspect.signature(self.wrapped.apply_chat_template).parameters) - {"tools"}
-
     @property
     def backend(self) -> Any:
         """The `tokenizers.Tokenizer` underneath."""
         return self._backend
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that stand for no text, by the way they are written."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; of a prompt, with the special tokens the model expects around it."""
@@ -83,21 +85,8 @@ class Tokenizer:
         """What turns the tokens that follow a prompt to text as they come."""
         return TextDecoder(self._vocabulary, prompt, skip_special_tokens)
 
-    def render_chat(self, messages: Sequence[dict[str, Any]], /, **template_arguments: Any) -> list[int]:
-        """Token ids of a conversation under the checkpoint's chat template, ready for the reply.
-
-        Raises PromptError where there is no template, the template refuses the messages, or an argument is none of
-        the template's but says how it is applied.
-        """
-        taken = [name for name in template_arguments if name in self._reserved]
-        if taken:
-            raise PromptError(f"chat_template_kwargs holds {', '.join(taken)}, which the engine sets itself: drop it")
-        if self.wrapped.chat_template is None:
-            raise PromptError("the model has no chat template: give a plain prompt to LLM.generate or /v1/completions")
-        try:
-            text = self.wrapped.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **template_arguments
-            )
-        except Exception as error:  # whatever the code of a template runs into
-            raise PromptError(f"the chat template refused the messages: {error}") from error
-        return self.encode(text, add_special_tokens=False)
+    def chat_templates(self, given: str | None = None) -> ChatTemplates:
+        """The checkpoint's chat templates, or the one given. OptionError for one that cannot be read."""
+        if given not in self._templates:
+            self._templates[given] = ChatTemplates(self.wrapped, self._directory, given)
+        return self._templates[given]

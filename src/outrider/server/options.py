@@ -30,6 +30,9 @@ class ServerOptions:
     served_model_name: str | None = option(
         None, "name of the model to clients; left out: its Hugging Face id, or the last part of its directory"
     )
+    chat_template: str | None = option(
+        None, "file of a chat template, or the name of one of the checkpoint's; left out: the checkpoint's own"
+    )
     tool_call_parser: str | None = option(
         None, "how the model writes tool calls, hermes or llama; left out: as its chat template does, if that is clear"
     )

@@ -99,7 +99,8 @@ async def _serve(
     for end in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(end, stopped.set)
     try:
-        loading = asyncio.to_thread(TokenizerService, directory, options.tool_call_parser, options.reasoning_parser)
+        parsers = options.tool_call_parser, options.reasoning_parser
+        loading = asyncio.to_thread(TokenizerService, directory, *parsers, options.chat_template)
         with bars() as counted:
             started: asyncio.Future[Any] = asyncio.gather(client.start(*counted), loading)
             waiting: asyncio.Future[Any] = loop.create_task(stopped.wait())

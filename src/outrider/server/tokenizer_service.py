@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,15 +11,20 @@ from typing import Any, TypeVar
 
 from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
+from outrider.engine.conversation import encode_conversation
 from outrider.engine.detokenize import Detokenizer
 from outrider.engine.process.messages import Facts
-from outrider.engine.prompts import as_conversations, as_prompts, as_template_arguments, as_token_ids, check_token_ids
+from outrider.engine.prompts import as_conversations, as_prompts, as_token_ids, check_token_ids
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
-from outrider.server.openai.messages import plain_conversation
 from outrider.server.openai.output_parsers import OutputParsers
 
+logger = logging.getLogger("outrider")
+
 Made = TypeVar("Made")
+
+CHAT_REMEDY = "send a plain prompt to /v1/completions, or start the server with --chat-template FILE"
+"""What can be done where no chat template serves."""
 
 
 class TokenizerService:
@@ -29,12 +35,21 @@ class TokenizerService:
     """
 
     def __init__(
-        self, directory: Path, tool_call_parser: str | None = None, reasoning_parser: str | None = None
+        self,
+        directory: Path,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
-        """Loads it. Raises CheckpointError, and OptionError for a parser that the chat template rules out."""
+        """Loads it. Raises CheckpointError, and OptionError for a template that is unreadable or rules a parser out."""
         self.decoder = Tokenizer(directory)
         self._encoder = Tokenizer(directory)
-        self.output_parsers = OutputParsers(self.decoder, tool_call_parser, reasoning_parser)
+        self._chat_template = chat_template
+        templates = self._encoder.chat_templates(chat_template)
+        self.output_parsers = OutputParsers(self.decoder, templates.for_tools(), tool_call_parser, reasoning_parser)
+        note = templates.fact().note
+        if note is not None:
+            logger.warning("chat template: %s", note)
         self._thread = ThreadPoolExecutor(1, "outrider-encode")
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -83,24 +98,18 @@ class TokenizerService:
 
         await self._run(check)
 
-    async def conversation(
-        self,
-        messages: Any,
-        template_arguments: Mapping[str, Any] | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> list[int]:
-        """Token ids of a conversation, ready for the answer. PromptError for one that cannot be rendered whole."""
+    async def conversation(self, messages: Any, **how: Any) -> list[int]:
+        """Token ids of a conversation, ready for the answer; `how` is of `encode_conversation`.
+
+        PromptError for one that cannot be shown to the model whole.
+        """
         conversations = as_conversations(messages)
         if len(conversations) != 1 or conversations[0] is not messages:
             raise PromptError("messages must be one conversation", "messages")
-        plain = plain_conversation(messages)
-        self.output_parsers.check_messages(plain)
-        arguments = as_template_arguments(template_arguments)
-        if "tools" in arguments:
-            raise PromptError("chat_template_kwargs holds tools: give them as tools", "chat_template_kwargs")
-        if tools:
-            arguments["tools"] = [dict(tool) for tool in tools]
-        return await self._run(lambda: self._encoder.render_chat(plain, **arguments))
+        template = self._chat_template
+        return await self._run(
+            lambda: encode_conversation(self._encoder, messages, remedy=CHAT_REMEDY, chat_template=template, **how)
+        )
 
     async def decode(self, ids: Sequence[int], vocab_size: int) -> str:
         """The text of token ids, special tokens included. PromptError for one outside the model's vocabulary."""

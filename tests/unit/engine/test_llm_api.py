@@ -154,7 +154,7 @@ def test_conversations(tmp_path: Path, where: str) -> None:
     path = write_tokenizer(write(tmp_path / "chatty"), chat_template=TEMPLATE)
     with LLM(str(path), max_model_len=64, **WHERE[where]) as llm:
         messages = [{"role": "user", "content": "hé"}]
-        with pytest.raises(PromptError, match="refused the messages: division by zero"):
+        with pytest.raises(PromptError, match="fails on these messages: division by zero"):
             llm.chat(messages, GREEDY, chat_template_kwargs={"ratio": 0})
         expected = llm.generate("[user]hé[assistant]", GREEDY)[0]
         (found,) = llm.chat(messages, GREEDY)
@@ -162,5 +162,15 @@ def test_conversations(tmp_path: Path, where: str) -> None:
         assert [one.outputs for one in llm.chat([messages, messages], GREEDY)] == [expected.outputs] * 2
         (told,) = llm.chat(messages, GREEDY, chat_template_kwargs={"who": "me"})
         assert told.prompt_token_ids == llm.tokenizer.encode("[user]hé[me]")
-        with pytest.raises(PromptError, match="refused the messages: no robots"):
+        with pytest.raises(
+            PromptError, match="role must be one of system, developer, user, assistant, tool, function: 'robot'"
+        ):
             llm.chat([{"role": "robot", "content": "x"}], GREEDY)
+        continued = [*messages, {"role": "assistant", "content": "so"}]
+        how = {"add_generation_prompt": False, "continue_final_message": True}
+        (continued_one,) = llm.chat(
+            continued, GREEDY, chat_template="{% for m in messages %}{{ m.content }};{% endfor %}", **how
+        )
+        assert continued_one.prompt_token_ids == llm.tokenizer.encode("hé;so")
+        with pytest.raises(PromptError, match="shows no tools"):
+            llm.chat(messages, GREEDY, tools=[{"type": "function", "function": {"name": "f"}}])

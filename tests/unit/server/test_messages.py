@@ -16,8 +16,8 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("chat/completions", CHAT, "no chat template: give a plain prompt to LLM.generate or /v1/completions"),
-        ("responses", {"input": "hi"}, "no chat template: give a plain prompt to LLM.generate or /v1/completions"),
+        ("chat/completions", CHAT, "no chat template: send a plain prompt to /v1/completions, or start"),
+        ("responses", {"input": "hi"}, "no chat template: send a plain prompt to /v1/completions, or start"),
         ("completions", {"prompt": "hi", "max_tokens": 10**30}, "max_tokens is too large: 1000"),
         ("completions", {"prompt": "hi", "seed": 10**30}, "seed is too large: 1000"),
     ],

@@ -26,7 +26,7 @@ async def chat(service: Service, request: Request) -> Response:
     tools = asked.shown_tools()
 
     async def prompts() -> Prompts:
-        return [(None, await service.tokenizer.conversation(asked.messages, asked.chat_template_kwargs, tools))]
+        return [(None, await service.tokenizer.conversation(asked.messages, **asked.rendering()))]
 
     defaults = text_defaults(service.tokenizer, asked, tools)
     with naming("messages"):

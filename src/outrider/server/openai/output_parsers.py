@@ -1,36 +1,16 @@
-"""How the served model writes tool calls and reasoning, and what its chat template shows it of tools.
-
-Nothing is taken on trust: the template is asked to write a conversation with tools, and what it writes is read.
-"""
+"""How the served model writes tool calls and reasoning, as its chat template and the options say."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from outrider.errors import FieldError, OptionError, PromptError
+from outrider.errors import FieldError, OptionError
+from outrider.load.chat_template import CALLED, ChatTemplate
 from outrider.load.tokenizer import Tokenizer
 from outrider.server.openai.reasoning import CLOSE, OPEN, TAGS, ThinkParser, num_reasoning_tokens
 from outrider.server.openai.tool_calls import PARSERS, ToolCall, ToolCallParser
 from outrider.server.options import TOOL_CALL_PARSERS
-
-_NAME, _KEY, _VALUE, _RESULT = "outrider_probe", "probed_key", "probed_value", "probed_result"
-_USER = {"role": "user", "content": "x"}
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _NAME,
-        "description": "x",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "x"}}},
-    },
-}
-_CALLS = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"id": "probe1234", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}],
-}
-_ANSWER = {"role": "tool", "tool_call_id": "probe1234", "content": _RESULT}
 
 PROMPT_END = 16
 """Tokens of a prompt in which an opening tag at its end is looked for."""
@@ -80,17 +60,18 @@ class ReplyParser:
 class OutputParsers:
     """What one model's tokenizer and template make of tools and reasoning."""
 
-    def __init__(self, tokenizer: Tokenizer, tool_call_parser: str | None, reasoning_parser: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,  # of requests with tools
+        tool_call_parser: str | None,
+        reasoning_parser: str | None,
+    ) -> None:
         """The parsers as the options name them. OptionError for a parser of calls where no tools can be shown."""
         self._tokenizer = tokenizer
-        shown = self._rendered([_USER], tools=[_TOOL])
-        called = self._rendered([_USER, _CALLS])
-        answered = self._rendered([_USER, _CALLS, _ANSWER])
-        self._shows_tools = _NAME in shown and _KEY in shown
-        self._shows_calls = _NAME in called and _VALUE in called
-        self._shows_results = _RESULT in answered
+        self._shows_tools = template is not None and template.shows_tools
         if tool_call_parser is None:
-            tool_call_parser = self._inferred(called)
+            tool_call_parser = _inferred(template) if template is not None else None
         elif not self._shows_tools:
             raise OptionError(
                 f"tool_call_parser {tool_call_parser} needs a chat template that shows tools, and the model has none:"
@@ -100,40 +81,7 @@ class OutputParsers:
         """The name of the parser of calls; None: requests with tools are refused."""
         self.reasons = reasoning_parser is not None
         """Whether reasoning is separated from content."""
-        added = tokenizer.wrapped.added_tokens_decoder.values()
-        self._special = frozenset(token.content for token in added if token.special)
-        self._closing_token: int | None = tokenizer.wrapped.get_vocab().get(CLOSE)
-
-    def _rendered(self, messages: Sequence[dict[str, Any]], **more: Any) -> str:
-        """What the template writes; nothing where it refuses."""
-        from jinja2 import TemplateError
-
-        if self._tokenizer.wrapped.chat_template is None:
-            return ""
-        try:
-            text: str = self._tokenizer.wrapped.apply_chat_template(list(messages), tokenize=False, **more)
-        except (TemplateError, TypeError, KeyError, ValueError, AttributeError):
-            return ""
-        return text
-
-    def _inferred(self, called: str) -> str | None:
-        """The parser that reads back the call which the template wrote, if one does."""
-        asked = self._rendered([_USER], add_generation_prompt=True)
-        for name in TOOL_CALL_PARSERS:
-            parser = ReplyParser(ThinkParser(), PARSERS[name]([_NAME]))  # Qwen3's writes empty reasoning before a call
-            found = parser.feed(called.removeprefix(asked), finished=True)
-            if found and isinstance(found[0], ToolCall):
-                return name
-        return None
-
-    def check_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Raises PromptError for calls and results that the template would leave out."""
-        for index, message in enumerate(messages):
-            if message.get("tool_calls") and not self._shows_calls:
-                said = "the model's chat template shows no tool calls: leave them out"
-                raise PromptError(said, f"messages.{index}.tool_calls")
-            if message["role"] == "tool" and not self._shows_results:
-                raise PromptError("the model's chat template shows no tool results: leave it out", f"messages.{index}")
+        self._closing_token: int | None = tokenizer.backend.token_to_id(CLOSE)
 
     def check_tools(self) -> None:
         """Raises FieldError if requests cannot have tools."""
@@ -150,7 +98,7 @@ class OutputParsers:
         tags: tuple[str, ...] = TAGS if self.reasons else ()
         if with_tools and self.tool_call_parser is not None:
             tags += PARSERS[self.tool_call_parser].tags
-        return next((tag for tag in tags if tag in self._special), None)
+        return next((tag for tag in tags if tag in self._tokenizer.special_tokens), None)
 
     def reply(self, prompt: Sequence[int], tool_names: Collection[str], max_calls: int | None) -> ReplyParser:
         """What reads a completion of this prompt; with no tools, no calls are looked for."""
@@ -167,3 +115,13 @@ class OutputParsers:
         return num_reasoning_tokens(
             ids, self._closing_token, lambda some: self._tokenizer.decode(some, skip_special_tokens=False)
         )
+
+
+def _inferred(template: ChatTemplate) -> str | None:
+    """The parser that reads back the call which the template wrote, if one does."""
+    for name in TOOL_CALL_PARSERS:
+        parser = ReplyParser(ThinkParser(), PARSERS[name]([CALLED]))  # Qwen3's writes empty reasoning before a call
+        found = parser.feed(template.call_written, finished=True)
+        if found and isinstance(found[0], ToolCall):
+            return name
+    return None

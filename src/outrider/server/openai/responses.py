@@ -31,7 +31,9 @@ async def respond(service: Service, request: Request) -> Response:
     messages, tools = asked.messages(), asked.shown_tools()
 
     async def prompts() -> Prompts:
-        return [(None, await service.tokenizer.conversation(messages, asked.chat_template_kwargs, tools))]
+        return [
+            (None, await service.tokenizer.conversation(messages, tools=tools, arguments=asked.chat_template_kwargs))
+        ]
 
     defaults = text_defaults(service.tokenizer, asked, tools)
     try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WithJsonSchema
 
 from outrider.core.sampling import SamplingParams
 from outrider.core.sampling_fields import NONE_OR_EMPTY
+from outrider.engine.conversation import content_of
 from outrider.errors import FieldError, PromptError, shortened
-from outrider.server.openai.messages import text_of
+from outrider.load.chat_template import PARTS, in_form, text_of
 from outrider.server.openai.schemas import (
     NOTHING,
     AFunction,
@@ -114,7 +115,7 @@ def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
         if name not in _INSIDE[kind] and name not in _UNREAD and value not in NONE_OR_EMPTY:
             raise PromptError(f"{shortened(name)} of an item of type {kind} is not offered: leave it out", where)
     if kind == "function_call_output":
-        content = text_of(item.get("output"), f"{where}.output", _PARTS)
+        content = _content(item.get("output"), f"{where}.output", _PARTS)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
@@ -122,14 +123,20 @@ def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
         _answer(messages).setdefault("tool_calls", []).append(call)
     elif kind == "reasoning":
         if item.get("content") is not None:
-            reasoning = text_of(item["content"], f"{where}.content", ("reasoning_text",))
+            reasoning = text_of(content_of(item["content"], f"{where}.content", ("reasoning_text",)))
             _answer(messages, before=("reasoning", "content", "tool_calls"))["reasoning"] = reasoning
     else:
-        content = text_of(item.get("content"), f"{where}.content", _PARTS)
+        content = _content(item.get("content"), f"{where}.content", _PARTS)
         if item.get("role") == "assistant":
             _answer(messages, before=("content", "tool_calls"))["content"] = content
         else:
             messages.append({"role": item.get("role"), "content": content})
+
+
+def _content(content: Any, where: str, kinds: Sequence[str]) -> Any:
+    """Content as chat completions have it: text, or a list of parts of text."""
+    found = content_of(content, where, kinds)
+    return found if isinstance(found, str) else in_form(found, PARTS)
 
 
 def _answer(messages: list[dict[str, Any]], before: tuple[str, ...] = ()) -> dict[str, Any]:

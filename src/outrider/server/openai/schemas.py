@@ -24,6 +24,7 @@ from outrider.core.sampling_fields import (
     TOP_P,
     SamplingField,
 )
+from outrider.engine.conversation import ROLES
 from outrider.errors import FieldError, nearest, shortened
 
 MOST_NESTED = 64
@@ -33,7 +34,6 @@ TOO_DEEP = f"the body is nested more than {MOST_NESTED} deep: flatten it"
 
 NOTHING: tuple[Any, ...] = (None,)
 _NEITHER = (None, False)
-ROLES = ["system", "developer", "user", "assistant", "tool"]
 
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     **SAMPLING_NOT_OFFERED,
@@ -42,7 +42,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "cache_salt": NOTHING,
     "chat_template": NOTHING,
-    "continue_final_message": _NEITHER,
     "documents": NONE_OR_EMPTY,
     "function_call": (None, "none"),
     "functions": NONE_OR_EMPTY,
@@ -82,7 +81,7 @@ Conversation = Annotated[
                 "type": "object",
                 "required": ["role"],
                 "properties": {
-                    "role": {"enum": ROLES},
+                    "role": {"enum": list(ROLES)},
                     "content": {
                         "anyOf": [
                             {"type": "string"},
@@ -284,8 +283,11 @@ class ChatRequest(Sampled):
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(None, description="false: what follows the first call is left out")
     max_completion_tokens: int | None = Field(None, ge=1)
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: Annotated[bool | None, Field(description="true, as it always is")] = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="arguments that the chat template reads")
+    add_generation_prompt: bool | None = Field(None, description="false: the template begins no reply")
+    continue_final_message: bool | None = Field(
+        None, description="true: the text goes on where the last message ends; needs add_generation_prompt false"
+    )
 
     def sampling(self, **defaults: Any) -> SamplingParams:
         """As for any; an answer may be as long as there is room for unless `max_completion_tokens` says less."""
@@ -303,11 +305,14 @@ class ChatRequest(Sampled):
         """The tools that the model is shown, as its chat template takes them."""
         return shown_tools([tool.function for tool in self.tools or ()], self.tool_choice, "tools.{}.function.")
 
-    def check(self) -> None:
-        """What no field shows by itself."""
-        super().check()
-        if self.add_generation_prompt is False:
-            raise FieldError("add_generation_prompt false is not offered: leave it out", "add_generation_prompt")
+    def rendering(self) -> dict[str, Any]:
+        """How the conversation is written, as `encode_conversation` takes it."""
+        return {
+            "tools": self.shown_tools(),
+            "arguments": self.chat_template_kwargs,
+            "add_generation_prompt": self.add_generation_prompt is not False,
+            "continue_final_message": self.continue_final_message is True,
+        }
 
 
 class TokenizeRequest(Record):

@@ -127,8 +127,6 @@ def test_contradictions() -> None:
         chat(max_completion_tokens=5, min_tokens=9).sampling()
     with pytest.raises(FieldError, match="stream_options is for streams"):
         completion(stream_options={"include_usage": True}).check()
-    with pytest.raises(FieldError, match="add_generation_prompt"):
-        chat(add_generation_prompt=False).check()
 
 
 def test_schemas_know_every_field() -> None:
