@@ -11,6 +11,7 @@
     +-- CheckpointError (ValueError) a file that is missing, truncated, or not what it should be
     |   +-- UnknownArchitectureError a config.json naming a model this engine does not have
     +-- CapacityError (RuntimeError) the memory given cannot hold one sequence
+    +-- LogitsError (RuntimeError)   one request's logits hold no token to draw; other requests go on
     +-- EngineDeadError (RuntimeError) the engine failed earlier and cannot go on
     |   +-- EngineRestartingError    the server is starting another one; later it will go
     +-- OverloadError (RuntimeError) more is waiting than the server takes; later it will go
@@ -72,6 +73,10 @@ class UnknownArchitectureError(CheckpointError):
 
 class CapacityError(OutriderError, RuntimeError):
     """The memory given to the key/value cache cannot hold what is asked."""
+
+
+class LogitsError(OutriderError, RuntimeError):
+    """No token can be drawn from a request's logits: they hold NaN, +inf, or nothing but -inf."""
 
 
 class EngineDeadError(OutriderError, RuntimeError):

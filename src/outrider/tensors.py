@@ -95,6 +95,7 @@ class Verdict:
 
     tokens: Tensor  # [B, K+1] int64, accepted drafts, then one of the target's own, then -1
     count: Tensor  # [B] int32, from 1 to K+1; 0 where the row stopped inside its prompt
+    invalid: Tensor  # [B] bool, whether the last of them is none: its logits hold NaN, +inf, or nothing but -inf
 
 
 class Column(NamedTuple):

@@ -152,7 +152,7 @@ def join_input(generator: torch.Generator, device: torch.device, wide: bool) -> 
         for rows, size in ((1, 64), (7, 67), (40, 256)):
             hidden = torch.randn(rows, size, generator=generator)
             yield {
-                "ids": torch.randint(31, (rows,), generator=generator).to(device),
+                "ids": torch.randint(-2, 31, (rows,), generator=generator).to(device),
                 "embedding": torch.randn(31, size, generator=generator).to(device, dtype),
                 "hidden": hidden.to(device, torch.float32 if wide else dtype),
                 "token_norm": (1 + torch.randn(size, generator=generator)).to(device, dtype),

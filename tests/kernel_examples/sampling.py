@@ -68,6 +68,10 @@ def gumbel_argmax(generator: torch.Generator, device: torch.device, wide: bool) 
             logits[3] = -torch.inf
             logits[3, size - 1] = -900.0
             logits[4, 5::7] = torch.inf
+        if rows > 6:
+            logits[5, size - 2] = torch.nan
+            logits[6, 1] = -torch.tensor(torch.nan)
+            logits[0, size // 2] = torch.finfo(torch.float32).max
         slot = (torch.arange(rows) + 1) % slots  # a row alone is drawn with noise
         example = {
             "logits": logits.to(device),

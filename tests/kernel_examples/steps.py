@@ -108,7 +108,7 @@ def accept_drafts(generator: torch.Generator, device: torch.device, wide: bool) 
         (7, torch.randint(0, 9, (128,), generator=generator).tolist(), 0),
     ):
         logits_start = torch.tensor([0, *owned]).cumsum(0).int()
-        choice = torch.randint(0, 2, (sum(owned) + padding,), generator=generator)
+        choice = torch.randint(-1, 2, (sum(owned) + padding,), generator=generator)
         drafts = torch.randint(0, 2, (len(owned), width), generator=generator)
         stands = torch.randint(0, 2, (sum(owned) + padding,), generator=generator).bool()
         for test in (None, stands.to(device)):
@@ -137,11 +137,11 @@ def commit(generator: torch.Generator, device: torch.device, wide: bool) -> Iter
         count = (columns[3] * (1 + part * (columns[2] + 1)).floor()).int()
         column = torch.arange(width + 1, device=device)
         tokens = torch.where(column < count[:, None], 20_000 + 100 * batch.slot[:, None] + column, -1)
-        yield {"slots": slots, "batch": batch, "verdict": Verdict(tokens, count)}
+        yield {"slots": slots, "batch": batch, "verdict": Verdict(tokens, count, count < 0)}
     full = copy.deepcopy(slots)  # no room for all that is gained
     full.length[:] = full.tokens.shape[1] - 2
     full.computed[:] = full.length - 1
-    yield {"slots": full, "batch": batch, "verdict": Verdict(tokens, count)}
+    yield {"slots": full, "batch": batch, "verdict": Verdict(tokens, count, count < 0)}
 
 
 def store_draft(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
@@ -149,7 +149,7 @@ def store_draft(generator: torch.Generator, device: torch.device, wide: bool) ->
         slots, batch = example["slots"], example["batch"]
         size, width = batch.draft_tokens.shape
         real = batch.rows.query_start.diff() > 0
-        drawn = torch.randint(0, 99, (size, width), generator=generator).to(device)
+        drawn = torch.randint(-5, 99, (size, width), generator=generator).to(device)
         tokens = torch.where(real[:, None], drawn, batch.draft_tokens)
         length = torch.where(real, width, slots.draft_length[batch.slot])
         yield {"slots": slots, "batch": batch, "draft": Draft(tokens, length.int(), None)}
@@ -176,7 +176,7 @@ def draft_rows(generator: torch.Generator, device: torch.device, wide: bool) -> 
             part = torch.rand(len(rows), generator=generator).to(device)
             count = (columns[3] * (1 + part * (columns[2] + 1)).floor()).int()
             gained = torch.full((len(rows), width + 1), 7, device=device)
-            committed, _ = commit_reference(slots, batch, Verdict(gained, count))
+            committed, _ = commit_reference(slots, batch, Verdict(gained, count, count < 0))
             example = {
                 "slots": slots,
                 "batch": batch,
@@ -231,12 +231,13 @@ def report(generator: torch.Generator, device: torch.device, wide: bool) -> Iter
         example = {
             "tokens": torch.randint(-1, 151_936, (rows, drafts + 1), generator=generator).to(device),
             "count": counts[0],
-            "out": torch.full((rows, drafts + 3), -7, device=device),
+            "invalid": counts[0] > counts[1],
+            "out": torch.full((rows, drafts + 4), -7, device=device),
         }
         yield {**example, "drafted": counts[1]}
         yield {**example, "drafted": None}
-        table = torch.full((rows, drafts + 8), -7, device=device)
-        yield {**example, "drafted": counts[1], "out": table[:, : drafts + 3]}
+        table = torch.full((rows, drafts + 9), -7, device=device)
+        yield {**example, "drafted": counts[1], "out": table[:, : drafts + 4]}
 
 
 def single_rows(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:

@@ -40,6 +40,8 @@ def measure(
     first = llm.engine.resolved.options.seed
     seeded = [replace(sampling, seed=(first + place) % 2**63) for place in range(len(prompts.texts))]
     outputs = llm.generate(list(prompts.texts), seeded, progress=progress)
+    for output in outputs:
+        output.raise_for_error()
     return sum((output.acceptance for output in outputs), AcceptanceReport())
 
 

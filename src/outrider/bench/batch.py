@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from outrider.core.output import FinishReason
 from outrider.core.sampling import SamplingParams
 from outrider.engine.engine import Engine, StepTimes
+from outrider.errors import LogitsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,8 @@ def run_batch(
             continue
         gains = [len(delta.tokens) for delta, _ in gained]
         ended = any(delta.finish_reason is not None for delta, _ in gained)
+        if any(delta.finish_reason is FinishReason.ERROR for delta, _ in gained):
+            raise LogitsError("the model's logits hold NaN or inf, so its speed says nothing: take another dtype")
         tokens += sum(gains)
         if waiting:
             waiting.difference_update(delta.request_id for delta, _ in gained)

@@ -74,7 +74,7 @@ def _verdict(sizes: Sizes) -> Verdict:
     count = 1 + sizes.num_drafts // 2
     tokens = torch.randint(0, sizes.config.vocab_size, (sizes.rows, 1 + sizes.num_drafts), device=sizes.device)
     tokens[:, count:] = -1
-    return Verdict(tokens, sizes.whole([count] * sizes.rows, torch.int32))
+    return Verdict(tokens, sizes.whole([count] * sizes.rows, torch.int32), sizes.whole([0] * sizes.rows, torch.bool))
 
 
 def _commit(sizes: Sizes) -> Case:
@@ -142,8 +142,9 @@ def _join_input(sizes: Sizes) -> Case:
 
 def _report(sizes: Sizes) -> Case:
     verdict = _verdict(sizes)
-    out = torch.empty(sizes.rows, sizes.num_drafts + 3, dtype=torch.int64, device=sizes.device)
-    given = {"tokens": verdict.tokens, "count": verdict.count, "drafted": torch.ones_like(verdict.count), "out": out}
+    out = torch.empty(sizes.rows, sizes.num_drafts + 4, dtype=torch.int64, device=sizes.device)
+    columns = {"tokens": verdict.tokens, "count": verdict.count, "invalid": verdict.invalid}
+    given = {**columns, "drafted": torch.ones_like(verdict.count), "out": out}
     return Case(REPORT, "", [given], 2 * out.nbytes)
 
 

@@ -121,6 +121,13 @@ class CacheManager:
             table.num_filed += 1
             table.next_file += self.block_size
 
+    def forget(self, table: BlockTable) -> None:
+        """Take the table's blocks out of the prefix index, those that it shares too: nobody finds them any more."""
+        for block in table.blocks:
+            if self.pool.forget(block):
+                self.index.remove(block)
+        table.next_file = sys.maxsize
+
     def free(self, table: BlockTable) -> None:
         """Give the table's blocks back, the last first: the ends of prefixes are evicted before their starts."""
         self._tables.remove(table)

@@ -76,6 +76,11 @@ class BlockPool:
         assert self._references[block] > 0, f"block {block} is kept but nobody owns it"
         self._kept[block] = True
 
+    def forget(self, block: int) -> bool:
+        """The owned block is to be empty when it is released; False if it was to be so already."""
+        was_kept, self._kept[block] = self._kept[block], False
+        return was_kept
+
     def forget_all(self) -> None:
         """The prefix index was emptied: cached blocks become empty ones."""
         self._kept = [False] * self.num_blocks

@@ -15,6 +15,7 @@ class FinishReason(Enum):
     STOP = "stop"  # a stop token, or a stop string that the engine found
     LENGTH = "length"  # max_tokens or max_model_len reached
     ABORT = "abort"  # the caller went away, or the engine failed
+    ERROR = "error"  # no token can be drawn from its logits
 
 
 class TokenDelta(NamedTuple):

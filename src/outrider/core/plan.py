@@ -60,5 +60,6 @@ class StepResult:
     step: int
     tokens: tuple[tuple[int, ...], ...]  # accepted drafts, then one token of the target's own; () inside a prompt
     num_drafted: tuple[int, ...]  # drafts now waiting to be verified in the row's next step
+    invalid: tuple[int, ...] = ()  # indexes of rows whose last token is none, since no token could be drawn
     # further columns that the verifier or a logits processor declares: of each row, the values of each of its tokens
     values: Mapping[str, tuple[tuple[tuple[float, ...], ...], ...]] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from outrider.core.output import AcceptanceTally, FinishReason, TokenDelta
 from outrider.core.sampling import SamplingParams
 from outrider.engine.detokenize import Detokenizer
 from outrider.engine.outputs import CompletionOutput, Piece, RequestOutput
+from outrider.errors import LogitsError
 
 
 @dataclass(slots=True)
@@ -74,6 +75,9 @@ class Completion:
             output.stop_reason = delta.stop_token
         if self.inbox.keeps_pieces:
             self._put_pieces(taken, delta.num_accepted, reason)
+        if reason is FinishReason.ERROR:
+            self.error = no_token(len(output.token_ids))
+            output.error = str(self.error)
         if reason is not None:
             self._end(reason)
         return stopped
@@ -103,3 +107,12 @@ class Completion:
         self.parent.acceptance += self.acceptance.report()
         self.parent.num_cached_tokens = max(self.parent.num_cached_tokens, self.num_cached)
         self.inbox.ended.append(self)
+
+
+def no_token(num_tokens: int) -> LogitsError:
+    """The error of a completion that has so many tokens, and no further one."""
+    return LogitsError(
+        f"the model's logits for output token {num_tokens + 1} hold NaN, inf, or -inf for every token, so none can be "
+        "drawn: if dtype is float16, take bfloat16 or float32; else look for damaged weights, or for a logits "
+        "processor that masks every token"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from outrider.runner.base import Pending
 from outrider.schedule.scheduler import Scheduler
 from outrider.verify.registry import own_fields
 from outrider.workers.base import Worker, WorkerStats
+
+logger = logging.getLogger("outrider")
 
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Odd and irregular, so that the n-th seedless requests of engines with neighbouring seeds share no noise."""
@@ -219,6 +222,8 @@ class Engine:
         for delta, _ in gained:
             if delta.finish_reason is not None:
                 del self._requests[delta.request_id]
+            if delta.finish_reason is FinishReason.ERROR:
+                logger.error("request %s ended: its logits hold NaN, inf, or -inf for every token", delta.request_id)
         if not self._scheduler.has_work:
             self._scheduler.check_idle()
         self.watchdog.check()

@@ -93,11 +93,14 @@ class Generation:
         )
 
     def ended(self) -> list[Completion]:
-        """The completions that ended since the last call. Raises the error of one that ended with an error."""
+        """The completions that ended since the last call. Raises the error of one that was aborted by it.
+
+        One with the finish reason "error" is like any other: its output holds the error.
+        """
         ended = []
         while self.inbox.ended:
             completion = self.inbox.ended.popleft()
-            if completion.error is not None:
+            if completion.error is not None and completion.output.error is None:
                 raise completion.error
             ended.append(completion)
         return ended
@@ -165,6 +168,7 @@ class AsyncGeneration(Generation):
         first = not completion.output.token_ids
         stopped = super().take(completion, delta, acceptance, num_cached)
         if completion.error is not None:
+            self._observer.ended(completion, self.arrival, now)
             self.fail(completion.error)
             return True
         if delta.tokens:

@@ -136,7 +136,8 @@ class LLM:
         """Completes every prompt; outputs are in the prompts' order.
 
         Every prompt is checked before any runs, so an InputError leaves nothing half done. An error of
-        one completion alone, such as of its detokenizer, is raised, and the others are aborted.
+        one completion alone, such as of its detokenizer, is raised, and the others are aborted. A completion
+        whose logits hold no token ends with the finish reason "error" and its `error`, and the others go on.
         """
         many = as_prompts(prompts)
         sampling = one_each(sampling_params, len(many), self._sampling_defaults)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from outrider.core.output import AcceptanceReport
+from outrider.errors import LogitsError
 
 
 @dataclass(slots=True)
@@ -16,8 +17,9 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: None = None  # not offered yet
     logprobs: None = None  # not offered yet
-    finish_reason: str | None = None  # "stop", "length" or "abort"; None while it runs
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"; None while it runs
     stop_reason: int | str | None = None  # the token id or string that stopped it, if it is not the model's own end
+    error: str | None = None  # why it ended with "error", after the tokens that it has
 
 
 @dataclass(slots=True)
@@ -36,6 +38,12 @@ class RequestOutput:
     def finished(self) -> bool:
         """Whether every completion has ended."""
         return all(output.finish_reason is not None for output in self.outputs)
+
+    def raise_for_error(self) -> None:
+        """Raises LogitsError if a completion ended with an error."""
+        for output in self.outputs:
+            if output.error is not None:
+                raise LogitsError(output.error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,9 @@ class Stream(Iterator[Piece]):
     def __next__(self) -> Piece:
         pieces = self._generation.inbox.pieces
         while not pieces:
-            self._generation.ended()
+            for completion in self._generation.ended():
+                if completion.error is not None:
+                    raise completion.error
             if self._output.finished:
                 raise StopIteration
             self._step()

@@ -39,19 +39,23 @@ def commit_reference(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[
     return committed, next_token
 
 
-def store_draft_reference(slots: Slots, batch: StepBatch, draft: Draft) -> None:
-    """Keep a draft by slot for the row's next step, in place.
+def store_draft_reference(slots: Slots, batch: StepBatch, draft: Draft) -> Tensor:
+    """Keep a draft by slot for the row's next step, in place; returns the length [B] int32 of what is kept.
 
+    A row keeps the drafts before its first negative one, which stands for logits that hold no token.
     Rows that pad a batch may leave anything in their slot.
 
     Slots keep logits only for a drafter that gives them: to a verifier stale logits would look like
     the distribution that a guess was drawn from.
     """
-    slots.draft_tokens.index_copy_(0, batch.slot, draft.tokens)
-    slots.draft_length.index_copy_(0, batch.slot, draft.length)
+    is_token = draft.tokens >= 0
+    length = torch.minimum(draft.length, is_token.cumprod(dim=1).sum(dim=1, dtype=torch.int32))
+    slots.draft_tokens.index_copy_(0, batch.slot, draft.tokens.clamp(min=0))
+    slots.draft_length.index_copy_(0, batch.slot, length)
     if slots.draft_logits is not None:
         assert draft.logits is not None, "the slots keep draft logits, but the drafter gives none"
         slots.draft_logits.index_copy_(0, batch.slot, draft.logits)
+    return length
 
 
 COMMIT = Op(

@@ -1,8 +1,8 @@
 """Packs a step's results into one tensor, for a single copy from the device to the host.
 
-tokens [B, K+1] int64, count [B] int32 of a `Verdict`; drafted [B] int32, how many drafts are waiting, None for none.
-out [B, K+3] int64, written: the tokens, their count, the drafts waiting. Its rows may lie in a wider table, whose
-further columns stay as they are.
+tokens [B, K+1] int64, count [B] int32 and invalid [B] bool of a `Verdict`; drafted [B] int32, how many drafts are
+waiting, None for none. out [B, K+4] int64, written: the tokens, their count, 1 where invalid, the drafts waiting. Its
+rows may lie in a wider table, whose further columns stay as they are.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from torch import Tensor
 from outrider.kernels.op import Op
 
 
-def report_reference(tokens: Tensor, count: Tensor, drafted: Tensor | None, out: Tensor) -> None:
-    out[:, :-2].copy_(tokens)
-    out[:, -2].copy_(count)
+def report_reference(tokens: Tensor, count: Tensor, invalid: Tensor, drafted: Tensor | None, out: Tensor) -> None:
+    out[:, :-3].copy_(tokens)
+    out[:, -3].copy_(count)
+    out[:, -2].copy_(invalid)
     out[:, -1].zero_() if drafted is None else out[:, -1].copy_(drafted)
 
 

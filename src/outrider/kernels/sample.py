@@ -10,8 +10,10 @@ their noise token by token.
 The logits are ready to be sampled from: the temperature processor has divided them (and a drafter
 divides its own). `temperature` says only which rows are greedy; None: all of them. With `slot`, the
 tables of temperatures and seeds are per slot, and row l is drawn for slot[l]. Sums are rounded to float32;
-the first index wins a tie. A token whose logit is -inf is never drawn while the row has another. Rows
-that hold a NaN give an index in range and nothing more.
+the first index wins a tie. A token whose logit is -inf is never drawn.
+
+A row whose largest logit is no finite number has no distribution: it holds a NaN or +inf, or nothing but -inf. It
+gives NO_TOKEN.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from torch import Tensor
 
 from outrider.kernels.noise import bits_at, gumbel
 from outrider.kernels.op import Op
+
+NO_TOKEN = -1
+"""In place of a token where there is none to draw."""
 
 
 def gumbel_argmax_reference(
@@ -32,17 +37,17 @@ def gumbel_argmax_reference(
     ids: Tensor | None = None,  # [V] int64
     slot: Tensor | None = None,  # [L] int64
 ) -> Tensor:
-    """[L] int64, the token drawn from each row."""
+    """[L] int64, the token drawn from each row, or NO_TOKEN."""
+    most, column = logits.max(dim=-1)
     if temperature is None:
-        column = logits.argmax(dim=-1)
-        return column if ids is None else ids[column]
+        return torch.where(most.isfinite(), column if ids is None else ids[column], NO_TOKEN)
     if slot is not None:
         temperature, seed = temperature.index_select(0, slot), seed.index_select(0, slot)
     index = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids
     noise = gumbel(bits_at(seed, position, purpose, index))
     greedy = (temperature == 0)[:, None]
     column = torch.where(greedy, logits, logits + noise).argmax(dim=-1)
-    return column if ids is None else ids[column]
+    return torch.where(most.isfinite(), column if ids is None else ids[column], NO_TOKEN)
 
 
 GUMBEL_ARGMAX = Op(

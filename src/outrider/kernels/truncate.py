@@ -4,6 +4,7 @@ Each asks for the logits at or above some value, so the three together are one t
 tokens that tie with the last one kept are kept too: the result is a function of the row's values,
 not of how a sort orders equals. All sums are in float64. With `slot`, the tables are per slot, row l
 belongs to slot[l], and rows of temperature 0 have everything off.
+A row that holds a NaN or +inf keeps one of these, and one of nothing but -inf stays so.
 
     min-p   keep tokens with at least min_p times the largest probability
     top-k   of those, keep what is no less than the k-th largest logit

@@ -12,13 +12,14 @@ from outrider.kernels.report import REPORT
 from outrider.runner.step import StepOutput
 from outrider.tensors import Column
 
-TOKENS, COUNT, WAITING = "tokens", "count", "waiting"
+TOKENS, COUNT, INVALID, WAITING = "tokens", "count", "invalid", "waiting"
 
 
 class ResultLayout:
     """Where each column of a step's results lies in a table of int64 cells; built once per runner.
 
-    Every step reports the tokens of a row, how many of them it gained, and how many drafts now wait to be verified.
+    Every step reports the tokens of a row, how many of them it gained, whether the last of those is none, and how many
+    drafts now wait to be verified.
     `declared` are further columns of the verifier and the logits processors, with values for each token.
     """
 
@@ -29,6 +30,7 @@ class ResultLayout:
         every = (
             Column(TOKENS, self._num_tokens, torch.int64),
             Column(COUNT, 1, torch.int32),
+            Column(INVALID, 1, torch.int32),
             Column(WAITING, 1, torch.int32),
             *(column._replace(width=self._num_tokens * column.width) for column in declared),
         )
@@ -48,8 +50,9 @@ class ResultLayout:
 
     def pack(self, output: StepOutput, table: Tensor) -> None:
         """Writes a step's output into the table, so that the host needs one copy for all of it."""
-        waiting = None if output.draft is None else output.draft.length
-        self._report(output.verdict.tokens, output.verdict.count, waiting, table[:, : self._width_of_all_steps])
+        verdict, waiting = output.verdict, None if output.draft is None else output.draft.length
+        cells = table[:, : self._width_of_all_steps]
+        self._report(verdict.tokens, verdict.count, verdict.invalid, waiting, cells)
         for name, values in output.values.items():
             cells = table[:, self._cells[name]]
             bits = values.view(torch.int32) if values.dtype == torch.float32 else values
@@ -58,7 +61,7 @@ class ResultLayout:
     def unpack(self, table: Tensor) -> dict[str, Tensor]:
         """The columns of a table that the host has fetched."""
         columns = {name: table[:, cells] for name, cells in self._cells.items()}
-        for name in (COUNT, WAITING):
+        for name in (COUNT, INVALID, WAITING):
             columns[name] = columns[name][:, 0]
         for name, column in self._declared.items():
             values = columns[name].to(torch.int32 if column.dtype == torch.float32 else column.dtype)
@@ -68,7 +71,8 @@ class ResultLayout:
     @staticmethod
     def columns(output: StepOutput) -> dict[str, Tensor]:
         """The columns of an output that needs no packing, since the host reads it at once."""
-        columns = {TOKENS: output.verdict.tokens, COUNT: output.verdict.count, **output.values}
+        verdict = output.verdict
+        columns = {TOKENS: verdict.tokens, COUNT: verdict.count, INVALID: verdict.invalid, **output.values}
         if output.draft is not None:
             columns[WAITING] = output.draft.length
         return columns
@@ -78,10 +82,12 @@ class ResultLayout:
         counts = columns[COUNT].tolist()
         tokens = tuple(tuple(row[:count]) for row, count in zip(columns[TOKENS].tolist(), counts, strict=True))
         waiting = tuple(columns[WAITING].tolist()) if WAITING in columns else (0,) * len(tokens)
+        flags = columns[INVALID].tolist()
+        invalid = tuple(row for row, flag in enumerate(flags) if flag) if any(flags) else ()
         if not self._declared:
-            return StepResult(step, tokens, waiting)
+            return StepResult(step, tokens, waiting, invalid)
         values = {name: _by_token(columns[name], counts) for name in self._declared if name in columns}
-        return StepResult(step, tokens, waiting, values)
+        return StepResult(step, tokens, waiting, invalid, values)
 
 
 def _by_token(values: Tensor, counts: Sequence[int]) -> tuple[tuple[tuple[float, ...], ...], ...]:

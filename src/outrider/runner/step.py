@@ -83,6 +83,7 @@ class StepProgram:
         if drafting:
             noise = self._verifier.draft_noise
             proposed = self._drafter.propose(DraftContext(batch, target, committed, next_token, slots, noise))
-            self._store_draft(slots, batch, proposed)
+            kept = self._store_draft(slots, batch, proposed)
+            proposed = Draft(proposed.tokens, kept, proposed.logits)
         mark("draft")
         return StepOutput(verdict, proposed, values)

@@ -142,13 +142,14 @@ class Scheduler:
         self._in_flight.popleft()
         deltas: list[TokenDelta] = []
         ended = False
-        for running, row, tokens, num_drafted in zip(rows, plan.rows, result.tokens, result.num_drafted, strict=True):
+        columns = zip(rows, plan.rows, result.tokens, result.num_drafted, strict=True)
+        for index, (running, row, tokens, num_drafted) in enumerate(columns):
             if running.closed:
                 self._queues.land_late(running)
                 continue
             running.num_in_flight -= 1
             if row.ends_prompt:
-                delta = self._take(running, row, tokens, num_drafted)
+                delta = self._take(running, row, tokens, num_drafted, index in result.invalid)
                 deltas.append(delta)
                 ended = ended or delta.finish_reason is not None
             else:
@@ -158,8 +159,13 @@ class Scheduler:
             self._queues.running = [running for running in self._queues.running if not running.closed]
         return deltas
 
-    def _take(self, running: RunningRequest, row: Row, tokens: tuple[int, ...], num_drafted: int) -> TokenDelta:
-        """Commit what a row yielded, and end the request if that ends it."""
+    def _take(
+        self, running: RunningRequest, row: Row, tokens: tuple[int, ...], num_drafted: int, is_invalid: bool
+    ) -> TokenDelta:
+        """Commit what a row yielded, and end the request if that ends it.
+
+        The last token of an invalid row is none. The request ends there with an error, unless it ends before.
+        """
         request, count = running.request, len(tokens)
         assert 1 <= count <= row.num_drafts + 1, f"slot {row.slot} gave {count} tokens for {row.num_drafts} drafts"
         assert 0 <= num_drafted <= self.options.sizes.num_drafts, f"slot {row.slot} has {num_drafted} drafts waiting"
@@ -172,8 +178,13 @@ class Scheduler:
             if request.watch is not None:
                 request.watch.record(num_verified, num_accepted)
         num_computed = len(request.tokens) + count - 1
-        kept = request.extend(tokens, running.end)
-        self._advance(running, min(num_computed, len(request.tokens)))
+        kept = request.extend(tokens[:-1] if is_invalid else tokens, running.end)
+        if is_invalid and request.finish_reason is None:
+            # Its keys and values may hold NaN, which no other request may find.
+            request.finish_reason = FinishReason.ERROR
+            self.cache.forget(running.table)
+        else:
+            self._advance(running, min(num_computed, len(request.tokens)))
         if request.finish_reason is not None:
             self._queues.close(running)
         else:

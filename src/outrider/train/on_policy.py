@@ -54,6 +54,8 @@ def generate(
     ) as llm:
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(asked, sampling, progress=progress)
+    for output in outputs:
+        output.raise_for_error()
     write_documents(
         path, ((output.prompt_token_ids + output.outputs[0].token_ids, options.prompt_length) for output in outputs)
     )

@@ -54,11 +54,13 @@ class Rejection(Verifier):
             likelihood = guessed.gather(1, guess).double()
             residual = (target - guessed).clamp(min=0).log()
         chance = uniform(NOISE_BITS.on(logits.device)(slots.seed[slot], position, Purpose.ACCEPT, 1))
-        accepted = (chance * likelihood < target.gather(1, guess).double())[:, 0]
+        likely = target.gather(1, guess).double()
+        accepted = (chance * likelihood < likely)[:, 0]
 
         # Rounding can leave nothing of a residual; then p equals q, and the draft is all but surely accepted.
+        # Where p or q is NaN there is no residual: the draft is not accepted, and the token is drawn from p alone.
         greedy = slots.temperature[slot] == 0
-        whole = greedy | ~drafted | (residual == -torch.inf).all(dim=-1)
+        whole = greedy | ~drafted | (residual == -torch.inf).all(dim=-1) | (likelihood + likely).isnan()[:, 0]
         drawn_from = torch.where(whole[:, None], logits, residual)
         choice = sample(drawn_from, slots.temperature, slots.seed, position, Purpose.TARGET, slot=slot)
         accepted = torch.where(greedy, choice == guess[:, 0], accepted)

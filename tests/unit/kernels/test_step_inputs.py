@@ -120,7 +120,8 @@ def test_commit(commit, seed: int) -> None:
     before = copy.deepcopy(slots)
     gains = [[dice.randrange(100, 200) for _ in range(dice.randint(1, 1 + row[2]))] if row[3] else [] for row in rows]
     tokens = torch.tensor([gain + [-1] * (width + 1 - len(gain)) for gain in gains])
-    verdict = Verdict(tokens, torch.tensor([len(gain) for gain in gains], dtype=torch.int32))
+    count = torch.tensor([len(gain) for gain in gains], dtype=torch.int32)
+    verdict = Verdict(tokens, count, torch.zeros(len(gains), dtype=torch.bool))
     committed, next_token = commit(slots, batch, verdict)
     for row, (slot, num_tokens, num_drafts, _) in enumerate(rows):
         length, gain = int(before.length[slot]), gains[row]
@@ -145,7 +146,8 @@ def test_commit_never_writes_past_the_end(commit) -> None:
     slots.length[:], slots.computed[:] = 8, 7
     before = slots.tokens.clone()
     batch = assemble_reference(slots, *columns([(1, 1, 0, 1)]), 1, 1, BLOCK)
-    commit(slots, batch, Verdict(torch.tensor([[1, 2, 3, 4]]), torch.tensor([4], dtype=torch.int32)))
+    count = torch.tensor([4], dtype=torch.int32)
+    commit(slots, batch, Verdict(torch.tensor([[1, 2, 3, 4]]), count, torch.tensor([False])))
     assert slots.length.tolist() == [8, 10, 8]
     before[1, 8:] = torch.tensor([1, 2])
     assert torch.equal(slots.tokens, before)

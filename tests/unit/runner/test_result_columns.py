@@ -51,7 +51,8 @@ class Scores(MinTokens):
 def test_packed_columns_are_read_as_unpacked_ones() -> None:
     layout = ResultLayout(2, (SCORE, LIKELIEST), CPU)
     tokens = torch.tensor([[5, 6, -1], [7, -1, -1], [-1, -1, -1]])
-    verdict = Verdict(tokens, torch.tensor([2, 1, 0], dtype=torch.int32))
+    invalid = torch.tensor([False, True, False])
+    verdict = Verdict(tokens, torch.tensor([2, 1, 0], dtype=torch.int32), invalid)
     draft = Draft(torch.zeros(3, 2, dtype=torch.int64), torch.tensor([2, 1, 0], dtype=torch.int32), None)
     values = {"score": torch.randn(3, 3, 1), "likeliest": torch.arange(18).view(3, 3, 2) - 2**40}
     output = StepOutput(verdict, draft, values)
@@ -60,6 +61,7 @@ def test_packed_columns_are_read_as_unpacked_ones() -> None:
     found = layout.read(4, layout.unpack(table))
     assert found == layout.read(4, layout.columns(output))
     assert found.tokens == ((5, 6), (7,), ()) and found.num_drafted == (2, 1, 0)
+    assert found.invalid == (1,)
     score = values["score"][:, :, 0].tolist()
     assert found.values["score"] == (((score[0][0],), (score[0][1],)), ((score[1][0],),), ())
     assert found.values["likeliest"][1] == (tuple(values["likeliest"][1, 0].tolist()),)

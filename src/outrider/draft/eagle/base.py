@@ -269,6 +269,8 @@ class HeadDrafter(Drafter):
     ) -> tuple[Tensor, Tensor | None]:
         """[N] int64, a token of the target's vocabulary for each row; and the draft logits [N, V], if they are kept.
 
+        NO_TOKEN stands where the logits hold none: that draft and those after it are dropped.
+
         The noise is the context's. Under the default verifier it is what the target itself samples with at that
         position: the more alike both distributions, the likelier both give the same token (Daliri, Musco and Suresh,
         2024).
@@ -286,5 +288,5 @@ class HeadDrafter(Drafter):
         """
         widened = logits.new_full((logits.shape[0], self.target.vocab_size), -torch.inf)
         if self._argmax:
-            return widened.scatter_(1, tokens[:, None], 0.0)
+            return widened.scatter_(1, tokens.clamp(min=0)[:, None], 0.0)
         return logits if self._ids is None else widened.index_copy_(1, self._ids, logits)

@@ -7,7 +7,8 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import kernel, pointer
+from outrider.kernels.cpu.jit import kernel, larger, pointer
+from outrider.kernels.sample import NO_TOKEN
 
 
 @kernel
@@ -19,6 +20,7 @@ def _accept_drafts_kernel(
     drafts_at: int,
     tokens_at: int,
     count_at: int,
+    invalid_at: int,
     num_rows: int,
     num_logits: int,
     width: int,
@@ -29,18 +31,22 @@ def _accept_drafts_kernel(
     drafts = carray(pointer(drafts_at), (num_rows, width), np.int64)
     tokens = carray(pointer(tokens_at), (num_rows, width + 1), np.int64)
     count = carray(pointer(count_at), (num_rows,), np.int32)
+    invalid = carray(pointer(invalid_at), (num_rows,), np.uint8)
     for row in range(num_rows):
         start = logits_start[row]
         owned = logits_start[row + 1] - start
         gained = 0
+        invalid[row] = 0
         if owned > 0:
             while gained < owned - 1:
-                draft = drafts[row, gained]
-                if not (draft == choice[start + gained] if compare else stands[start + gained] != 0):
+                draft, own = drafts[row, gained], choice[start + gained]
+                if own == NO_TOKEN or not (draft == own if compare else stands[start + gained] != 0):
                     break
                 tokens[row, gained] = draft
                 gained += 1
-            tokens[row, gained] = choice[start + gained]
+            last = choice[start + gained]
+            tokens[row, gained] = larger(last, 0)
+            invalid[row] = last == NO_TOKEN
             gained += 1
         count[row] = gained
         for i in range(gained, width + 1):
@@ -49,7 +55,7 @@ def _accept_drafts_kernel(
 
 def accept_drafts_cpu(
     choice: Tensor, stands: Tensor | None, logits_start: Tensor, draft_tokens: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`accept_drafts_reference` in one call."""
     draft_tokens = draft_tokens.contiguous()
     assert choice.is_contiguous() and (stands is None or (stands.is_contiguous() and stands.dtype == torch.bool))
@@ -57,6 +63,7 @@ def accept_drafts_cpu(
     rows, width = draft_tokens.shape
     tokens = torch.empty((rows, width + 1), dtype=torch.int64)
     count = torch.empty(rows, dtype=torch.int32)
+    invalid = torch.empty(rows, dtype=torch.bool)
     _accept_drafts_kernel(
         choice.data_ptr(),
         0 if stands is None else stands.data_ptr(),
@@ -65,8 +72,9 @@ def accept_drafts_cpu(
         draft_tokens.data_ptr(),
         tokens.data_ptr(),
         count.data_ptr(),
+        invalid.data_ptr(),
         rows,
         choice.shape[0],
         width,
     )
-    return tokens, count
+    return tokens, count, invalid

@@ -286,18 +286,22 @@ smaller, larger = _chosen("<"), _chosen(">")
 _LEAST_INT = np.int32(-(2**31))
 _NOT_SIGN = np.int32(2**31 - 1)
 _S31 = np.int32(31)
+# Added to the ordered bits of a float, with wraparound, it puts -inf at the bottom and the NaNs of either sign on top.
+_FROM_LEAST = np.int32(1 - 2**23)
 
 
 @compiled()
 def largest(values: Floats, scratch: Floats) -> np.float32:
-    """The largest float, found on its bits in an order that integers share: such a loop is vectorised.
+    """The largest float, NaN if there is one: found on its bits in an order that integers share.
 
-    scratch[0] is overwritten.
+    Such a loop is vectorised. scratch[0] is overwritten.
     """
     bits = values.view(np.int32)
     most = _LEAST_INT
     for i in range(len(bits)):
-        most = np.int32(max(most, np.int32(bits[i] ^ np.int32(np.int32(bits[i] >> _S31) & _NOT_SIGN))))
+        ordered = np.int32(bits[i] ^ np.int32(np.int32(bits[i] >> _S31) & _NOT_SIGN))
+        most = np.int32(max(most, np.int32(ordered + _FROM_LEAST)))
+    most = np.int32(most - _FROM_LEAST)
     scratch.view(np.int32)[0] = most ^ np.int32(np.int32(most >> _S31) & _NOT_SIGN)
     most_float: np.float32 = scratch[0]
     return most_float

@@ -8,7 +8,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import KIND, WIDTH, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import kernel, pointer
+from outrider.kernels.cpu.jit import kernel, larger, pointer
 from outrider.kernels.cpu.norm import norm_row
 
 
@@ -43,7 +43,7 @@ def _join_kernel(
     ids = carray(pointer(ids_at), (rows,), np.int64)
     for row in range(rows):
         place = out + row * size * 8
-        _widen_row(embedding + ids[row] * size * width, kind, place, size)
+        _widen_row(embedding + larger(ids[row], 0) * size * width, kind, place, size)
         norm_row(place, token_norm, kind, place, size, eps)
         norm_row(hidden + row * size * 4, hidden_norm, kind, place + size * 4, size, eps)
 

@@ -15,12 +15,13 @@ from outrider.kernels.cpu.addresses import address
 from outrider.kernels.cpu.jit import Floats, Tokens, compiled, kernel, largest, pointer
 from outrider.kernels.cpu.noise import native_bits, native_key
 from outrider.kernels.noise import GUMBEL_MAX
+from outrider.kernels.sample import NO_TOKEN
 
 _BLOCK = 1024
 _LN2_STEP = np.float32(math.log(2.0) * 2.0**-23)
 _LN2_BASE = np.float32(math.log(2.0) * 151.0 + 1e-3)
 _GUMBEL_MAX = np.float32(GUMBEL_MAX)
-_LEAST = np.float32(-math.inf)
+_LEAST, _INF = np.float32(-math.inf), np.float32(math.inf)
 _S8 = np.uint32(8)
 
 
@@ -44,12 +45,14 @@ def _greedy_row(logits: Floats, scratch: Floats) -> int:
     for start in range(0, len(logits), _BLOCK):
         block = logits[start : start + _BLOCK]
         most = largest(block, scratch)
+        if not most < _INF:
+            return NO_TOKEN
         if most > best:
             best = most
             token = start
             while logits[token] != best:
                 token += 1
-    return token
+    return token if best > _LEAST else NO_TOKEN
 
 
 @compiled()
@@ -57,7 +60,10 @@ def _noisy_row(logits: Floats, ids: Tokens, a: np.uint32, b: np.uint32, scratch:
     best, token = _LEAST, 0
     for start in range(0, len(logits), _BLOCK):
         block = logits[start : start + _BLOCK]
-        if largest(block, scratch) + _GUMBEL_MAX <= best:
+        most = largest(block, scratch)
+        if not most < _INF:
+            return NO_TOKEN
+        if most + _GUMBEL_MAX <= best:
             continue
         bound = scratch[1 : 1 + len(block)]
         tokens = ids[start : start + _BLOCK]
@@ -70,7 +76,7 @@ def _noisy_row(logits: Floats, ids: Tokens, a: np.uint32, b: np.uint32, scratch:
                 score = np.float32(block[i] + np.float32(-math.log(-math.log1p(-u))))
                 if score > best:
                     best, token = score, start + i
-    return token
+    return token if best > _LEAST else NO_TOKEN
 
 
 @cache
@@ -120,7 +126,7 @@ def _gumbel_argmax_kernel(given: Logits, draws: Draws, out_at: int) -> None:
         else:
             a, b = native_key(seed[owner], position[row], draws.purpose)
             out[row] = _noisy_row(logits, ids, a, b, scratch)
-        if given.mapped:
+        if given.mapped and out[row] != NO_TOKEN:
             out[row] = ids[out[row]]
 
 

@@ -17,7 +17,7 @@ Bins: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float64]]"
 
 _BINS = 2048
 _BINS_PER_NAT = np.float32(64.0)
-_LEAST = np.float32(-math.inf)
+_LEAST, _INF = np.float32(-math.inf), np.float32(math.inf)
 
 
 @compiled(inline="always")
@@ -86,6 +86,8 @@ def _truncate_kernel(
         if not (by_k or by_p or by_min):
             continue
         most = largest(logits, found)
+        if not _LEAST < most < _INF:
+            continue
         floor: float = np.float64(most) + math.log(np.float64(min_p[row])) if by_min else -math.inf
         if by_k:
             floor = max(floor, _kth(logits, most, top_k[row], bins, found))

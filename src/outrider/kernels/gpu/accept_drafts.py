@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.sample import NO_TOKEN
 
 
 @jit
 def _accept_drafts_kernel(
-    choice, stands, logits_start, drafts, tokens, count,
-    WIDTH: tl.constexpr, COMPARE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    choice, stands, logits_start, drafts, tokens, count, invalid,
+    WIDTH: tl.constexpr, COMPARE: tl.constexpr, NO_TOKEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     row = tl.program_id(0)
@@ -20,25 +21,28 @@ def _accept_drafts_kernel(
     guess = tl.load(drafts + row * WIDTH + column, mask=column < WIDTH, other=0)
     start = tl.load(logits_start + row)
     owned = tl.load(logits_start + row + 1) - start
-    own = tl.load(choice + start + column, mask=column < owned, other=-1)
+    own = tl.load(choice + start + column, mask=column < owned, other=NO_TOKEN)
     stand = own == guess if COMPARE else tl.load(stands + start + column, mask=column < owned, other=0) != 0
-    accepted = tl.min(tl.where(stand & (column < owned - 1), BLOCK, column), 0)
+    accepted = tl.min(tl.where(stand & (own != NO_TOKEN) & (column < owned - 1), BLOCK, column), 0)
     gained = tl.where(owned > 0, accepted + 1, 0)
-    token = tl.where(column < accepted, guess, own)
+    token = tl.where(column < accepted, guess, tl.maximum(own, 0))
     token = tl.where(column < gained, token, -1)
     tl.store(tokens + row * (WIDTH + 1) + column, token, mask=column <= WIDTH)
     tl.store(count + row, gained)
+    missing = tl.sum(((column == accepted) & (own == NO_TOKEN)).to(tl.int32), 0)
+    tl.store(invalid + row, (missing > 0) & (owned > 0))
 
 
 def accept_drafts_gpu(
     choice: Tensor, stands: Tensor | None, logits_start: Tensor, draft_tokens: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`accept_drafts_reference` in one kernel."""
     draft_tokens = draft_tokens.contiguous()
     assert choice.is_contiguous() and logits_start.is_contiguous() and (stands is None or stands.is_contiguous())
     rows, width = draft_tokens.shape
     tokens = torch.empty((rows, width + 1), dtype=torch.int64, device=choice.device)
     count = torch.empty(rows, dtype=torch.int32, device=choice.device)
+    invalid = torch.empty(rows, dtype=torch.bool, device=choice.device)
     overlap = overlaps(choice)
     _accept_drafts_kernel[(rows,)](
         choice,
@@ -47,11 +51,13 @@ def accept_drafts_gpu(
         draft_tokens,
         tokens,
         count,
+        invalid.view(torch.uint8),
         WIDTH=width,
         COMPARE=stands is None,
+        NO_TOKEN=NO_TOKEN,
         BLOCK=next_power_of_2(width + 1),
         PDL=overlap,
         num_warps=1,
         **launch(overlap),
     )
-    return tokens, count
+    return tokens, count, invalid

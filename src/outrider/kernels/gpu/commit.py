@@ -75,7 +75,7 @@ def commit_gpu(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[Tensor
 
 @jit
 def _store_draft_kernel(
-    drafts, draft_length, draft_logits, slot, query_start, tokens, length, logits, size,
+    drafts, draft_length, draft_logits, slot, query_start, tokens, length, logits, kept, size,
     WIDTH: tl.constexpr, LOGITS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
@@ -83,18 +83,22 @@ def _store_draft_kernel(
     column = tl.arange(0, BLOCK)
     wait(PDL)
     at = tl.load(slot + row)
+    token = tl.load(tokens + row * WIDTH + column, mask=column < WIDTH, other=0)
+    before = tl.min(tl.where(token < 0, column, BLOCK), 0)
+    length_kept = tl.minimum(tl.load(length + row), before)
+    if piece == 0:
+        tl.store(kept + row, length_kept)
     if tl.load(query_start + row + 1) > tl.load(query_start + row):
         if piece == 0:
-            token = tl.load(tokens + row * WIDTH + column, mask=column < WIDTH)
-            tl.store(drafts + at * WIDTH + column, token, mask=column < WIDTH)
-            tl.store(draft_length + at, tl.load(length + row))
+            tl.store(drafts + at * WIDTH + column, tl.maximum(token, 0), mask=column < WIDTH)
+            tl.store(draft_length + at, length_kept)
         if LOGITS:
             index = piece * PIECE + tl.arange(0, PIECE)
             value = tl.load(logits + row * size + index, mask=index < size)
             tl.store(draft_logits + at * size + index, value, mask=index < size)
 
 
-def store_draft_gpu(slots: Slots, batch: StepBatch, draft: Draft) -> None:
+def store_draft_gpu(slots: Slots, batch: StepBatch, draft: Draft) -> Tensor:
     """`store_draft_reference` in one kernel, which leaves the slot of rows without query tokens as it is."""
     rows, width = draft.tokens.shape
     assert slots.draft_tokens.is_contiguous() and slots.draft_tokens.shape[1] == width
@@ -104,6 +108,7 @@ def store_draft_gpu(slots: Slots, batch: StepBatch, draft: Draft) -> None:
         assert slots.draft_logits.is_contiguous() and draft.logits.is_contiguous()
         assert slots.draft_logits.dtype == draft.logits.dtype
         size = draft.logits[0].numel()
+    kept = torch.empty_like(draft.length)
     overlap = overlaps(batch.slot)
     _store_draft_kernel[(rows, max(1, -(-size // _PIECE)))](
         slots.draft_tokens,
@@ -114,6 +119,7 @@ def store_draft_gpu(slots: Slots, batch: StepBatch, draft: Draft) -> None:
         draft.tokens.contiguous(),
         draft.length,
         draft.logits,
+        kept,
         size,
         WIDTH=width,
         LOGITS=size > 0,
@@ -123,3 +129,4 @@ def store_draft_gpu(slots: Slots, batch: StepBatch, draft: Draft) -> None:
         num_warps=4 if size else 1,
         **launch(overlap),
     )
+    return kept

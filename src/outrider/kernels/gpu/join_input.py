@@ -22,7 +22,7 @@ def _join_kernel(
     if half == 0:
         scale = tl.load(token_norm + column, mask=inside, other=0).to(tl.float32)
         wait(PDL)
-        token = tl.load(embedding + tl.load(ids + row) * size + column, mask=inside, other=0)
+        token = tl.load(embedding + tl.maximum(tl.load(ids + row), 0) * size + column, mask=inside, other=0)
         wide = token.to(out.dtype.element_ty).to(tl.float32)
     else:
         scale = tl.load(hidden_norm + column, mask=inside, other=0).to(tl.float32)

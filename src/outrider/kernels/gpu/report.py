@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, tl, wait
@@ -9,7 +10,7 @@ from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, ove
 
 @jit
 def _report_kernel(
-    tokens, count, drafted, out, width, stride, DRAFTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    tokens, count, invalid, drafted, out, width, stride, DRAFTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     begin(PDL)
     row = tl.program_id(0)
@@ -18,18 +19,20 @@ def _report_kernel(
     token = tl.load(tokens + row * width + column, mask=column < width)
     tl.store(out + row * stride + column, token, mask=column < width)
     tl.store(out + row * stride + width, tl.load(count + row).to(tl.int64))
+    tl.store(out + row * stride + width + 1, tl.load(invalid + row).to(tl.int64))
     waiting = tl.load(drafted + row).to(tl.int64) if DRAFTS else 0
-    tl.store(out + row * stride + width + 1, waiting)
+    tl.store(out + row * stride + width + 2, waiting)
 
 
-def report_gpu(tokens: Tensor, count: Tensor, drafted: Tensor | None, out: Tensor) -> None:
+def report_gpu(tokens: Tensor, count: Tensor, invalid: Tensor, drafted: Tensor | None, out: Tensor) -> None:
     """`report` in one kernel."""
     rows, width = tokens.shape
-    assert tokens.is_contiguous() and out.stride(1) == 1 and out.shape == (rows, width + 2)
+    assert tokens.is_contiguous() and out.stride(1) == 1 and out.shape == (rows, width + 3)
     overlap = overlaps(out)
     _report_kernel[(rows,)](
         tokens,
         count,
+        invalid.view(torch.uint8),
         drafted,
         out,
         width,

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from outrider.kernels.gpu.noise import bits, row_key
 from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.sample import NO_TOKEN
 
 _BLOCK = 2048
 
 
 @jit
 def _ranked(score, column):
-    """int64 that rise with the score, and among equal scores as the column falls."""
+    """int64 that rise with the score, and among equal scores as the column falls. NaN is above all numbers."""
     number = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
-    rising = number ^ ((number >> 31) & 0x7FFFFFFF)
+    rising = tl.where(score == score, number ^ ((number >> 31) & 0x7FFFFFFF), 0x7FC00000)
     return (rising.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
 
 
@@ -28,6 +29,12 @@ def _ranked(score, column):
 def _column(ranked):
     """The column a number of `_ranked` was made of."""
     return (0x7FFFFFFF - (ranked & 0x7FFFFFFF)).to(tl.int32)
+
+
+@jit
+def _is_finite(ranked):
+    """Whether the score that a number of `_ranked` was made of is one: below +inf and NaN, and above -inf."""
+    return (ranked < (0x7F800000 << 32)) & (ranked >= (-0x7F800000 << 32))
 
 
 @jit
@@ -95,14 +102,19 @@ def _best_of_block_kernel(
 
 
 @jit
-def _best_of_row_kernel(best, ids, out, num_blocks, MAPPED: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr):
+def _best_of_row_kernel(
+    best, ids, out, num_blocks,
+    MAPPED: tl.constexpr, NO_TOKEN: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     wait(PDL)
     found = tl.load(best + row * num_blocks + block, mask=block < num_blocks, other=-(2**63))
-    column = _column(tl.max(found)).to(tl.int64)
-    tl.store(out + row, tl.load(ids + column) if MAPPED else column)
+    best_of_row = tl.max(found)
+    column = _column(best_of_row).to(tl.int64)
+    token = tl.load(ids + column) if MAPPED else column
+    tl.store(out + row, tl.where(_is_finite(best_of_row), token, NO_TOKEN))
 
 
 def gumbel_argmax_gpu(
@@ -150,6 +162,7 @@ def gumbel_argmax_gpu(
         out,
         blocks,
         MAPPED=ids is not None,
+        NO_TOKEN=NO_TOKEN,
         BLOCKS=next_power_of_2(blocks),
         PDL=overlap,
         num_warps=1,

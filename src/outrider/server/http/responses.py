@@ -14,7 +14,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from outrider.errors import DeadlineError, EngineDeadError, EngineRestartingError, InputError, OverloadError
+from outrider.errors import (
+    DeadlineError,
+    EngineDeadError,
+    EngineRestartingError,
+    InputError,
+    LogitsError,
+    OverloadError,
+)
 from outrider.server.http.deadline import Deadline
 
 logger = logging.getLogger("outrider")
@@ -70,6 +77,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 429, error_record(429, str(error), code="overloaded"), {"retry-after": str(error.retry_after)}
     if isinstance(error, DeadlineError):
         return 408, error_record(408, str(error), code="request_timeout"), {}
+    if isinstance(error, LogitsError):
+        return 500, error_record(500, str(error), code="invalid_logits"), {}
     if isinstance(error, EngineRestartingError):
         headers = {"retry-after": str(error.retry_after)}
         return 503, error_record(503, str(error), code="engine_restarting"), headers
