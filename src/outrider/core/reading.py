@@ -60,12 +60,16 @@ class Reader:
             raise self.error(key, value, f"a whole number from {low} to {high}")
         return value
 
-    def number(self, key: str, default: float | None = None, *, low: float, open_below: bool = False) -> float:
-        """A finite number of `low` or more, or above `low`."""
+    def number(
+        self, key: str, default: float | None = None, *, low: float, high: float = math.inf, open_below: bool = False
+    ) -> float:
+        """A finite number of `low` or more, or above `low`, and of at most `high`."""
         value = self._given(key, default)
         number = as_number(value)
         if not (number > low if open_below else number >= low):
             raise self.error(key, value, f"a number {'above' if open_below else 'of at least'} {low:g}")
+        if number > high:
+            raise self.error(key, value, f"a number of at most {high:g}")
         return number
 
     def flag(self, key: str, default: bool) -> bool:

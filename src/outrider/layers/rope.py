@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,9 +52,18 @@ class Rope:
             seen["config.json's rope_theta"] = config["rope_theta"]
         return cls(theta, scaling, Fact("rope", f"{kind}, theta {theta:g}", seen, "; ".join(notes) or None))
 
-    def check(self, head_dim: int) -> None:
-        """CheckpointError where the scaling is not for heads of this size."""
-        refusal = None if self.scaling is None else self.scaling.refusal(self.theta, head_dim)
+    def check(self, head_dim: int, longest: int) -> None:
+        """CheckpointError where the scaling is not for heads of this size, or makes angles that are no numbers.
+
+        `longest` are the positions that may be asked for.
+        """
+        if self.scaling is None:
+            return
+        refusal = self.scaling.refusal(self.theta, head_dim)
+        if refusal is None:
+            angles = self.scaling.frequencies(self.theta, head_dim, longest) * longest
+            if not angles.isfinite().all() or not 0 < self.scaling.attention_factor < math.inf:
+                refusal = "makes no finite angles: one of its values is too large, or too near to 0"
         if refusal is not None:
             raise CheckpointError(f"config.json: rope scaling {refusal}; correct it there")
 

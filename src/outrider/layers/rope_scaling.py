@@ -187,7 +187,7 @@ class YarnScaling(Scaling):
         factor = _factor(given) if given.has("factor") else length / original
         mscale, mscale_all_dim = (given.number(key, 0.0, low=0.0) for key in ("mscale", "mscale_all_dim"))
         if given.has("attention_factor"):
-            sharpening = given.number("attention_factor", low=0.0)
+            sharpening = given.number("attention_factor", low=0.0, open_below=True)
         elif mscale and mscale_all_dim:
             sharpening = cls._sharpen(factor, mscale) / cls._sharpen(factor, mscale_all_dim)
         else:
@@ -253,7 +253,7 @@ class LongRopeScaling(Scaling):
         original = _original(given, length, low=1.0)
         factor = _factor(given) if given.has("factor") else length / original
         if given.has("attention_factor"):
-            sharpening = given.number("attention_factor", low=0.0)
+            sharpening = given.number("attention_factor", low=0.0, open_below=True)
         else:
             sharpening = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
         short, long = (given.numbers(key, low=0.0) for key in ("short_factor", "long_factor"))

@@ -73,7 +73,8 @@ class ModelConfig:
         if head_dim % 2:
             raise CheckpointError(f"config.json: head_dim must be even to be rotated: {head_dim}")
         rope, positions = Rope.from_config(config), given.whole("max_position_embeddings", high=MAX_POSITIONS)
-        rope.check(head_dim)
+        longest = min(rope.longest(positions), MAX_POSITIONS)
+        rope.check(head_dim, longest)
         if (trained := rope.trained(positions)) > MAX_POSITIONS:
             raise CheckpointError(
                 f"config.json: rope scaling makes {trained} positions: at most {MAX_POSITIONS}; correct its factor"
@@ -89,7 +90,7 @@ class ModelConfig:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=trained,
-            rms_norm_eps=given.number("rms_norm_eps", 1e-6, low=0.0),
+            rms_norm_eps=given.number("rms_norm_eps", 1e-6, low=0.0, high=1.0),
             rope=rope,
             tie_word_embeddings=given.flag("tie_word_embeddings", False),
             attention_bias=given.flag("attention_bias", False),
@@ -97,7 +98,7 @@ class ModelConfig:
             hidden_act=given.text("hidden_act", "silu"),
             dtype=dtype,
             eos_token_ids=given.token_ids("eos_token_id"),
-            longest=min(rope.longest(positions), MAX_POSITIONS),
+            longest=longest,
             facts=tuple(fact for fact in (rope.fact, dtype_fact) if fact is not None),
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
-from outrider.errors import CheckpointError
+from outrider.errors import CheckpointError, shortened
 from outrider.kernels.records import copy_aux_hidden
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.mlp import GatedMlpSpec
@@ -41,9 +41,10 @@ def layer_spec(config: ModelConfig, qk_norm: bool, mlp: MlpSpec, joined: JoinedI
 
 
 def gated_mlp(config: ModelConfig) -> GatedMlpSpec:
-    """The MLP of a config whose activation is silu. CheckpointError for another one."""
-    if config.hidden_act != "silu":
-        raise CheckpointError(f"config.json: hidden_act is not supported: {config.hidden_act} (known: silu)")
+    """The MLP of a config whose activation is silu, also called swish. CheckpointError for another one."""
+    if config.hidden_act not in ("silu", "swish"):
+        named = shortened(config.hidden_act)
+        raise CheckpointError(f"config.json: hidden_act is not supported: {named} (known: silu); use another model")
     return GatedMlpSpec(config.intermediate_size, config.mlp_bias)
 
 

@@ -50,6 +50,32 @@ def test_a_value_of_another_type_is_named(head: Path, key: str, value: Any) -> N
         read_head(Checkpoint.open(head))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rms_norm_eps": -1},
+        {"head_dim": 15},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 3},
+        {"intermediate_size": -1},
+        {"num_hidden_layers": 0},
+        {"rope_theta": 0, "rope_parameters": None},
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        {"partial_rotary_factor": 0.5},
+        {"attention_bias": "yes"},
+        {"dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_sizes_of_the_draft_layers_are_held_to_the_same(head: Path, wrong: dict[str, Any]) -> None:
+    path = head / "config.json"
+    config = json.loads(path.read_text())
+    config["transformer_layer_config"] |= wrong
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="rope|partial|" + next(iter(wrong))):
+        read_head(Checkpoint.open(head))
+
+
 def test_random_configs(head: Path) -> None:
     path, rng = head / "config.json", random.Random(3)
     config, refused = json.loads(path.read_text()), 0

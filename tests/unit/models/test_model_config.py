@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from checkpoints import parameters
 from outrider.core.reading import Reader
+from outrider.errors import CheckpointError
 from outrider.layers.parameter import Allocator
 from outrider.layers.rope import Rope
 from outrider.layers.rope_scaling import LinearScaling, Llama3Scaling
@@ -22,6 +23,7 @@ from outrider.models.config import ModelConfig
 from outrider.models.registry import MODELS, find_model
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
 CPU = torch.device("cpu")
 
 
@@ -110,3 +112,69 @@ def test_every_parameter_has_one_name(architecture: str, config: dict[str, Any])
     layout = model.cache_layout(16)
     assert layout.bytes_per_block == 2 * 2 * 2 * 16 * 16 * 4
     assert sum(cache.key.nbytes + cache.value.nbytes for cache in layout.allocate(3, CPU)) == 3 * layout.bytes_per_block
+
+
+NAN, INF = math.nan, math.inf
+ROTATED = ("linear", "dynamic", "yarn", "llama3", "longrope")
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    *(("rms_norm_eps", {"rms_norm_eps": value}) for value in (-1, -1e-9, NAN, INF, 1e30, "1e-6", True)),
+    *(("head_dim", {"head_dim": value}) for value in (0, -2, 15, 1.5, "16", 2**40)),
+    *(("num_attention_heads", {"num_attention_heads": value}) for value in (0, -4, 4.0)),
+    *(("num_key_value_heads", {"num_key_value_heads": value}) for value in (0, 3, 8, -1)),
+    *(("vocab_size", {"vocab_size": value}) for value in (0, -1, 2**40)),
+    *(("intermediate_size", {"intermediate_size": value}) for value in (0, -80)),
+    *(("num_hidden_layers", {"num_hidden_layers": value}) for value in (0, -1, 10**9)),
+    *(("max_position_embeddings", {"max_position_embeddings": value}) for value in (0, -1, 2**45)),
+    *(("tie_word_embeddings", {"tie_word_embeddings": value}) for value in ("false", 0, 1, [])),
+    *(("attention_bias", {"attention_bias": value}) for value in ("yes", 1)),
+    *(("partial_rotary_factor", {"partial_rotary_factor": value}) for value in (0.5, 0, -1, NAN)),
+    *(("dtype", {"dtype": value}) for value in ("int8", "float8_e4m3fn", "", 16, {"a": 1})),
+    *(("quantised", {"quantization_config": value}) for value in ({"quant_method": "fp8"}, "x", {"bits": 4})),
+    *(
+        ("sliding-window", value)
+        for value in ({"use_sliding_window": True}, {"layer_types": ["sliding_attention"] * 2})
+    ),
+    *(("rope_theta", {"rope_theta": value, "rope_parameters": None}) for value in (0, -1, 0.5, NAN, INF)),
+    *(("rope_theta", {"rope_parameters": {"rope_theta": value}}) for value in (0, -1, NAN)),
+    *(
+        ("rope", {"rope_scaling": {**LLAMA3, **LONG, "rope_type": kind, "factor": factor}})
+        for kind in ROTATED
+        for factor in (0, -1, NAN, INF, "2")
+    ),
+    *(
+        ("rope", {"rope_scaling": {**LLAMA3, "rope_type": kind, "factor": factor}})
+        for kind in ("linear", "yarn", "llama3")
+        for factor in (1e-320, 1e-40)
+    ),
+    (
+        "rope",
+        {"rope_scaling": {**LONG, "rope_type": "longrope", "short_factor": [1e-45] * 8, "long_factor": [1e-45] * 8}},
+    ),
+    *(
+        ("attention_factor", {"rope_scaling": {**LONG, "rope_type": kind, "factor": 2.0, "attention_factor": value}})
+        for kind in ("yarn", "longrope")
+        for value in (0, -1.0, NAN, INF)
+    ),
+]
+
+
+@pytest.mark.parametrize(("named", "wrong"), WRONG, ids=lambda value: value if isinstance(value, str) else str(value))
+def test_a_value_that_can_never_be_right_is_refused(config: dict[str, Any], named: str, wrong: dict[str, Any]) -> None:
+    """Kind D, 7: by its key and its value, before any weight is read."""
+    with pytest.raises(CheckpointError, match=named):
+        ModelConfig.from_dict({**config, **wrong})
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu_", "x" * 10_000])
+def test_an_activation_that_the_family_does_not_have(config: dict[str, Any], activation: str) -> None:
+    read = ModelConfig.from_dict({**config, "hidden_act": activation})
+    with pytest.raises(CheckpointError, match=r"hidden_act is not supported: .{1,90}known: silu"):
+        find_model(read.architecture).mlp(read)
+
+
+def test_values_that_nothing_reads_do_no_harm(config: dict[str, Any]) -> None:
+    """As in transformers: how weights were drawn, a window that is off, another name of silu."""
+    unread = {"initializer_range": NAN, "sliding_window": 4, "max_window_layers": 0, "attention_dropout": 0.1}
+    read = ModelConfig.from_dict({**config, **unread, "hidden_act": "swish"})
+    assert find_model(read.architecture).mlp(read) == find_model(read.architecture).mlp(ModelConfig.from_dict(config))
+    assert ModelConfig.from_dict({**config, **unread}) == ModelConfig.from_dict(config)

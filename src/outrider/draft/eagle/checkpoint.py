@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.core.reading import Reader
+from outrider.core.reading import Reader, written_short
 from outrider.errors import CheckpointError
 from outrider.load.checkpoint import Checkpoint
 from outrider.models.config import ModelConfig
@@ -166,7 +166,7 @@ def proposed_drafts(config: Mapping[str, Any]) -> int | None:
     methods = said.get("proposal_methods") if isinstance(said, Mapping) else None
     first = methods[0] if isinstance(methods, list) and methods else None
     value = first.get("speculative_tokens") if isinstance(first, Mapping) else None
-    return value if isinstance(value, int) and value > 0 else None
+    return value if type(value) is int and value > 0 else None
 
 
 def canonical(name: str) -> str:
@@ -264,7 +264,7 @@ def _aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if not given:
         return None
     if not isinstance(given, list) or not all(type(layer) is int for layer in given):
-        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be a list of layers: {given!r}")
+        raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be a list of layers: {written_short(given)}")
     return tuple(given)
 
 
@@ -294,7 +294,9 @@ def _mask_token_id(config: Mapping[str, Any], vocab_size: int) -> int:
         if value is not None:
             token = int(value) if str(value).isdecimal() else -1
             if not 0 <= token < vocab_size:
-                raise CheckpointError(f"config.json: {key} is not a token of the vocabulary of {vocab_size}: {value!r}")
+                raise CheckpointError(
+                    f"config.json: {key} is not a token of the vocabulary of {vocab_size}: {written_short(value)}"
+                )
             return token
     raise CheckpointError(
         f"a P-EAGLE head must name the token that stands for unknown ones: config.json has none of "
