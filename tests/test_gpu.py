@@ -22,6 +22,7 @@ from outrider.errors import EngineDeadError
 from outrider.runner.graph import GraphPending, GraphRunner
 from outrider.runner.registry import RUNNERS
 from outrider.tensors import Draft
+from spoilers import GOOD, check_spoilt_beside_good, completions
 from workloads import drive, random_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -250,3 +251,18 @@ def test_bundled_model_writes_the_same_text_with_drafts() -> None:
                 [output.outputs[0].text for output in llm.generate(["def main():\n", "import os\n"], sampling)]
             )
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids=lambda runner: runner.name)
+@pytest.mark.parametrize("method", ["none", "ngram", "peagle", "eagle3"])
+@pytest.mark.parametrize("spoiler", ["nan", "inf", "masked"])
+def test_invalid_logits_end_their_request_alone(
+    tiny: Callable[..., Path], runner: type[Any], method: str, spoiler: str
+) -> None:
+    """As on a CPU, where the tokens of the good requests are taken from."""
+    path = tiny("qwen3")
+    with LLM(str(path), device="cpu") as llm:
+        good = [one.token_ids for one in completions(llm, GOOD * 2)]
+    options: dict[str, Any] = {"speculative_config": drafting(method, 3)} if method != "none" else {}
+    given = {**options, "runner": runner.name, "device": "cuda", "kv_cache_memory": 1 << 24}
+    check_spoilt_beside_good(path, good, spoiler, **given)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +14,16 @@ from torch import Tensor
 from checkpoints import cache_bytes, parameters, program, prompt, write, write_tokenizer
 from emulated import Emulated
 from heads import drafting
-from outrider import LLM, LogitsProcessor, SamplingParams
+from outrider import LLM, SamplingParams
 from outrider import config as config_module
-from outrider.core.plan import Admission
 from outrider.draft.eagle.base import HeadDrafter
 from outrider.errors import LogitsError
 from outrider.kernels.sample import GUMBEL_ARGMAX
-from outrider.processing import SamplingField, Slots, State, StepBatch, Table
 from outrider.runner.eager import EagerRunner
 from servers import events, serving
+from spoilers import FEW, GOOD, NUM_GOOD, PLAIN, PROMPTS, SPOILERS, check_spoilt_beside_good, completions, spoilt
 
 RUNNERS = pytest.mark.parametrize("runner", [EagerRunner, Emulated], ids=["eager", "graph"])
-SPOILERS = {"nan": math.nan, "-nan": -math.nan, "inf": math.inf, "masked": -math.inf}
 WAYS: dict[str, dict[str, Any]] = {
     "alone": {},
     "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}},
@@ -34,59 +31,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "eagle3": {"speculative_config": drafting("eagle3", 3)},
     "rejection": {"speculative_config": drafting("peagle", 3), "verifier": "rejection"},
 }
-NUM_GOOD = 11
-"""Tokens of a spoilt request before the first that cannot be drawn."""
-
-
-class Spoil(LogitsProcessor):
-    """Spoils the logits of one position of a request's output: of every token, or of all its tokens but the first."""
-
-    name: ClassVar[str] = "spoil"
-    fields: ClassVar[tuple[SamplingField, ...]] = (
-        SamplingField("spoil_at", int, 0, "the output token, from 1"),
-        SamplingField("spoiler", int, 0, "which of SPOILERS"),
-    )
-    tables: ClassVar[tuple[Table, ...]] = (
-        Table("at", torch.int64, fill=-1),
-        Table("spoiler", torch.float32),
-        Table("first", torch.int64),
-    )
-
-    def admit(self, admission: Admission) -> dict[str, float]:
-        at, which = (field.read(admission.sampling) for field in self.fields)
-        value = list(SPOILERS.values())[which]
-        return {"at": admission.num_prompt + at - 1, "spoiler": value, "first": 0 if value == -math.inf else 200}
-
-    def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots, state: State) -> Tensor:
-        spoilt = state["at"][batch.logits_slot] == batch.logits_position
-        column = torch.arange(logits.shape[1], device=logits.device)
-        chosen = spoilt[:, None] & (column >= state["first"][batch.logits_slot][:, None])
-        return torch.where(chosen, state["spoiler"][batch.logits_slot][:, None], logits)
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "spoilers", sys.modules[__name__])
 
 
 @pytest.fixture(scope="module")
 def path(tiny: Callable[..., Path]) -> Path:
     return tiny("qwen3")
-
-
-PLAIN: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "detokenize": False}
-GOOD = [
-    SamplingParams(temperature=0.0, **PLAIN),
-    SamplingParams(temperature=0.9, seed=3, **PLAIN),
-    SamplingParams(temperature=0.9, seed=4, top_k=9, top_p=0.8, min_p=0.02, **PLAIN),
-]
-PROMPTS = [prompt(5 + index, index) for index in range(2 * len(GOOD))]
-
-
-def spoilt(good: SamplingParams, spoiler: str) -> SamplingParams:
-    extra = {"spoil_at": NUM_GOOD + 1, "spoiler": list(SPOILERS).index(spoiler)}
-    kept = {"temperature": good.temperature, "top_k": good.top_k, "top_p": good.top_p, "min_p": good.min_p}
-    return SamplingParams(**PLAIN, **kept, seed=good.seed, extra_args=extra)
 
 
 @torch.inference_mode()
@@ -99,30 +48,10 @@ def scale(tensor: Tensor, factor: float) -> None:
     tensor.mul_(factor)
 
 
-def completions(llm: LLM, sampling: list[SamplingParams]) -> list[Any]:
-    return [output.outputs[0] for output in llm.generate(PROMPTS[: len(sampling)], sampling)]
-
-
 @pytest.fixture(scope="module")
 def golden(path: Path) -> list[list[int]]:
     with LLM(str(path), device="cpu") as llm:
         return [one.token_ids for one in completions(llm, [*GOOD, *GOOD])]
-
-
-def check_spoilt_beside_good(path: Path, golden: list[list[int]], spoiler: str, **options: Any) -> None:
-    exact = options.get("verifier") != "rejection"
-    own = {"logits_processors": ["spoilers:Spoil"], **options}
-    with LLM(str(path), device="cpu", **own) as llm:
-        for _ in range(2):  # the second time beside what the first left in the cache
-            found = completions(llm, [*GOOD, *(spoilt(good, spoiler) for good in GOOD)])
-            for place, (one, expected) in enumerate(zip(found, golden, strict=True)):
-                num_good = len(expected) if place < len(GOOD) else NUM_GOOD
-                assert len(one.token_ids) == num_good
-                if exact or GOOD[place % len(GOOD)].greedy:
-                    assert one.token_ids == expected[:num_good]
-                assert one.finish_reason == ("length" if place < len(GOOD) else "error")
-            assert all(f"output token {NUM_GOOD + 1} " in one.error for one in found[len(GOOD) :])
-        llm.engine._scheduler.check_idle()
 
 
 @RUNNERS
@@ -147,19 +76,10 @@ def test_the_check_fails_without_the_flag(path: Path, golden: list[list[int]], m
 
 def test_tokens_that_a_processor_masks_are_no_fault(path: Path, golden: list[list[int]]) -> None:
     """All but some of them masked, as a grammar does: a row with one finite logit has a token to draw."""
-    few = [200, 7, 31]
-
-    class Few(Spoil):
-        def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots, state: State) -> Tensor:
-            masked = torch.full_like(logits, -math.inf)
-            masked[:, few] = logits[:, few]
-            return torch.where((state["at"][batch.logits_slot] >= 0)[:, None], masked, logits)
-
-    sys.modules["spoilers"].Few = Few  # type: ignore[attr-defined]
     with LLM(str(path), device="cpu", logits_processors=["spoilers:Few"], **WAYS["peagle"]) as llm:
         found = completions(llm, [*GOOD, *(spoilt(good, "nan") for good in GOOD)])
     assert [one.token_ids for one in found[: len(GOOD)]] == golden[: len(GOOD)]
-    assert all(one.finish_reason == "length" and set(one.token_ids) <= set(few) for one in found[len(GOOD) :])
+    assert all(one.finish_reason == "length" and set(one.token_ids) <= set(FEW) for one in found[len(GOOD) :])
 
 
 @RUNNERS

@@ -96,7 +96,7 @@ class Completion:
 
     def _put_pieces(self, taken: list[tuple[int, str]], num_accepted: int, reason: FinishReason | None) -> None:
         last = len(taken) - 1
-        finish = None if reason is None else reason.value
+        finish = None if reason in (None, FinishReason.ERROR) else reason.value
         for number, (token, text) in enumerate(taken):
             position = number + 1 if number < num_accepted else 0
             self.inbox.pieces.append(Piece(self.index, token, text, position, finish if number == last else None))

@@ -54,4 +54,4 @@ class Piece:
     token_id: int
     text: str  # may be empty: a character not complete yet, or text held back for a stop string
     draft_position: int  # 1 for an accepted first draft of a round, 2 for a second, ...; 0: the target's own token
-    finish_reason: str | None = None  # on a completion's last piece; an aborted completion has no last piece
+    finish_reason: str | None = None  # on a completion's last piece; one that was aborted or failed has no last piece

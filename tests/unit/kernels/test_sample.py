@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from outrider.kernels.cpu.sample import gumbel_argmax_cpu
+from outrider.kernels.cpu.truncate import truncate_cpu
 from outrider.kernels.gpu.sample import _gumbel, _gumbel_bound, gumbel_argmax_gpu
 from outrider.kernels.gpu.triton import jit, tl
+from outrider.kernels.gpu.truncate import truncate_gpu
 from outrider.kernels.noise import gumbel
 from outrider.kernels.sample import NO_TOKEN, gumbel_argmax_reference
+from outrider.kernels.truncate import truncate_reference
 from outrider.tensors import Purpose
 
 INTERPRETED = pytest.mark.skipif(
@@ -51,6 +54,50 @@ def test_rows_do_not_depend_on_the_batch(draw) -> None:
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     seed, position = numbers(9)
     assert torch.equal(draw(logits[order], temperature[order], seed[order], position[order], 2), together[order])
+
+
+NUMBERS_THAT_ARE_NONE = {
+    "nan": torch.tensor(torch.nan),
+    "-nan": torch.tensor(-1, dtype=torch.int32).view(torch.float32),
+    "inf": torch.tensor(torch.inf),
+}
+
+
+@pytest.mark.parametrize("column", [0, 1023, 1024, 2050, 2999])
+@pytest.mark.parametrize("bad", NUMBERS_THAT_ARE_NONE)
+@IMPLEMENTATIONS
+def test_a_row_without_a_finite_largest_logit_gives_no_token(draw, bad: str, column: int) -> None:
+    """Kind D, 7: wherever it stands, with noise or without, with ids or without; other rows give their tokens."""
+    temperature = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    logits = torch.randn((6, 3000), generator=torch.Generator().manual_seed(4))
+    logits[0, 7] = logits[2, 7] = torch.finfo(torch.float32).max
+    logits[0, column + 1 :] = logits[2, column + 1 :] = -torch.inf  # masked tokens are no fault
+    ids = torch.arange(3000) * 2
+    for given in ({}, {"ids": ids}):
+        before = draw(logits, temperature, *numbers(6), 1, **given)
+        assert (before >= 0).all()
+        spoilt = logits.clone()
+        spoilt[1::2, column] = NUMBERS_THAT_ARE_NONE[bad]
+        after = draw(spoilt, temperature, *numbers(6), 1, **given)
+        assert (after[1::2] == NO_TOKEN).all() and torch.equal(after[::2], before[::2])
+        greedy = draw(spoilt, None, *numbers(6), 1, **given)
+        assert (greedy[1::2] == NO_TOKEN).all() and (greedy[::2] >= 0).all()
+    assert draw(torch.full((2, 3000), -torch.inf), torch.arange(2.0), *numbers(2), 1).tolist() == [NO_TOKEN] * 2
+
+
+@pytest.mark.parametrize("bad", NUMBERS_THAT_ARE_NONE)
+@pytest.mark.parametrize(
+    "cut", [truncate_reference, truncate_cpu, pytest.param(truncate_gpu, marks=[INTERPRETED, pytest.mark.slow])]
+)
+def test_truncation_hides_no_row_without_a_token(cut, bad: str) -> None:
+    logits = torch.randn((6, 1100), generator=torch.Generator().manual_seed(5))
+    logits[:, 1050] = NUMBERS_THAT_ARE_NONE[bad]
+    logits[5] = -torch.inf
+    top_k = torch.tensor([1, 0, 0, 50, 1100, 3], dtype=torch.int32)
+    top_p = torch.tensor([1.0, 1e-38, 1.0, 0.9, 1.0, 0.5])
+    min_p = torch.tensor([0.0, 0.0, 1.0, 0.01, 1e-40, 0.1])
+    drawn = gumbel_argmax_reference(cut(logits, top_k, top_p, min_p), torch.ones(6), *numbers(6), 1)
+    assert drawn.tolist() == [NO_TOKEN] * 6
 
 
 def test_kernel_and_reference_draw_the_same_tokens() -> None:

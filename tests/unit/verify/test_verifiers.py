@@ -13,6 +13,7 @@ from outrider.errors import OptionError
 from outrider.kernels.accept_drafts import accept_drafts_reference
 from outrider.kernels.cpu.accept_drafts import accept_drafts_cpu
 from outrider.kernels.gpu.accept_drafts import accept_drafts_gpu
+from outrider.kernels.sample import NO_TOKEN
 from outrider.kernels.step_inputs import ASSEMBLE
 from outrider.tensors import Draft, Purpose, Slots, StepBatch
 from outrider.verify.exact import Exact
@@ -35,13 +36,30 @@ def test_judge(judge) -> None:
     starts = torch.tensor([0, 3, 3, 4, 7], dtype=torch.int32)  # two drafts, inside a prompt, none, two
     drafts = torch.tensor([[5, 6, 9], [1, 1, 9], [2, 2, 9], [8, 8, 9]])
     choice = torch.tensor([5, 7, 4, 3, 8, 8, 1])
-    tokens, count = judge(choice, None, starts, drafts)
+    tokens, count, invalid = judge(choice, None, starts, drafts)
     assert count.tolist() == [2, 0, 1, 3]
     assert tokens.tolist() == [[5, 7, -1, -1], [-1, -1, -1, -1], [3, -1, -1, -1], [8, 8, 1, -1]]
     stands = torch.tensor([True, True, True, True, False, True, True])
-    tokens, count = judge(choice, stands, starts, drafts)
+    tokens, count, invalid = judge(choice, stands, starts, drafts)
     assert count.tolist() == [3, 0, 1, 1]
     assert tokens.tolist() == [[5, 6, 4, -1], [-1, -1, -1, -1], [3, -1, -1, -1], [8, -1, -1, -1]]
+    assert invalid.dtype == torch.bool and not invalid.any()
+
+
+@pytest.mark.parametrize(
+    "judge", [accept_drafts_reference, accept_drafts_cpu, pytest.param(accept_drafts_gpu, marks=INTERPRETED)]
+)
+@pytest.mark.parametrize("stands", [None, torch.ones(10, dtype=torch.bool)], ids=["compared", "given"])
+def test_a_row_is_invalid_where_it_ends_without_a_token(judge, stands: Tensor | None) -> None:
+    starts = torch.tensor([0, 3, 3, 4, 7, 10], dtype=torch.int32)
+    drafts = torch.tensor([[5, 6], [1, 1], [2, 2], [8, 8], [4, 4]])
+    # at the second draft; inside a prompt; alone; behind both drafts; behind a draft that is not the choice
+    choice = torch.tensor([5, NO_TOKEN, 6, NO_TOKEN, 8, 8, NO_TOKEN, 3, NO_TOKEN, NO_TOKEN])
+    tokens, count, invalid = judge(choice, stands, starts, drafts)
+    last = [[3, -1, -1], 1, False] if stands is None else [[4, 0, -1], 2, True]
+    assert tokens.tolist() == [[5, 0, -1], [-1, -1, -1], [0, -1, -1], [8, 8, 0], last[0]]
+    assert count.tolist() == [2, 0, 1, 3, last[1]]
+    assert invalid.tolist() == [True, False, True, True, last[2]]
 
 
 def decode_batch(rows: int, width: int, num_drafts: int, position: int) -> tuple[Slots, StepBatch]:
