@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 SHAPE ?= benchmarks/shapes/qwen3-0.6b
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint check gpu format clean
+.PHONY: help demo test test-all lint check gpu docs reference format clean
 
 help: ## what there is to run
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
@@ -45,10 +45,16 @@ gpu: ## tests and short benchmarks that need a CUDA device, with the Python that
 	$(PYTHON) -m outrider.cli.main bench kernels $(SHAPE) --device cuda --rows 8
 	$(PYTHON) benchmarks/mixed_steps.py --model $(notdir $(SHAPE)) --device cuda --steps 20 --repeats 1
 
+docs: $(READY) ## build the documentation as a site, in site/
+	$(BIN)/mkdocs build --strict
+
+reference: $(READY) ## write the pages of docs/reference again from the code
+	$(BIN)/python tools/write_reference.py
+
 format: $(READY) ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and every cache
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

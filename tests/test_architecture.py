@@ -246,13 +246,14 @@ def test_public_names_are_what_all_says() -> None:
     assert sorted(public - modules - {"annotations"}) == sorted(outrider.__all__)
 
 
-def readme_tree() -> set[str]:
-    """The names at the start of the lines of README's tree of the package."""
-    block = re.search(r"```\nsrc/outrider/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block, "README has no tree of src/outrider"
+def documented_tree() -> set[str]:
+    """The names at the start of the lines of the tree of the package in the documentation."""
+    page = ROOT / "docs" / "concepts" / "architecture.md"
+    block = re.search(r"```\nsrc/outrider/\n(.*?)```", page.read_text(), re.DOTALL)
+    assert block, f"{page} has no tree of src/outrider"
     return {line.split()[0].rstrip("/") for line in block.group(1).splitlines() if line.strip()}
 
 
-def test_readme_tree_is_the_real_one() -> None:
+def test_documented_tree_is_the_real_one() -> None:
     real = {path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")}
-    assert readme_tree() == real
+    assert documented_tree() == real
