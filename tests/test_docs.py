@@ -20,7 +20,7 @@ from outrider.core.sampling import SamplingParams
 from outrider.draft.registry import METHODS
 from outrider.options import EngineOptions
 from outrider.server.options import ServerOptions
-from outrider.train.registry import TrainOptions
+from outrider.train.options import TrainOptions
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))

@@ -34,7 +34,7 @@ from outrider.runner.registry import RUNNERS
 from outrider.server.openai.responses_schemas import ResponsesRequest
 from outrider.server.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from outrider.server.options import ServerOptions
-from outrider.train.registry import TrainOptions
+from outrider.train.options import TrainOptions
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "reference"
