@@ -23,6 +23,7 @@ from outrider.core.sizes import MIB
 from outrider.draft.base import BUNDLED_MODEL
 from outrider.draft.registry import default_method, names_head
 from outrider.engine.engine import Engine
+from outrider.errors import OptionError
 from outrider.load.hub import BUNDLED
 from outrider.server import serve as server
 from outrider.workers.base import WorkerStats
@@ -195,6 +196,17 @@ def test_text_is_written_as_it_is(outrider: Any, monkeypatch: pytest.MonkeyPatch
         generate._write(piece)
     _, out, _ = outrider("--version")
     assert out.startswith("a\tb\r\n[bold]xc")
+
+
+def test_the_garbage_collector_runs_again_after_the_start() -> None:
+    import gc
+
+    frozen = gc.get_freeze_count()
+    with pytest.raises(OptionError), common.starting():
+        assert not gc.isenabled()
+        raise OptionError("what a user got wrong")
+    assert gc.isenabled() and gc.get_freeze_count() > frozen
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("speedup", [0.94, 1.0, 2.5])

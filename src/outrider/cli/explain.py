@@ -18,6 +18,7 @@ from outrider.cli.common import (
     engine_options,
     out,
     print_json,
+    starting,
     table,
 )
 from outrider.core.sizes import MIB
@@ -47,8 +48,9 @@ def explain(
     as_table: Table = False,
 ) -> None:
     """Say which runner serves a configuration and why, without loading it. Exit code 2 if none does."""
-    from outrider.config import resolve
-    from outrider.oracle import RefusedError
+    with starting():
+        from outrider.config import resolve
+        from outrider.oracle import RefusedError
 
     if as_table:
         from outrider.cli.support import support, to_markdown, to_rows

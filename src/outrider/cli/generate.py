@@ -25,6 +25,7 @@ from outrider.cli.common import (
     print_json,
     say_if_unfaithful,
     single_engine_flags,
+    starting,
     waiting,
     without_drafts,
 )
@@ -86,11 +87,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt and show the text as it comes; accepted drafts are coloured by their position."""
-    from outrider.engine.llm import LLM
+    with starting():
+        from outrider.engine.llm import LLM
 
-    options = engine_options(engine, drafting, model)
-    with loading(quiet=as_json) as callbacks:
-        llm = LLM.from_options(options, *callbacks)
+        options = engine_options(engine, drafting, model)
+        with loading(quiet=as_json) as callbacks:
+            llm = LLM.from_options(options, *callbacks)
     say_if_unfaithful(_verifier(llm).faithful, _verifier(llm).name)
     ids = _prompt_ids(llm, prompt, chat)
     _warm_up(llm, ids, as_json)

@@ -20,6 +20,7 @@ from outrider.cli.common import (
     loading,
     out,
     say_if_unfaithful,
+    starting,
 )
 from outrider.cli.flags import with_flags
 from outrider.errors import OptionError
@@ -42,10 +43,11 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients expect it. Ends on SIGTERM or Ctrl-C, after what is under way."""
-    from outrider.config import resolve
+    with starting():
+        from outrider.config import resolve
 
-    options = engine_options(engine, drafting, model)
-    resolved = resolve(options)
+        options = engine_options(engine, drafting, model)
+        resolved = resolve(options)
     resolved.served_by()  # what cannot be served is refused here, before a process is started for it
     try:
         from outrider.server.serve import Listening
