@@ -147,7 +147,7 @@ def bounds(schema: Mapping[str, Any]) -> str:
     """The range of a number."""
     found = {**schema, **next((one for one in schema.get("anyOf", ()) if one.get("type") in ("integer", "number")), {})}
     signs = {"exclusiveMinimum": "above", "minimum": "from", "maximum": "to"}
-    return ", ".join(f"{sign} {found[name]:g}" for name, sign in signs.items() if name in found)
+    return ", ".join(f"{sign} {found[name]:,}" for name, sign in signs.items() if name in found)
 
 
 def described(record: type[BaseModel], name: str) -> str:
