@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ import httpx
 import typer
 from pydantic import BaseModel
 
+import outrider
 from outrider.cli.main import app
 from outrider.cli.support import support, to_markdown
 from outrider.core.sampling import SamplingParams
 from outrider.draft.registry import METHODS
+from outrider.engine.outputs import CompletionOutput, RequestOutput
 from outrider.options import EngineOptions
 from outrider.runner.registry import RUNNERS
 from outrider.server.openai.responses_schemas import ResponsesRequest
@@ -39,6 +42,7 @@ from outrider.train.options import TrainOptions
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "reference"
 NOTE = "`tools/write_reference.py` writes this page from the code, and a test compares the two.\n"
+SIGNATURE_WIDTH = 80
 BODIES = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
@@ -123,6 +127,78 @@ def options_page() -> str:
         f"## Server\n\nTaken by `outrider serve`.\n\n{options_table(ServerOptions)}\n"
         f"## Training\n\nTaken by `outrider train`.\n\n{options_table(TrainOptions)}"
     )
+
+
+# The Python API.
+
+
+def docstring(thing: Any) -> str:
+    """A docstring as paragraphs of markdown."""
+    return inspect.getdoc(thing) or ""
+
+
+def signature(name: str, function: Any) -> str:
+    """A function as a reader calls it, one parameter a line if it is long."""
+    given = inspect.signature(function)
+    shown = [one for one in given.parameters.values() if one.name not in ("self", "cls")]
+    text = f"{name}{given.replace(parameters=shown)}"
+    if len(text) <= SIGNATURE_WIDTH:
+        return without_quotes(text)
+    marks: list[str] = []
+    for one in shown:
+        if one.kind is one.KEYWORD_ONLY and not any(mark.startswith("*") for mark in marks):
+            marks.append("*")
+        marks.append(str(one))
+    returned = "" if given.return_annotation is given.empty else f" -> {given.return_annotation}"
+    return without_quotes("".join([f"{name}(\n", *(f"    {mark},\n" for mark in marks), f"){returned}"]))
+
+
+def without_quotes(text: str) -> str:
+    """A signature whose annotations are not quoted, as they are where they are read late."""
+    return re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
+
+
+def class_section(thing: type[Any]) -> str:
+    """A class: what it is, its fields, and its public methods and properties."""
+    text = f"## {thing.__name__}\n\n{docstring(thing)}\n\n"
+    if is_dataclass(thing):
+        source = inspect.getsource(thing)
+        rows = []
+        for entry in fields(thing):
+            said = re.search(rf"^    {entry.name}: .*?  # (.*)$", source, re.MULTILINE)
+            rows.append((f"`{entry.name}`", f"`{one_line(str(entry.type))}`", one_line(said[1]) if said else ""))
+        text += table(("field", "type", "meaning"), rows) + "\n"
+    members = {name: member for name, member in vars(thing).items() if not name.startswith("_")}
+    if not is_dataclass(thing):
+        members = {"__init__": thing.__init__, **members}  # type: ignore[misc]
+    for name, member in members.items():
+        if isinstance(member, property):
+            text += f"### {thing.__name__}.{name}\n\n{docstring(member)}\n\n"
+        elif inspect.isfunction(function := getattr(member, "__func__", member)):
+            called = thing.__name__ if name == "__init__" else name
+            heading = thing.__name__ + ("()" if name == "__init__" else f".{name}")
+            text += f"### {heading}\n\n```\n{signature(called, function)}\n```\n\n{docstring(function)}\n\n"
+    return text
+
+
+def error_lines(error: type[BaseException], depth: int = 0) -> Iterator[str]:
+    """The tree of errors, one a line."""
+    yield f"{'  ' * depth}- `{error.__name__}`: {one_line(docstring(error).split(chr(10) * 2)[0])}\n"
+    for inner in error.__subclasses__():
+        if inner.__name__ in outrider.__all__:
+            yield from error_lines(inner, depth + 1)
+
+
+def python_page() -> str:
+    """The classes that a caller of `LLM` meets, and the errors."""
+    met = (outrider.LLM, RequestOutput, CompletionOutput, outrider.Piece, outrider.AcceptanceReport)
+    text = (
+        f"# Python API\n\n{NOTE}\n`from outrider import LLM, SamplingParams` is where to start. The options of `LLM` "
+        "and the fields of `SamplingParams` are in [Options](options.md). [Extending](../guide/extending.md) has the "
+        "classes for your own drafters, logits processors and models.\n\n"
+    )
+    text += "".join(class_section(thing) for thing in met)
+    return text + "## Errors\n\n" + "".join(error_lines(outrider.OutriderError))
 
 
 # Request fields.
@@ -283,6 +359,7 @@ def pages_of_code() -> dict[str, str]:
     return {
         "support.md": to_markdown(support(RUNNERS)),
         "options.md": options_page(),
+        "python.md": python_page(),
         "request_fields.md": fields_page(),
     }
 
