@@ -260,11 +260,21 @@ def test_a_word_comes_off_the_list_once_src_is_free_of_it(words_of_sources: list
     assert {word for word, _ in words_of_sources} >= prose.STILL_IN_SRC
 
 
+def test_names_in_sources_are_those_of_the_field() -> None:
+    found = [
+        f"{name_of(path)}:{line}: {name}"
+        for path in sorted((ROOT / "src").rglob("*.py"))
+        for name, line in prose.names_in(path.read_text())
+    ]
+    assert found == []
+
+
 def test_the_checks_of_prose_can_fail() -> None:
     long = "Word " + "word " * 31 + "end. "
     assert len(prose.faults(long * 2)) == 3 and prose.faults("One short sentence. Another one.") == []
     assert prose.figures("A `b c` d, 3.5 of [five](six). Seven eight!\n\n- nine\n- ten\n").words == 11
     assert list(prose.words_in("it was told\nof tolds and so-told\nAnew")) == [("told", 1), ("anew", 3)]
+    assert list(prose.names_in("_draft_law = flaw\nclass SeatMap: lawn = 1\n")) == [("_draft_law", 1), ("SeatMap", 2)]
     assert prose.prose_of('told = 1  # law\nsaid = "seat"\n').split() == ["#", "law", '"seat"']
 
 

@@ -77,6 +77,10 @@ STILL_IN_SRC = frozenset(
 """Words that docs are free of and `src` is not yet; the list only gets shorter."""
 
 
+NAMES = frozenset({"law", "lingers", "roster", "seat", "sketch", "speaks", "spoken", "tap", "tapped", "taps"})
+"""Words that no name in `src` may hold: parts of names between underscores or capitals."""
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
     """How a text reads."""
@@ -167,6 +171,15 @@ def prose_of(source: str) -> str:
             for offset, line in enumerate(token.string.splitlines()):
                 lines[token.start[0] - 1 + offset] += " " + line
     return "\n".join(lines)
+
+
+def names_in(source: str) -> Iterator[tuple[str, int]]:
+    """Names of a Python file that hold one of `NAMES`, each with its line."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME:
+            parts = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", token.string)
+            if not NAMES.isdisjoint(part.lower() for part in parts):
+                yield token.string, token.start[0]
 
 
 def main() -> None:
