@@ -25,7 +25,7 @@ from outrider.bench.provenance import provenance
 from outrider.kernels.activation import SILU_MUL
 from outrider.kernels.attention import PAGED_ATTENTION
 from outrider.kernels.cpu.emit import Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import kernel, task
+from outrider.kernels.cpu.jit import Kernel, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 from outrider.kernels.decoder_layer import DECODER_LAYER
 from outrider.kernels.linear import LINEAR
@@ -75,7 +75,7 @@ def _read_tasks(tickets: int, data: int, size: int, share: int, out: int) -> Non
         _read_part(data + start * 4, min(share, size - start), out)
 
 
-@kernel
+@Kernel
 def _read_kernel(data: int, size: int, share: int, out: int, threads: int) -> None:
     parallel(_read_tasks, threads, (data, size, share, out))
 
@@ -87,7 +87,7 @@ def read(*tensors: Tensor) -> None:
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size() // 4
         share = min(max(size // (4 * num_threads()), 1 << 13), 1 << 18)
-        _read_kernel(tensor.data_ptr(), size, share, SINK.data_ptr(), num_threads())
+        _read_kernel.launch(tensor.data_ptr(), size, share, SINK.data_ptr(), num_threads())
 
 
 Call = Callable[[int], Any]  # of a layer's index

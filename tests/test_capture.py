@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,11 +108,11 @@ def step() -> tuple[Slots, StepBatch, Tensor]:
     slots = example_slots(torch.Generator().manual_seed(0), CPU, 5, 32, WIDTH)
     slots.tokens.remainder_(VOCAB)
     slots.draft_tokens.remainder_(VOCAB)
-    slots.draft_logits = torch.randn((5, WIDTH, VOCAB), generator=torch.Generator().manual_seed(1))
-    slots.temperature = torch.tensor([0.0, 1.0, 0.7, 2.0, 1.0])
+    draft_logits = torch.randn((5, WIDTH, VOCAB), generator=torch.Generator().manual_seed(1))
+    slots = replace(slots, draft_logits=draft_logits, temperature=torch.tensor([0.0, 1.0, 0.7, 2.0, 1.0]))
     slots.computed[4] -= 4
     rows = torch.tensor([[1, 4, 3, 1], [0, 3, 2, 1], [3, 1, 0, 1], [4, 3, 0, 0]])
-    batch = assemble_reference(slots, *rows.unbind(1), 11, 8, 4)
+    batch = assemble_reference(slots, rows, 11, 8, 4)
     return slots, batch, torch.randn((8, VOCAB), generator=torch.Generator().manual_seed(2))
 
 
@@ -129,7 +129,7 @@ def test_verifier(name: str, with_logits: bool) -> None:
     assert Feature.HOST_CODE not in verifier.needs
     slots, batch, logits = step()
     if not with_logits:
-        slots.draft_logits = None
+        slots = replace(slots, draft_logits=None)
     given = {"logits": logits, "batch": batch, "draft": load_draft(slots, batch), "slots": slots}
     record(verifier, given, own_tensors=True)  # the chances of drafts accepted by decree
 

@@ -15,6 +15,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -165,13 +166,15 @@ def admit(rows: int, sampling: SamplingParams, drafter: Drafter, keep_logits: bo
     k, max_len = drafter.num_drafts, 64
     slots = example_slots(torch.Generator().manual_seed(3), CPU, rows, max_len, k)
     slots.tokens[:, : len(PROMPT)] = torch.tensor(PROMPT)
-    slots.block_table = torch.arange(rows * max_len // BLOCK, dtype=torch.int32).view(rows, -1)
     slots.length.fill_(len(PROMPT))
     slots.computed.zero_()
     slots.temperature.fill_(sampling.temperature)
-    slots.seed = torch.arange(rows) + 77 * 2**31
-    slots.draft_logits = torch.zeros((rows, k, VOCAB)) if keep_logits and drafter.gives_logits else None
-    return slots
+    return replace(
+        slots,
+        block_table=torch.arange(rows * max_len // BLOCK, dtype=torch.int32).view(rows, -1),
+        seed=torch.arange(rows) + 77 * 2**31,
+        draft_logits=torch.zeros((rows, k, VOCAB)) if keep_logits and drafter.gives_logits else None,
+    )
 
 
 def generate(
@@ -179,7 +182,7 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """The first num_tokens of each row's output, [rows, num_tokens], and the mean tokens a decode step gave."""
     slots = admit(rows, sampling, drafter, Feature.DRAFT_LOGITS in verifier.needs)
-    slot, ends_prompt = torch.arange(rows), torch.ones(rows, dtype=torch.bool)
+    slot, ends_prompt = torch.arange(rows), torch.ones(rows, dtype=torch.int64)
     processors = [ProcessorTables(processor, rows, VOCAB, CPU) for processor in PROCESSORS]
     for tables in processors:
         admissions = [Admission(row, PROMPT, len(PROMPT), 0, sampling, 0, ()) for row in range(rows)]
@@ -189,7 +192,8 @@ def generate(
         num_drafts = slots.draft_length.clone()
         num_tokens_in = slots.length - slots.computed + num_drafts
         num_query, num_logits = int(num_tokens_in.sum()), int((num_drafts + 1).sum())
-        batch = ASSEMBLE.on(CPU)(slots, slot, num_tokens_in, num_drafts, ends_prompt, num_query, num_logits, BLOCK)
+        plan = torch.stack((slot, num_tokens_in, num_drafts, ends_prompt), dim=1)
+        batch = ASSEMBLE.on(CPU)(slots, plan, num_query, num_logits, BLOCK)
         logits = CHAIN[batch.input_ids[batch.logits_index]]
         target = TargetOutput(logits, logits[:0], FEATURES[batch.input_ids])
         for processor, tables in zip(PROCESSORS, processors, strict=True):

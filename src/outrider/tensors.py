@@ -65,9 +65,9 @@ class TargetOutput:
     features: Tensor | None  # [T, F], the residual stream entering the drafter's auxiliary layers, side by side
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Slots:
-    """Per-request device state. Every table is indexed by slot and outlives the step."""
+    """Per-request device state. Every table is indexed by slot and outlives the step: written, never replaced."""
 
     tokens: Tensor  # [S, max_len] int64, committed tokens
     length: Tensor  # [S] int32, how many are committed

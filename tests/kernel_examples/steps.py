@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def example_slots(generator: torch.Generator, device: torch.device, num_slots: i
         draft_length=torch.zeros(num_slots, dtype=torch.int32),
         draft_logits=None,
     )
-    return Slots(**{name: move(getattr(slots, name)) for name in Slots.__slots__})
+    return Slots(**{field.name: move(getattr(slots, field.name)) for field in fields(slots)})
 
 
 Case = tuple[int, int, int, int]
@@ -56,14 +56,13 @@ def example_rows(generator: torch.Generator, num_rows: int, width: int, num_empt
 
 def example_step(
     generator: torch.Generator, device: torch.device, rows: list[Case], width: int
-) -> tuple[Slots, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Slots in which such rows can be run, and the rows' columns."""
+) -> tuple[Slots, Tensor]:
+    """Slots in which such rows can be run, and the rows as a plan."""
     slots = example_slots(generator, device, max(row[0] for row in rows) + 4, 37 if width < 8 else 80, width)
     for slot, num_tokens, num_drafts, ends in rows:
         behind = num_tokens - num_drafts + (0 if ends else 2)
         slots.computed[slot] = max(int(slots.length[slot]) - behind, 0)
-    columns = torch.tensor(rows, device=device)
-    return slots, (columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3])
+    return slots, torch.tensor(rows, device=device)
 
 
 def assemble(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
@@ -78,22 +77,14 @@ def assemble(generator: torch.Generator, device: torch.device, wide: bool) -> It
         (1, 3, example_rows(generator, 33, 1)),
         (7, 21, example_rows(generator, 125, 7, num_empty=3)),
     ):
-        slots, (slot, num_tokens, num_drafts, ends_prompt) = example_step(generator, device, rows, width)
-        example = {
+        slots, plan = example_step(generator, device, rows, width)
+        yield {
             "slots": slots,
-            "slot": slot,
+            "plan": plan,
             "num_query": sum(row[1] for row in rows) + padding,
             "num_logits": sum(row[2] + 1 for row in rows if row[3]) + padding,
             "block_size": 4,
         }
-        if rows is mixed:
-            yield {
-                **example,
-                "num_tokens": num_tokens.int(),
-                "num_drafts": num_drafts.int(),
-                "ends_prompt": ends_prompt.bool(),
-            }
-        yield {**example, "num_tokens": num_tokens, "num_drafts": num_drafts, "ends_prompt": ends_prompt}
 
 
 def accept_drafts(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
@@ -130,11 +121,11 @@ def commit(generator: torch.Generator, device: torch.device, wide: bool) -> Iter
         (1, example_rows(generator, 33, 1)),
         (7, example_rows(generator, 125, 7, num_empty=3)),
     ):
-        slots, columns = example_step(generator, device, rows, width)
+        slots, plan = example_step(generator, device, rows, width)
         num_query, num_logits = sum(row[1] for row in rows), sum(row[2] + 1 for row in rows if row[3])
-        batch = assemble_reference(slots, *columns, num_query, num_logits, 4)
+        batch = assemble_reference(slots, plan, num_query, num_logits, 4)
         part = torch.rand(len(rows), generator=generator).to(device)
-        count = (columns[3] * (1 + part * (columns[2] + 1)).floor()).int()
+        count = (plan[:, 3] * (1 + part * (plan[:, 2] + 1)).floor()).int()
         column = torch.arange(width + 1, device=device)
         tokens = torch.where(column < count[:, None], 20_000 + 100 * batch.slot[:, None] + column, -1)
         yield {"slots": slots, "batch": batch, "verdict": Verdict(tokens, count, count < 0)}
@@ -170,11 +161,11 @@ def draft_rows(generator: torch.Generator, device: torch.device, wide: bool) -> 
         (example_rows(generator, 125, 7, num_empty=3), 7, 24, 7, 6),
     ):
         for limit in (37, 14) if len(rows) < 9 else (22,):
-            slots, columns = example_step(generator, device, rows, width)
+            slots, plan = example_step(generator, device, rows, width)
             num_query, num_logits = sum(row[1] for row in rows), sum(row[2] + 1 for row in rows if row[3])
-            batch = assemble_reference(slots, *columns, num_query + padding, num_logits + padding, 4)
+            batch = assemble_reference(slots, plan, num_query + padding, num_logits + padding, 4)
             part = torch.rand(len(rows), generator=generator).to(device)
-            count = (columns[3] * (1 + part * (columns[2] + 1)).floor()).int()
+            count = (plan[:, 3] * (1 + part * (plan[:, 2] + 1)).floor()).int()
             gained = torch.full((len(rows), width + 1), 7, device=device)
             committed, _ = commit_reference(slots, batch, Verdict(gained, count, count < 0))
             example = {

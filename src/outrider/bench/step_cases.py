@@ -49,24 +49,22 @@ def _slots(sizes: Sizes) -> Slots:
     )
 
 
-def _plan(sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The columns of a plan whose rows all verify K drafts, as a runner hands them over."""
+def _plan(sizes: Sizes) -> Tensor:
+    """A plan whose rows all verify K drafts, as a runner hands it over."""
     count = sizes.num_drafts
-    slot, *counted = sizes.whole([[slot, count + 1, count, 1] for slot in range(sizes.rows)]).unbind(1)
-    return slot, counted[0], counted[1], counted[2]
+    return sizes.whole([[slot, count + 1, count, 1] for slot in range(sizes.rows)])
 
 
 def _batch(sizes: Sizes, slots: Slots) -> StepBatch:
     tokens = sizes.rows * (1 + sizes.num_drafts)
-    return assemble_reference(slots, *_plan(sizes), tokens, tokens, BLOCK_SIZE)
+    return assemble_reference(slots, _plan(sizes), tokens, tokens, BLOCK_SIZE)
 
 
 def _assemble(sizes: Sizes) -> Case:
     slots = _slots(sizes)
-    names = ("slot", "num_tokens", "num_drafts", "ends_prompt")
     tokens = sizes.rows * (1 + sizes.num_drafts)
     shape = {"num_query": tokens, "num_logits": tokens, "block_size": BLOCK_SIZE}
-    given = {"slots": slots, **dict(zip(names, _plan(sizes), strict=True)), **shape}
+    given = {"slots": slots, "plan": _plan(sizes), **shape}
     return Case(ASSEMBLE, "", [given], num_bytes(slots.block_table) * 2 + 64 * tokens)
 
 

@@ -13,4 +13,4 @@ def embed_reference(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return functional.embedding(ids, weight).to(dtype)
 
 
-EMBED = Op("embed", embed_reference, ("cuda",), tolerance=0.0, why="copies")
+EMBED = Op("embed", embed_reference, tolerance=0.0, why="copies")

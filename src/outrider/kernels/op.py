@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -58,19 +58,21 @@ class Op(Generic[P, R]):
     tolerance: float = 1e-5  # largest ||kernel - reference|| / ||reference|| in float32; rounding to less adds to it
     narrow: float = 5e-3  # the same where numbers are of 16 bits: two units in the last place, most by less
     why: str = ""  # the reason for a tolerance other than float32 rounding
+    _found: dict[str, Callable[P, R]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def on(self, device: torch.device | str) -> Callable[P, R]:
         """The function that serves a device; resolve it once, outside the step."""
         device = torch.device(device)
         if device.type not in self.kernels or (device.type == "cuda" and not triton_serves(device)):
             return self.reference
-        return self.kernel(device.type)
+        return self._found.get(device.type) or self.kernel(device.type)
 
     def kernel(self, device_type: str) -> Callable[P, R]:
         """The kernel declared for "cpu" or "cuda", whether or not such a device is there."""
         assert device_type in self.kernels, f"{self.name} has no kernel for {device_type}"
-        function: Callable[P, R] = getattr(self.module(device_type), f"{self.name}_{FOLDERS[device_type]}")
-        return function
+        if device_type not in self._found:
+            self._found[device_type] = getattr(self.module(device_type), f"{self.name}_{FOLDERS[device_type]}")
+        return self._found[device_type]
 
     def module(self, device_type: str) -> ModuleType:
         """The file of the kernel for "cpu" or "cuda"."""

@@ -31,20 +31,17 @@ def _prefix_sum(counts: Tensor) -> Tensor:
 
 def assemble_reference(
     slots: Slots,
-    slot: Tensor,  # [B] int64
-    num_tokens: Tensor,  # [B], of any integer type, as are the next two
-    num_drafts: Tensor,  # [B]
-    ends_prompt: Tensor,  # [B], bool or 0 and 1
+    plan: Tensor,  # [B, 4] int64, contiguous: slot, num_tokens, num_drafts and ends_prompt of each row
     num_query: int,  # T, at least the sum of num_tokens
     num_logits: int,  # L, at least the sum of num_drafts + 1 over rows that end their prompt
     block_size: int,
 ) -> StepBatch:
-    """The step's batch, from the columns of the plan's rows: `torch.tensor(plan.rows).unbind(1)` will do.
+    """The step's batch, from the plan's rows as numbers: see `core.plan.Row`.
 
     Query token j of a row stands at position computed + j. Its id is the committed token there, or
     past the committed ones the slot's draft.
     """
-    slot, num_tokens, num_drafts, ends_prompt = (x.long() for x in (slot, num_tokens, num_drafts, ends_prompt))
+    slot, num_tokens, num_drafts, ends_prompt = plan.unbind(1)
     computed = slots.computed[slot].long()
     length = slots.length[slot].long()
     query_start = _prefix_sum(num_tokens)

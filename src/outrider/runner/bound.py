@@ -62,9 +62,7 @@ class Bound:
     ) -> StepOutput:
         """Runs the step program on rows of a plan, which `table` has been brought up to."""
         slots = self.table.slots
-        slot, num_tokens, num_drafts, ends_prompt = rows.unbind(1)
-        columns = slot, num_tokens, num_drafts, ends_prompt
-        batch = self._assemble(slots, *columns, num_query, num_logits, self._block_size)
+        batch = self._assemble(slots, rows, num_query, num_logits, self._block_size)
         draft = load_draft(slots, batch)
         mark("inputs")
         return self.program(batch, draft, slots, processors, drafting, mark)

@@ -69,7 +69,7 @@ class SlotTable:
 
     def drafts(self, plan: StepPlan) -> bool:
         """Whether a row's request verifies drafts."""
-        return any(row.slot in self._drafted for row in plan.rows)
+        return bool(self._drafted) and any(row.slot in self._drafted for row in plan.rows)
 
     def update(self, plan: StepPlan) -> None:
         """Brings the tables to where the plan's rows can be run."""

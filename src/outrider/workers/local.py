@@ -25,6 +25,7 @@ class LocalWorker:
     def __init__(self, runner: type[Runner], config: RunnerConfig, mesh: Mesh) -> None:
         """Builds the runner. Raises what the runner raises, and CapacityError if memory runs out."""
         self._device = config.device
+        self._on_cpu = config.device.type == "cpu"
         with on_device(self._device):
             try:
                 self._runner: Runner | None = runner.build(config, mesh)
@@ -39,6 +40,8 @@ class LocalWorker:
     def submit(self, plan: StepPlan) -> Pending:
         """Starts a step; plans run in the order given."""
         assert self._runner is not None, "the worker is closed"
+        if self._on_cpu:
+            return self._runner.submit(plan)
         with on_device(self._device):
             return self._runner.submit(plan)
 

@@ -26,7 +26,7 @@ def test_a_row_holds_the_token_that_its_position_and_the_shift_say(draft_rows, s
     slots.length[:] = torch.tensor([12, 20, 9, 5])
     slots.computed[:] = torch.tensor([9, 19, 3, 0])  # two accepted drafts, a decode row, a chunk of a prompt, nobody's
     rows = torch.tensor([[0, 3, 2, 1], [1, 1, 0, 1], [2, 4, 0, 0], [3, 0, 0, 0]])
-    batch = assemble_reference(slots, *rows.unbind(1), 8, 4, 4)  # type: ignore[call-arg]
+    batch = assemble_reference(slots, rows, 8, 4, 4)
     committed = torch.tensor([2, 1, 4, 0], dtype=torch.int32)
     found = draft_rows(slots, batch, committed, 2, 1, LIMIT, MASK, 4, shift)
     ids, positions, source, index, starts = [], [], [], [], [0]

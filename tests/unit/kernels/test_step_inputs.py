@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import os
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from kernel_examples.steps import example_slots
 from outrider.kernels.commit import commit_reference, store_draft_reference
+from outrider.kernels.cpu.addresses import slots_of
 from outrider.kernels.cpu.commit import commit_cpu
 from outrider.kernels.cpu.step_inputs import assemble_cpu
+from outrider.kernels.embed import EMBED
 from outrider.kernels.gpu.commit import commit_gpu, store_draft_gpu
 from outrider.kernels.gpu.step_inputs import assemble_gpu
 from outrider.kernels.step_inputs import assemble_reference, load_draft, locate
@@ -50,11 +52,6 @@ def random_plan(seed: int) -> tuple[Slots, list[tuple[int, int, int, int]], int]
     return slots, rows, width
 
 
-def columns(rows: list[tuple[int, int, int, int]]) -> tuple[torch.Tensor, ...]:
-    slot, num_tokens, num_drafts, ends_prompt = torch.tensor(rows).unbind(1)
-    return slot, num_tokens.int(), num_drafts.int(), ends_prompt.bool()
-
-
 @pytest.mark.parametrize("assemble", ASSEMBLES)
 @pytest.mark.parametrize("seed", range(20))
 def test_assemble(assemble, seed: int) -> None:
@@ -75,7 +72,7 @@ def test_assemble(assemble, seed: int) -> None:
         seq_lens.append(computed + num_tokens)
         starts.append(len(ids))
         logits_starts.append(len(index))
-    batch = assemble(slots, *columns(rows), len(ids), len(index), BLOCK)
+    batch = assemble(slots, torch.tensor(rows), len(ids), len(index), BLOCK)
     expected = {
         "slot": [row[0] for row in rows],
         "query_start": starts,
@@ -100,8 +97,8 @@ def test_a_padded_batch_writes_nowhere(assemble) -> None:
     slots, rows, _ = random_plan(3)
     num_query = sum(row[1] for row in rows)
     num_logits = sum(row[2] + 1 for row in rows if row[3])
-    alone = assemble(slots, *columns(rows), num_query, num_logits, BLOCK)
-    padded = assemble(slots, *columns([*rows, (8, 0, 0, 0), (8, 0, 0, 0)]), num_query + 5, num_logits + 3, BLOCK)
+    alone = assemble(slots, torch.tensor(rows), num_query, num_logits, BLOCK)
+    padded = assemble(slots, torch.tensor([*rows, (8, 0, 0, 0), (8, 0, 0, 0)]), num_query + 5, num_logits + 3, BLOCK)
     assert torch.equal(padded.input_ids[:num_query], alone.input_ids)
     for name in ("positions", "cache_slot"):
         assert torch.equal(getattr(padded.rows, name)[:num_query], getattr(alone.rows, name))
@@ -116,7 +113,7 @@ def test_commit(commit, seed: int) -> None:
     slots, rows, width = random_plan(seed)
     dice = random.Random(seed)
     num_logits = sum(row[2] + 1 for row in rows if row[3])
-    batch = assemble_reference(slots, *columns(rows), sum(row[1] for row in rows), num_logits, BLOCK)
+    batch = assemble_reference(slots, torch.tensor(rows), sum(row[1] for row in rows), num_logits, BLOCK)
     before = copy.deepcopy(slots)
     gains = [[dice.randrange(100, 200) for _ in range(dice.randint(1, 1 + row[2]))] if row[3] else [] for row in rows]
     tokens = torch.tensor([gain + [-1] * (width + 1 - len(gain)) for gain in gains])
@@ -145,7 +142,7 @@ def test_commit_never_writes_past_the_end(commit) -> None:
     slots = example_slots(torch.Generator().manual_seed(0), CPU, 3, 10, 3)
     slots.length[:], slots.computed[:] = 8, 7
     before = slots.tokens.clone()
-    batch = assemble_reference(slots, *columns([(1, 1, 0, 1)]), 1, 1, BLOCK)
+    batch = assemble_reference(slots, torch.tensor([(1, 1, 0, 1)]), 1, 1, BLOCK)
     count = torch.tensor([4], dtype=torch.int32)
     commit(slots, batch, Verdict(torch.tensor([[1, 2, 3, 4]]), count, torch.tensor([False])))
     assert slots.length.tolist() == [8, 10, 8]
@@ -154,9 +151,8 @@ def test_commit_never_writes_past_the_end(commit) -> None:
 
 
 def test_drafts_come_back_as_they_were_stored() -> None:
-    slots = example_slots(torch.Generator().manual_seed(0), CPU, 5, 16, 2)
-    slots.draft_logits = torch.zeros((5, 2, 3))
-    plan = (*columns([(4, 1, 0, 1), (1, 1, 0, 1)]), 2, 2, BLOCK)
+    slots = replace(example_slots(torch.Generator().manual_seed(0), CPU, 5, 16, 2), draft_logits=torch.zeros((5, 2, 3)))
+    plan = (torch.tensor([(4, 1, 0, 1), (1, 1, 0, 1)]), 2, 2, BLOCK)
     batch = assemble_reference(slots, *plan)
     draft = Draft(torch.tensor([[1, 2], [3, 4]]), torch.tensor([2, 1], dtype=torch.int32), torch.randn((2, 2, 3)))
     store_draft_reference(slots, batch, draft)
@@ -170,7 +166,7 @@ def test_a_row_that_pads_a_batch_stores_no_draft_on_a_gpu() -> None:
     """Several such rows share a slot: what it held would depend on which came last."""
     slots = example_slots(torch.Generator().manual_seed(0), CPU, 5, 16, 2)
     before = slots.draft_tokens.clone()
-    batch = assemble_reference(slots, *columns([(4, 1, 0, 1), (1, 0, 0, 0), (1, 0, 0, 0)]), 3, 3, BLOCK)
+    batch = assemble_reference(slots, torch.tensor([(4, 1, 0, 1), (1, 0, 0, 0), (1, 0, 0, 0)]), 3, 3, BLOCK)
     draft = Draft(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([2, 1, 2], dtype=torch.int32), None)
     store_draft_gpu(slots, batch, draft)
     before[4] = draft.tokens[0]
@@ -180,3 +176,16 @@ def test_a_row_that_pads_a_batch_stores_no_draft_on_a_gpu() -> None:
 def test_locate_skips_empty_rows() -> None:
     row, place = locate(torch.tensor([0, 0, 2, 2, 3], dtype=torch.int32), 5)
     assert row.tolist() == [1, 1, 3, 3, 3] and place.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_a_copy_of_the_slots_has_its_own_addresses() -> None:
+    slots = example_slots(torch.Generator().manual_seed(0), CPU, 3, 10, 3)
+    assert slots_of(slots) is slots_of(slots)
+    for other in (copy.deepcopy(slots), replace(slots, length=slots.length.clone())):
+        assert slots_of(other).length == other.length.data_ptr() != slots.length.data_ptr()
+
+
+@pytest.mark.parametrize("unknown", [-1, 5])
+def test_the_embedding_of_an_unknown_token_is_an_error(unknown: int) -> None:
+    with pytest.raises(IndexError):
+        EMBED.on(CPU)(torch.tensor([0, unknown]), torch.ones(5, 8, dtype=torch.bfloat16), torch.float32)

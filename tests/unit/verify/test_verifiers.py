@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,13 +67,11 @@ def decode_batch(rows: int, width: int, num_drafts: int, position: int) -> tuple
     slots = example_slots(torch.Generator().manual_seed(0), CPU, rows, 64, width)
     slots.length.fill_(position)
     slots.computed.fill_(position - 1)
-    slots.seed = torch.arange(rows) * 3 + 1
+    slots = replace(slots, seed=torch.arange(rows) * 3 + 1)
     ones = torch.ones(rows, dtype=torch.int64)
     counts = (num_drafts + 1) * rows
-    batch = ASSEMBLE.on(CPU)(
-        slots, torch.arange(rows), ones * (num_drafts + 1), ones * num_drafts, ones, counts, counts, 4
-    )
-    return slots, batch
+    plan = torch.stack((torch.arange(rows), ones * (num_drafts + 1), ones * num_drafts, ones), dim=1)
+    return slots, ASSEMBLE.on(CPU)(slots, plan, counts, counts, 4)
 
 
 def shares(verifier: Synthetic, rows: int, positions: range, width: int = 3) -> Tensor:
@@ -115,8 +114,7 @@ def test_synthetic_refuses_rates_that_cannot_be(rates: list[float]) -> None:
 def test_a_step_inside_every_prompt_gains_nothing(verifier) -> None:
     slots = example_slots(torch.Generator().manual_seed(0), CPU, 2, 16, 3)
     slots.computed.zero_()
-    slot, counts, zeros = torch.arange(2), torch.tensor([2, 3]), torch.zeros(2, dtype=torch.int64)
-    batch = ASSEMBLE.on(CPU)(slots, slot, counts, zeros, zeros, 5, 0, 4)
+    batch = ASSEMBLE.on(CPU)(slots, torch.tensor([[0, 2, 0, 0], [1, 3, 0, 0]]), 5, 0, 4)
     draft = Draft(torch.zeros((2, 3), dtype=torch.int64), batch.num_drafts, None)
     verdict = verifier(torch.empty((0, 7)), batch, draft, slots)
     assert verdict.count.tolist() == [0, 0] and (verdict.tokens == -1).all()

@@ -7,11 +7,11 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import kernel, larger, pointer
+from outrider.kernels.cpu.jit import Kernel, larger, pointer
 from outrider.kernels.sample import NO_TOKEN
 
 
-@kernel
+@Kernel
 def _accept_drafts_kernel(
     choice_at: int,
     stands_at: int,
@@ -64,7 +64,7 @@ def accept_drafts_cpu(
     tokens = torch.empty((rows, width + 1), dtype=torch.int64)
     count = torch.empty(rows, dtype=torch.int32)
     invalid = torch.empty(rows, dtype=torch.bool)
-    _accept_drafts_kernel(
+    _accept_drafts_kernel.launch(
         choice.data_ptr(),
         0 if stands is None else stands.data_ptr(),
         stands is None,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import SERIAL, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import kernel, task
+from outrider.kernels.cpu.jit import Kernel, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 
@@ -40,7 +40,7 @@ def gate_rows(tickets: int, gate_up: int, out: int, rows: int, size: int) -> Non
         _gate_row(gate, gate + size * 4, out + row * size * 4, size)
 
 
-@kernel
+@Kernel
 def _gate_kernel(gate_up: int, out: int, rows: int, size: int, threads: int) -> None:
     parallel(gate_rows, threads, (gate_up, out, rows, size))
 
@@ -50,5 +50,5 @@ def silu_mul_cpu(gate_up: Tensor) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size)
     threads = num_threads() if rows * size > SERIAL else 1
-    _gate_kernel(gate_up.data_ptr(), out.data_ptr(), rows, size, threads)
+    _gate_kernel.launch(gate_up.data_ptr(), out.data_ptr(), rows, size, threads)
     return out

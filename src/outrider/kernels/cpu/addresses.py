@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -88,14 +89,23 @@ def rows_of(rows: PagedRows) -> Rows:
         block_table.data_ptr(),
         query_start.data_ptr(),
         seq_lens.data_ptr(),
-        len(positions),
+        positions.shape[0],
         num_rows,
         max_blocks,
     )
 
 
+_slot_tables: WeakKeyDictionary[Slots, SlotTables] = WeakKeyDictionary()
+
+
 def slots_of(slots: Slots) -> SlotTables:
-    """The record of the slots' tables."""
+    """The record of the slots' tables, made once: a step asks several times, and the tables stay where they are."""
+    if (known := _slot_tables.get(slots)) is None:
+        known = _slot_tables[slots] = _slots_of(slots)
+    return known
+
+
+def _slots_of(slots: Slots) -> SlotTables:
     tokens, block_table, draft_tokens = slots.tokens, slots.block_table, slots.draft_tokens
     assert tokens.is_contiguous() and block_table.is_contiguous() and draft_tokens.is_contiguous()
     num_slots, max_len = tokens.shape

@@ -22,7 +22,7 @@ from llvmlite import ir
 from outrider.kernels.cpu.activation import silu_mul
 from outrider.kernels.cpu.addresses import Product
 from outrider.kernels.cpu.emit import BFLOAT16, LANES, NO, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import TARGET_FEATURES, allocate, compiled, free, kernel, larger, smaller, task
+from outrider.kernels.cpu.jit import TARGET_FEATURES, Kernel, allocate, compiled, free, larger, smaller, task
 from outrider.kernels.cpu.threads import add, parallel, read
 
 _BYTE = ir.IntType(8)
@@ -309,7 +309,7 @@ def alone(tickets: int, x: int, rows: int, height: int, product: Product, gated:
     free(packed)
 
 
-@kernel
+@Kernel
 def multiply(x: int, product: Product, out: int, rows: int, threads: int) -> None:
     """out = x @ weight.T + bias"""
     height, inputs, outputs = tile_height(rows), product.inputs, product.outputs

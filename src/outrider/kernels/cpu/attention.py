@@ -8,12 +8,12 @@ from torch import Tensor
 from outrider.kernels.cpu.addresses import Heads, Rows, heads_of, rows_of
 from outrider.kernels.cpu.attention_tasks import area, attend, join, plan
 from outrider.kernels.cpu.emit import SERIAL
-from outrider.kernels.cpu.jit import allocate, free, kernel
+from outrider.kernels.cpu.jit import Kernel, allocate, free
 from outrider.kernels.cpu.threads import num_threads, parallel
 from outrider.tensors import PagedRows
 
 
-@kernel
+@Kernel
 def _attention_kernel(
     query: int, keys: int, values: int, rows: Rows, heads: Heads, scale: float, out: int, num_tokens: int, threads: int
 ) -> None:
@@ -35,5 +35,7 @@ def paged_attention_cpu(query: Tensor, key_cache: Tensor, value_cache: Tensor, r
     out = torch.empty_like(query)
     caches = key_cache.data_ptr(), value_cache.data_ptr()
     heads = heads_of(num_heads, key_cache, value_cache)
-    _attention_kernel(query.data_ptr(), *caches, rows_of(rows), heads, scale, out.data_ptr(), num_tokens, num_threads())
+    _attention_kernel.launch(
+        query.data_ptr(), *caches, rows_of(rows), heads, scale, out.data_ptr(), num_tokens, num_threads()
+    )
     return out

@@ -10,7 +10,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.addresses import SlotTables, slots_of
-from outrider.kernels.cpu.jit import kernel, pointer, smaller
+from outrider.kernels.cpu.jit import Kernel, pointer, smaller
 from outrider.tensors import Slots, StepBatch, Verdict
 
 
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     width: int  # of tokens
 
 
-@kernel
+@Kernel
 def _commit_kernel(tables: SlotTables, step: Step) -> None:
     num_slots, max_len, num_rows, width = tables.num_slots, tables.max_len, step.num_rows, step.width
     tokens = carray(pointer(tables.tokens), (num_slots, max_len), np.int64)
@@ -73,5 +73,5 @@ def commit_cpu(slots: Slots, batch: StepBatch, verdict: Verdict) -> tuple[Tensor
         size,
         verdict.tokens.shape[1],
     )
-    _commit_kernel(slots_of(slots), step)
+    _commit_kernel.launch(slots_of(slots), step)
     return committed, next_token

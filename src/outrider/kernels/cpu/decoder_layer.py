@@ -41,15 +41,20 @@ class DeviceLayerStack:
                 assert given is None or other is None or (given.shape == other.shape and given.dtype == other.dtype)
                 assert given is None or given.is_contiguous()
         self._by_ops = layers_by_ops(lambda op: op.on("cpu"), layers, caches, eps, scale)
-        self._eps, self._scale = eps, scale
         table = [[*(address(tensor) for tensor in one), 0] for one in tensors]
         self._table = np.array(table, np.int64)
+        self._layers, self._layer_bytes = self._table.ctypes.data, self._table.strides[0]
+        self._copies = False  # whether the table names places for the stream that enters a layer
         _, num_kv_heads, _, head_dim = keys.shape
         num_heads = len(first.qkv) // head_dim - 2 * num_kv_heads
-        self._heads, self._kind = heads_of(num_heads, *caches[0]), KIND[first.qkv.dtype]
-        self._inputs, self._width = first.qkv.shape[1], first.down.shape[1]
-        self._tiles = amx.AVAILABLE and self._kind == BFLOAT16
-        self._all_tiled = self._tiles and all(
+        kind = KIND[first.qkv.dtype]
+        tiles = amx.AVAILABLE and kind == BFLOAT16
+        hidden, width = first.down.shape
+        # but for the address of `rope` and the stride of `features`, which are those of the last call
+        self._shape = Shape(
+            kind, int(tiles), first.qkv.shape[1], hidden, width, 0, 0, eps, scale, heads_of(num_heads, *caches[0])
+        )
+        self._all_tiled = tiles and all(
             amx.fits(weight.shape[1], weight.shape[0]) for weight in (first.qkv, first.out, first.gate_up, first.down)
         )
 
@@ -68,26 +73,29 @@ class DeviceLayerStack:
 
         `features` [T, len(aux_layers) * H] is filled with the stream as it enters each of aux_layers, side by side.
         """
-        tokens, hidden = residual.shape
+        tokens = residual.shape[0]
         # one launch serves few tokens, and more where the matrix unit multiplies all of it
         if tokens > FEW_ROWS and not self._all_tiled:
             return self._by_ops(first, last, x, residual, rope, rows, aux_layers, features)
         assert residual.is_contiguous() and (x is None or x.is_contiguous())
         result = torch.empty_like(residual)
         stride = 0
-        self._table[:, -1] = 0  # where the last call wrote to may be gone
+        if self._copies:  # where the last call wrote to may be gone
+            self._table[:, -1] = 0
+            self._copies = False
         if features is not None:
             assert features.is_contiguous() and features.dtype == torch.float32
-            stride = features.shape[1] * 4
+            stride, self._copies = features.shape[1] * 4, True
             for place, layer in enumerate(aux_layers):
                 if first <= layer < last:
-                    self._table[layer, -1] = features.data_ptr() + place * hidden * 4
-        sizes = self._kind, int(self._tiles), self._inputs, hidden, self._width, stride
-        shape = Shape(*sizes, rope.data_ptr(), self._eps, self._scale, self._heads)
-        layers = self._table.ctypes.data + first * self._table.strides[0]
-        at = address(x), residual.data_ptr(), result.data_ptr()
+                    self._table[layer, -1] = features.data_ptr() + place * residual.shape[1] * 4
+        shape = self._shape
+        if shape.rope != rope.data_ptr() or shape.aux_stride != stride:
+            shape = self._shape = shape._replace(rope=rope.data_ptr(), aux_stride=stride)
+        layers = self._layers + first * self._layer_bytes
+        at = 0 if x is None else x.data_ptr(), residual.data_ptr(), result.data_ptr()
         run = few_tokens if tokens <= FEW else many_tokens
-        run(layers, last - first, shape, rows_of(rows), *at, num_threads())
+        run.launch(layers, last - first, shape, rows_of(rows), *at, num_threads())
         return result
 
 

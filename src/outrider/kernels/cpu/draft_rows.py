@@ -10,7 +10,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.addresses import Rows, SlotTables, rows_of, slots_of
-from outrider.kernels.cpu.jit import kernel, larger, pointer, smaller
+from outrider.kernels.cpu.jit import Kernel, larger, pointer, smaller
 from outrider.kernels.records import DraftRows
 from outrider.tensors import PagedRows, Slots, StepBatch
 
@@ -26,7 +26,7 @@ class Made(NamedTuple):
     shift: int
 
 
-@kernel
+@Kernel
 def _draft_rows_kernel(
     tables: SlotTables,
     target: Rows,
@@ -104,7 +104,7 @@ def draft_rows_cpu(
     narrow = torch.empty(3 * size + 1, dtype=torch.int32)
     at = batch.slot.data_ptr(), batch.logits_start.data_ptr(), committed.data_ptr()
     made = Made(num_drafts, num_masks, limit, mask_token, block_size, shift)
-    _draft_rows_kernel(slots_of(slots), rows_of(batch.rows), *at, made, wide.data_ptr(), narrow.data_ptr())
+    _draft_rows_kernel.launch(slots_of(slots), rows_of(batch.rows), *at, made, wide.data_ptr(), narrow.data_ptr())
     input_ids, source, positions, cache_slot, *by_draft = wide.split_with_sizes(
         [num_rows] * 4 + [size * num_drafts] * 3
     )

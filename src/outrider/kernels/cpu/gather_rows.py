@@ -8,10 +8,10 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import copy_row
-from outrider.kernels.cpu.jit import kernel, pointer
+from outrider.kernels.cpu.jit import Kernel, pointer
 
 
-@kernel
+@Kernel
 def _gather_kernel(x: int, extra: int, index_at: int, out: int, rows: int, known: int, size: int) -> None:
     index = carray(pointer(index_at), (rows,), np.int64)
     for row in range(rows):
@@ -25,5 +25,5 @@ def gather_rows_cpu(x: Tensor, extra: Tensor | None, index: Tensor) -> Tensor:
     known, size = x.shape
     out = torch.empty(len(index), size)
     other = x if extra is None else extra
-    _gather_kernel(x.data_ptr(), other.data_ptr(), index.data_ptr(), out.data_ptr(), len(index), known, size)
+    _gather_kernel.launch(x.data_ptr(), other.data_ptr(), index.data_ptr(), out.data_ptr(), len(index), known, size)
     return out

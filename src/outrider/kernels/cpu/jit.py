@@ -12,10 +12,10 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ParamSpec, TypeAlias, TypeVar, get_type_hints
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, get_type_hints
 
 import llvmlite.binding
 import numba
@@ -131,24 +131,23 @@ def _signature(function: Callable[..., Any]) -> tuple[tuple[Any, ...], Any]:
     return tuple(_numba_type(hint) for hint in hints.values()), result
 
 
-def kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """`compiled`, for what is called from Python: with numbers and named tuples of them, in their order.
+class Kernel(Generic[P, R]):
+    """`compiled`, for what is called from Python, as `launch`: with numbers and named tuples of them, in their order.
 
     numba finds out the types of all arguments at every call, which takes it half a microsecond a named tuple. Here
     there is one signature, that of the annotations.
     """
-    dispatcher: Any = compiled()(function)
-    arguments, _ = _signature(function)
-    entry: Callable[..., R] | None = None
 
-    def launch(*given: P.args, **named: P.kwargs) -> R:
-        nonlocal entry
-        if entry is None:
-            dispatcher.compile(arguments)
-            entry = dispatcher.overloads[arguments].entry_point
-        return entry(*given)
+    def __init__(self, function: Callable[P, R]) -> None:
+        self._dispatcher: Any = compiled()(function)
+        self._arguments, _ = _signature(function)
 
-    return launch
+    @cached_property
+    def launch(self) -> Callable[P, R]:
+        """The compiled code itself, so that a call passes through no Python; compiled when it is first asked for."""
+        self._dispatcher.compile(self._arguments)
+        entry: Callable[P, R] = self._dispatcher.overloads[self._arguments].entry_point
+        return entry
 
 
 class Task:

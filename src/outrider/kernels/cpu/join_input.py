@@ -8,7 +8,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import KIND, WIDTH, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import kernel, larger, pointer
+from outrider.kernels.cpu.jit import Kernel, larger, pointer
 from outrider.kernels.cpu.norm import norm_row
 
 
@@ -26,7 +26,7 @@ def _widen_row(emitter: Emitter, source: Int, kind: Int, out: Int, size: Int) ->
     emitter.each_kind(kind, of_kind)
 
 
-@kernel
+@Kernel
 def _join_kernel(
     ids_at: int,
     embedding: int,
@@ -57,7 +57,7 @@ def join_input_cpu(
     assert embedding.dtype == token_norm.dtype == hidden_norm.dtype
     kind = KIND[embedding.dtype]
     out = torch.empty(rows, 2 * size)
-    _join_kernel(
+    _join_kernel.launch(
         ids.data_ptr(),
         embedding.data_ptr(),
         kind,

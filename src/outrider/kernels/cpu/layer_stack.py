@@ -17,7 +17,7 @@ from numba import carray
 from outrider.kernels.cpu.addresses import Rows
 from outrider.kernels.cpu.attention_tasks import Plan, area, plan
 from outrider.kernels.cpu.emit import LANES
-from outrider.kernels.cpu.jit import allocate, clear, free, kernel, larger, pointer, smaller, task
+from outrider.kernels.cpu.jit import Kernel, allocate, clear, free, larger, pointer, smaller, task
 from outrider.kernels.cpu.layer_phases import (
     LAYER,
     Memory,
@@ -57,7 +57,7 @@ def _together(
     from_attention(phase, threads, layer, shape, rows, plan, areas, residual, memory, query, result)
 
 
-@kernel
+@Kernel
 def few_tokens(
     layers: int, count: int, shape: Shape, rows: Rows, x: int, residual: int, result: int, threads: int
 ) -> None:
@@ -153,7 +153,7 @@ def _apart(
     free(own)
 
 
-@kernel
+@Kernel
 def many_tokens(
     layers: int, count: int, shape: Shape, rows: Rows, x: int, residual: int, result: int, threads: int
 ) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from outrider.kernels.cpu import amx
 from outrider.kernels.cpu.addresses import Product
 from outrider.kernels.cpu.emit import BFLOAT16, FLOAT32, KIND, SERIAL, WIDTH, Emitter, Int, Vector, emitted
-from outrider.kernels.cpu.jit import kernel, larger, smaller, task
+from outrider.kernels.cpu.jit import Kernel, larger, smaller, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 FEW = 32  # rows up to which the vector kernel is used: torch needs some 30 us to start
@@ -81,7 +81,7 @@ def few_rows(tickets: int, x: int, product: Product, out: int, rows: int, thread
                 _add_bias(out + (row * outputs + o) * 4, place, kind, smaller(outputs - o, _WIDTH))
 
 
-@kernel
+@Kernel
 def _few_rows_kernel(x: int, product: Product, out: int, rows: int, threads: int) -> None:
     parallel(few_rows, threads, (x, product, out, rows, threads))
 
@@ -107,7 +107,7 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool
     product = Product(weight.data_ptr(), 0 if bias is None else bias.data_ptr(), inputs, outputs, kind)
     threads = num_threads() if rows * inputs * outputs > SERIAL else 1
     if tiled:
-        amx.multiply(x.data_ptr(), product, out.data_ptr(), rows, threads)
+        amx.multiply.launch(x.data_ptr(), product, out.data_ptr(), rows, threads)
     else:
-        _few_rows_kernel(x.data_ptr(), product, out.data_ptr(), rows, threads)
+        _few_rows_kernel.launch(x.data_ptr(), product, out.data_ptr(), rows, threads)
     return out

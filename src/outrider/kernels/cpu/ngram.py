@@ -7,10 +7,10 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import kernel, pointer
+from outrider.kernels.cpu.jit import Kernel, pointer
 
 
-@kernel
+@Kernel
 def _ngram_kernel(
     tokens_at: int,
     length_at: int,
@@ -79,7 +79,7 @@ def ngram_lookup_cpu(
     )
     drafts = torch.empty((rows, num_drafts), dtype=torch.int64)
     number = torch.empty(rows, dtype=torch.int32)
-    _ngram_kernel(
+    _ngram_kernel.launch(
         tokens.data_ptr(),
         length.data_ptr(),
         slot.data_ptr(),

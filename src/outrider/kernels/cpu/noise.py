@@ -7,7 +7,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import compiled, kernel, pointer
+from outrider.kernels.cpu.jit import Kernel, compiled, pointer
 from outrider.kernels.noise import (
     MASK,
     MULTIPLY_1,
@@ -46,7 +46,7 @@ def native_bits(a: np.uint32, b: np.uint32, index: int) -> np.uint32:
     return native_mix(np.uint32(native_mix(np.uint32(np.uint32(index) ^ a)) + b))
 
 
-@kernel
+@Kernel
 def _bits_kernel(seed_at: int, position_at: int, purpose: int, out_at: int, num_rows: int, num_indices: int) -> None:
     seed = carray(pointer(seed_at), (num_rows,), np.int64)
     position = carray(pointer(position_at), (num_rows,), np.int64)
@@ -63,5 +63,5 @@ def noise_bits_cpu(seed: Tensor, position: Tensor, purpose: int, num_indices: in
     assert seed.dtype == position.dtype == torch.int64 and seed.shape == position.shape
     rows = seed.shape[0]
     out = torch.empty((rows, num_indices), dtype=torch.int64)
-    _bits_kernel(seed.data_ptr(), position.data_ptr(), int(purpose), out.data_ptr(), rows, num_indices)
+    _bits_kernel.launch(seed.data_ptr(), position.data_ptr(), int(purpose), out.data_ptr(), rows, num_indices)
     return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.cpu.emit import KIND, SERIAL, Emitter, Int, Real, Vector, emitted
-from outrider.kernels.cpu.jit import kernel, task
+from outrider.kernels.cpu.jit import Kernel, task
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 
@@ -62,7 +62,7 @@ def norm_rows(
         norm_row(source, weight, kind, out + start, size, eps)
 
 
-@kernel
+@Kernel
 def _norm_kernel(
     x: int, residual: int, weight: int, kind: int, out: int, rows: int, size: int, eps: float, threads: int
 ) -> None:
@@ -73,10 +73,12 @@ def _launch(x: Tensor, residual: int, weight: Tensor, eps: float) -> Tensor:
     assert x.dtype == torch.float32 and weight.is_contiguous()
     x = x.contiguous()
     out = torch.empty_like(x)
-    numbers, size = x.numel(), len(weight)
+    numbers, size = x.numel(), weight.shape[0]
     threads = num_threads() if numbers > SERIAL else 1
     kind = KIND[weight.dtype]
-    _norm_kernel(x.data_ptr(), residual, weight.data_ptr(), kind, out.data_ptr(), numbers // size, size, eps, threads)
+    _norm_kernel.launch(
+        x.data_ptr(), residual, weight.data_ptr(), kind, out.data_ptr(), numbers // size, size, eps, threads
+    )
     return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from outrider.kernels.cpu.addresses import Heads, Norms, Rows, heads_of, norms_of, rows_of
 from outrider.kernels.cpu.emit import BFLOAT16, SERIAL, Emitter, Int, Vector, copy_row, emitted
-from outrider.kernels.cpu.jit import allocate, compiled, free, kernel, pointer, task
+from outrider.kernels.cpu.jit import Kernel, allocate, compiled, free, pointer, task
 from outrider.kernels.cpu.norm import norm_row
 from outrider.kernels.cpu.threads import add, num_threads, parallel
 from outrider.kernels.records import HeadNorms
@@ -86,7 +86,7 @@ def rope_tokens(
     free(turned)
 
 
-@kernel
+@Kernel
 def _rope_kernel(
     qkv: int, norms: Norms, rope: int, rows: Rows, keys: int, values: int, heads: Heads, query: int, threads: int
 ) -> None:
@@ -100,7 +100,7 @@ def rope_store_cpu(
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     assert qkv.dtype == rope.dtype == torch.float32 and qkv.is_contiguous() and rope.is_contiguous()
     query = torch.empty(tokens, num_heads, head_dim)
-    _rope_kernel(
+    _rope_kernel.launch(
         qkv.data_ptr(),
         norms_of(norms),
         rope.data_ptr(),

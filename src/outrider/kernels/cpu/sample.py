@@ -12,7 +12,7 @@ from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.addresses import address
-from outrider.kernels.cpu.jit import Floats, Tokens, compiled, kernel, largest, pointer
+from outrider.kernels.cpu.jit import Floats, Kernel, Tokens, compiled, largest, pointer
 from outrider.kernels.cpu.noise import native_bits, native_key
 from outrider.kernels.noise import GUMBEL_MAX
 from outrider.kernels.sample import NO_TOKEN
@@ -108,7 +108,7 @@ class Draws(NamedTuple):
     purpose: int
 
 
-@kernel
+@Kernel
 def _gumbel_argmax_kernel(given: Logits, draws: Draws, out_at: int) -> None:
     num_rows, size = given.num_rows, given.size
     temperature = carray(pointer(draws.temperature), (draws.num_slots,), np.float32)
@@ -159,11 +159,11 @@ def gumbel_argmax_cpu(
         address(temperature),
         temperature is not None,
         seed.data_ptr(),
-        len(seed),
+        seed.shape[0],
         address(slot),
         slot is not None,
         position.data_ptr(),
         int(purpose),
     )
-    _gumbel_argmax_kernel(given, draws, out.data_ptr())
+    _gumbel_argmax_kernel.launch(given, draws, out.data_ptr())
     return out

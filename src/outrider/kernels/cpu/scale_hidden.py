@@ -7,10 +7,10 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import kernel, pointer
+from outrider.kernels.cpu.jit import Kernel, pointer
 
 
-@kernel
+@Kernel
 def _scale_hidden_kernel(
     x_at: int,
     temperature_at: int,
@@ -46,7 +46,7 @@ def scale_hidden_cpu(
     assert x.is_contiguous() and temperature.is_contiguous() and seed.is_contiguous() and slot.is_contiguous()
     rows, size = x.shape
     out, own, seeds = torch.empty(rows, size), torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-    _scale_hidden_kernel(
+    _scale_hidden_kernel.launch(
         x.data_ptr(),
         temperature.data_ptr(),
         seed.data_ptr(),

@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
 from outrider.kernels.cpu.addresses import SlotTables, slots_of
-from outrider.kernels.cpu.jit import kernel, pointer, smaller
+from outrider.kernels.cpu.jit import Kernel, pointer, smaller
 from outrider.tensors import PagedRows, Slots, StepBatch
 
 
-class Columns(NamedTuple):
-    """The columns of a plan's rows, int64, `stride` numbers apart."""
-
-    slot: int
-    num_tokens: int
-    num_drafts: int
-    ends_prompt: int
-    stride: int
-
-
-class Sizes(NamedTuple):
-    """How many rows, query tokens and rows of logits a step has."""
-
-    rows: int
-    query: int
-    logits: int
-
-
-@kernel
+@Kernel
 def _assemble_kernel(
-    tables: SlotTables, columns: Columns, sizes: Sizes, wide_at: int, narrow_at: int, block_size: int
+    tables: SlotTables,
+    plan_at: int,
+    num_rows: int,
+    num_query: int,
+    num_logits: int,
+    wide_at: int,
+    narrow_at: int,
+    block_size: int,
 ) -> None:
-    num_rows, num_query, num_logits = sizes
     num_slots, max_len, max_blocks, width = tables.num_slots, tables.max_len, tables.max_blocks, tables.num_drafts
-    stride = columns.stride
     tokens = carray(pointer(tables.tokens), (num_slots, max_len), np.int64)
     length = carray(pointer(tables.length), (num_slots,), np.int32)
     computed = carray(pointer(tables.computed), (num_slots,), np.int32)
     table = carray(pointer(tables.block_table), (num_slots, max_blocks), np.int32)
     drafts = carray(pointer(tables.draft_tokens), (num_slots, width), np.int64)
-    slots = carray(pointer(columns.slot), (num_rows * stride,), np.int64)
-    counts = carray(pointer(columns.num_tokens), (num_rows * stride,), np.int64)
-    drafted = carray(pointer(columns.num_drafts), (num_rows * stride,), np.int64)
-    ends = carray(pointer(columns.ends_prompt), (num_rows * stride,), np.int64)
+    plan = carray(pointer(plan_at), (num_rows, 4), np.int64)
     wide = carray(pointer(wide_at), (3 * num_query + 3 * num_logits + num_rows + num_rows * width,), np.int64)
     input_ids, positions, cache_slot = wide[:num_query], wide[num_query : 2 * num_query], wide[2 * num_query :]
     by_logits = wide[3 * num_query :]
@@ -62,7 +44,7 @@ def _assemble_kernel(
     query, sampled = 0, 0
     query_start[0] = logits_start[0] = 0
     for row in range(num_rows):
-        slot, num_tokens, num_drafts = slots[row * stride], counts[row * stride], drafted[row * stride]
+        slot, num_tokens, num_drafts = plan[row, 0], plan[row, 1], plan[row, 2]
         done = computed[slot]
         for position in range(done, done + num_tokens):
             past = position - length[slot]
@@ -74,7 +56,7 @@ def _assemble_kernel(
             block = np.int64(table[slot, position // block_size])
             cache_slot[query] = block * block_size + position % block_size
             query += 1
-        if ends[row * stride]:
+        if plan[row, 3] != 0:
             for place in range(query - num_drafts - 1, query):
                 logits_index[sampled] = place
                 logits_slot[sampled] = slot
@@ -94,27 +76,19 @@ def _assemble_kernel(
 
 def assemble_cpu(
     slots: Slots,
-    slot: Tensor,
-    num_tokens: Tensor,
-    num_drafts: Tensor,
-    ends_prompt: Tensor,
+    plan: Tensor,
     num_query: int,
     num_logits: int,
     block_size: int,
 ) -> StepBatch:
     """One call that fills two buffers, of which the batch's tensors are views."""
-    columns = slot.long(), num_tokens.long(), num_drafts.long(), ends_prompt.long()
-    size, stride = slot.shape[0], slot.stride(0)
-    if any(column.stride(0) != stride for column in columns):
-        slot, num_tokens, num_drafts, ends_prompt = (column.contiguous() for column in columns)
-        columns, stride = (slot, num_tokens, num_drafts, ends_prompt), 1
-    tables, sizes = slots_of(slots), Sizes(size, num_query, num_logits)
+    assert plan.dtype == torch.int64 and plan.is_contiguous()
+    tables, size = slots_of(slots), plan.shape[0]
     width, max_blocks = tables.num_drafts, tables.max_blocks
     wide = torch.empty(3 * num_query + 3 * num_logits + size + size * width, dtype=torch.int64)
     narrow = torch.empty(4 * size + 2 + size * max_blocks, dtype=torch.int32)
-    at = [column.data_ptr() for column in columns]
-    given = Columns(at[0], at[1], at[2], at[3], stride)
-    _assemble_kernel(tables, given, sizes, wide.data_ptr(), narrow.data_ptr(), block_size)
+    given = plan.data_ptr(), size, num_query, num_logits
+    _assemble_kernel.launch(tables, *given, wide.data_ptr(), narrow.data_ptr(), block_size)
     input_ids, positions, cache_slot, logits_index, logits_slot, logits_position, slot, guesses = wide.split_with_sizes(
         [num_query] * 3 + [num_logits] * 3 + [size, size * width]
     )

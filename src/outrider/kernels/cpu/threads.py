@@ -25,7 +25,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from outrider.kernels.cpu.jit import Task, compiled, kernel, task
+from outrider.kernels.cpu.jit import Kernel, Task, compiled, task
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic  # numba has no types
 _INT, _BYTE = ir.IntType(64), ir.IntType(8)
@@ -184,7 +184,7 @@ def _launch(job: int, data: int, threads: int) -> None:
     _swap(pool + _OWNER, 0)
 
 
-@kernel
+@Kernel
 def _help() -> None:
     pool = _pool()
     seen, looks = read(pool + _GENERATION), 0
@@ -228,10 +228,10 @@ def _start(count: int) -> None:
         if not _helpers:
             stop = ctypes.c_int64.from_address(_ADDRESS + _STOP)
             stop.value = 1
-            _help()  # compiles it here and now: a helper would fight for the GIL to do it
+            _help.launch()  # compiles it here and now: a helper would fight for the GIL to do it
             stop.value = 0
         while len(_helpers) < count:
-            helper = threading.Thread(target=_help, name="outrider-kernels", daemon=True)
+            helper = threading.Thread(target=_help.launch, name="outrider-kernels", daemon=True)
             _helpers.append(helper)
             helper.start()
 

@@ -10,7 +10,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.jit import Floats, compiled, kernel, largest, pointer
+from outrider.kernels.cpu.jit import Floats, Kernel, compiled, largest, pointer
 from outrider.kernels.truncate import by_row
 
 Bins: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float64]]"
@@ -71,7 +71,7 @@ def _pth(logits: Floats, most: np.float32, floor: float, top_p: float, mass: Bin
     return -math.inf
 
 
-@kernel
+@Kernel
 def _truncate_kernel(
     logits_at: int, stride: int, top_k_at: int, top_p_at: int, min_p_at: int, num_rows: int, size: int
 ) -> None:
@@ -111,7 +111,7 @@ def truncate_cpu(
     assert logits.stride(1) == 1 and top_k.is_contiguous() and top_p.is_contiguous() and min_p.is_contiguous()
     rows, size = logits.shape
     assert top_k.shape == top_p.shape == min_p.shape == (rows,)
-    _truncate_kernel(
+    _truncate_kernel.launch(
         logits.data_ptr(), logits.stride(0), top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(), rows, size
     )
     return logits

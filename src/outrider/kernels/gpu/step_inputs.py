@@ -153,15 +153,13 @@ def _assemble_kernel(
 
 def assemble_gpu(
     slots: Slots,
-    slot: Tensor,
-    num_tokens: Tensor,
-    num_drafts: Tensor,
-    ends_prompt: Tensor,
+    plan: Tensor,
     num_query: int,
     num_logits: int,
     block_size: int,
 ) -> StepBatch:
-    """`assemble_reference` in one kernel. The plan's columns may be strided."""
+    """`assemble_reference` in one kernel."""
+    slot, num_tokens, num_drafts, ends_prompt = plan.unbind(1)
     assert slots.tokens.is_contiguous() and slots.block_table.is_contiguous() and slots.draft_tokens.is_contiguous()
     device, size = slot.device, slot.shape[0]
     max_len, max_blocks, width = slots.tokens.shape[1], slots.block_table.shape[1], slots.draft_tokens.shape[1]
