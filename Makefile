@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 SHAPE ?= benchmarks/shapes/qwen3-0.6b
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint check gpu docs reference format clean
+.PHONY: help demo test test-all test-clients lint check gpu docs reference format clean
 
 help: ## what there is to run
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
@@ -25,10 +25,15 @@ demo: $(READY) ## the bundled model edits code, drafts in colour, with and witho
 	@$(BIN)/python examples/demo.py
 
 test: $(READY) ## the tests of every change: no GPU, no long grids
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not slow and not clients'
 
 test-all: $(READY) ## every test that needs no GPU, long grids included
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not clients'
+
+test-clients: $(READY) ## frameworks against the server, in an environment of their own
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,clients]'
+	$(VENV)-clients/bin/python -m pytest -m clients -v tests/test_clients.py
 
 lint: $(READY) ## format, lint and types
 	$(BIN)/ruff format --check .

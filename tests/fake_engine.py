@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,8 @@ class FakeClient:
         self.restarting = False
         self.says: list[str] = []
         """One a completion; the last is said again and again."""
+        self.answers: Callable[[str], str] | None = None
+        """What it says to a prompt, instead of the next of `says`."""
         self.step = 3
         """Tokens a step."""
         self.fails_after: int | None = None
@@ -129,7 +131,7 @@ class FakeClient:
             self.asked.append(completion)
             prompt = completion.parent.prompt_token_ids
             self.prompts.append(tokenizer.decode(prompt, skip_special_tokens=False))
-            said = self.says[min(number, len(self.says) - 1)]
+            said = self.answers(self.prompts[-1]) if self.answers else self.says[min(number, len(self.says) - 1)]
             tokens = [*tokenizer.wrapped.encode(said, add_special_tokens=False), eos]
             most = completion.sampling.max_tokens or len(tokens)
             for start in range(0, len(tokens), self.step):

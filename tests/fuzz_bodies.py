@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fuzz_server import MAX_BODY_BYTES, Sent
+from outrider.server.openai.record import NOT_OFFERED
 from outrider.server.openai.responses_schemas import ResponsesRequest
 from outrider.server.openai.schemas import (
-    NOT_OFFERED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,

@@ -185,6 +185,7 @@ def _scheduler_options(runner: RunnerConfig, options: EngineOptions) -> Schedule
         lookahead=sizes.num_drafts if drafter.writes_ahead else 0,
         rerun=drafter.rerun,
         draft_cache=Feature.DRAFT_CACHE in drafter.needs,
+        draft_limit=runner.draft_options.max_model_len,
     )
 
 

@@ -48,7 +48,8 @@ class SamplingParams:
     """One request's sampling options; checked when made, so a bad value never reaches the engine.
 
     Raises SamplingError naming the field, its value and the range, or the nearest to an unknown field.
-    Whole numbers may be numpy's. As in vLLM, a seed of -1 is none, and a top_k of -1 is off.
+    Whole numbers may be numpy's. As in vLLM, a seed of -1 is none, other negative seeds are seeds, and a top_k of -1 is
+    off. As with OpenAI and in llama.cpp, a top_p of 0 keeps one token, which vLLM refuses.
     """
 
     n: int = option(1, "completions of the prompt")
@@ -85,9 +86,11 @@ class SamplingParams:
         self._set("n", whole("n", self.n, 1))
         for one in FIELDS:
             self._set(one.name, one.checked(getattr(self, one.name)))
+        if self.top_p == 0.0:  # no token makes up no probability: the likeliest stays, as a top_k of 1 keeps it
+            self._set("top_k", 1)
+            self._set("top_p", 1.0)
         if self.seed is not None:
-            seed = whole("seed", self.seed, 0, -1)
-            self._set("seed", None if seed == -1 else seed)
+            self._set("seed", _seed(self.seed))
         if self.max_tokens is not None:
             self._set("max_tokens", whole("max_tokens", self.max_tokens, 1))
         self._check_extra_args()
@@ -171,10 +174,32 @@ class SamplingParams:
         other._set("seed", (self.seed + index) % 2**63)
         return other
 
+    def stopping_at(self, special: Mapping[str, int], vocab_size: int) -> SamplingParams:
+        """These, where each stop string that is a special token is a stop id too, while there is room for it.
+
+        `special`: ids of such tokens by the way they are written. Text does not show them, and the engine ends at ids.
+        """
+        assert isinstance(self.stop, tuple) and isinstance(self.stop_token_ids, tuple)
+        named = (special[text] for text in self.stop if special.get(text, vocab_size) < vocab_size)
+        ids = tuple(dict.fromkeys((*self.stop_token_ids, *named)))[:MAX_STOP_IDS]
+        if len(ids) <= len(self.stop_token_ids):
+            return self
+        other = copy(self)
+        other._set("stop_token_ids", ids)
+        return other
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken at every position."""
         return self.temperature == 0.0
+
+
+def _seed(given: Any) -> int | None:
+    """A seed from 0 on: a negative one counts down from 2**63, and -1 is none."""
+    number = whole_or_none(given)
+    if number is None or number < -(2**63):
+        raise SamplingError(f"seed must be a whole number of at least -2**63: {written_short(given)}", "seed")
+    return None if number == -1 else whole("seed", number, number) % 2**63
 
 
 NOT_OFFERED = {name: off for name, off in OF_VLLM.items() if name not in SamplingParams.__dataclass_fields__}

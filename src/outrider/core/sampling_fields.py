@@ -70,9 +70,8 @@ TOP_P = SamplingField(
     "top_p",
     float,
     1.0,
-    "keep the likeliest tokens that make up this probability; 1 is off",
+    "keep the likeliest tokens that make up this probability; 1 is off, 0 keeps one",
     high=1.0,
-    above_low=True,
     effect=Effect.TAIL,
 )
 TOP_K = SamplingField(

@@ -30,11 +30,14 @@ class DraftOptions:
     """The options of every method. A method with more options extends this record in its own file."""
 
     num_speculative_tokens: int = option(4, "tokens to draft a round (K)")
+    max_model_len: int | None = option(None, "length at which drafting ends; left out: the engine's")
     checkpoint: Checkpoint | None = option(None, "the draft checkpoint, opened once", derived=True)
     description: object = option(None, "what the method read in it: `Match.description`", derived=True)
 
     def __post_init__(self) -> None:
         self.check_whole("num_speculative_tokens", 1, MAX_DRAFTS)
+        if self.max_model_len is not None:
+            self.check_whole("max_model_len", 1)
 
     def check_whole(self, name: str, lowest: int, highest: int | None = None) -> None:
         """OptionError unless the option is a whole number within bounds."""

@@ -14,7 +14,8 @@ from outrider.draft.eagle.eagle3 import Eagle3
 from outrider.draft.eagle.peagle import PEagle
 from outrider.draft.ngram import Ngram
 from outrider.draft.none import NoDrafter
-from outrider.errors import CheckpointError, OptionError, nearest
+from outrider.draft.vllm_options import without_vllm_keys
+from outrider.errors import CheckpointError, OptionError, nearest, shortened
 from outrider.load.checkpoint import Checkpoint
 from outrider.load.hub import HEAD_FILES, locate
 
@@ -97,9 +98,12 @@ def resolve_options(named: type[Drafter] | None, given: Mapping[str, Any]) -> tu
         derived = {"checkpoint": checkpoint, "description": match.description}
     assert drafter is not None, "without a method there is a model"
     known = option_names(drafter.Options)
+    given = without_vllm_keys(given, known)
     for key in given:
         if key not in known:
-            raise OptionError(f"speculative_config: {drafter.name} has no option {key} ({nearest(key, known)})")
+            close = nearest(key, known)
+            listed = "" if close.startswith("known") else f" known: {', '.join(sorted(known))}"
+            raise OptionError(f"speculative_config: {drafter.name} has no option {shortened(key)} ({close}{listed})")
     options = drafter.Options(**given, **derived)
     for name, value, wanted in wrong_types(options):
         raise OptionError(f"speculative_config: {name} must be {wanted}: {value!r}")

@@ -58,7 +58,7 @@ class Completion:
             text = ""
             if detokenizer is not None:
                 ends = delta.stop_token is not None and count == len(delta.tokens)
-                if not ends or self.sampling.include_stop_str_in_output:
+                if not ends or self.sampling.include_stop_str_in_output or detokenizer.names(token):
                     stopped = detokenizer.append(token, len(output.token_ids) > self.sampling.min_tokens)
                 text = detokenizer.stream(finished=stopped)
             taken.append((token, text))

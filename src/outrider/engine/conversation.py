@@ -35,6 +35,7 @@ HINTS: Mapping[str, tuple[type, ...]] = {
     "refusal": (str,),
     "annotations": (list,),
     "cache_control": (dict,),
+    "prompt_cache_breakpoint": (dict,),
     "provider_specific_fields": (dict,),
     "parsed": (object,),
     "parsed_arguments": (object,),
@@ -59,7 +60,7 @@ def plain_conversation(messages: Sequence[Mapping[str, Any]], takes_records: boo
         role = message.get("role")
         if role not in ROLES:
             raise PromptError(f"role must be one of {', '.join(ROLES)}: {written_short(role)}", f"{where}.role")
-        _check_fields(message, _READ.get(role, _OTHERS_READ), where, f"a message of role {role}")
+        check_fields(message, _READ.get(role, _OTHERS_READ), where, f"a message of role {role}")
         if role == "assistant":
             made = _answer(message, where, takes_records)
             names |= {call["id"]: call["function"]["name"] for call in made.get("tool_calls", ())}
@@ -71,7 +72,7 @@ def plain_conversation(messages: Sequence[Mapping[str, Any]], takes_records: boo
         name = message.get("name")
         if name is not None and role != "function":
             made["name"] = text_at(name, f"{where}.name")
-            note_hint("messages[].name", "a chat template shows it where it reads it")
+            note_hint(f"name of a message of role {role}", "a chat template shows it where it reads it")
         plain.append(made)
     return plain
 
@@ -131,11 +132,11 @@ def _part(part: Any, where: str, kinds: Sequence[str]) -> str:
     if not isinstance(text, str):
         said = f'a part of a message must be {{"type": "{kinds[0]}", "text": ...}}: only text is offered'
         raise PromptError(said, where)
-    _check_fields(part, ("type", of_text), where, "a part of a message", {**HINTS, "logprobs": (list,)})
+    check_fields(part, ("type", of_text), where, "a part of a message", {**HINTS, "logprobs": (list,)})
     return text
 
 
-def _check_fields(
+def check_fields(
     given: Mapping[str, Any], read: Sequence[str], where: str, what: str, hints: Mapping[str, tuple[type, ...]] = HINTS
 ) -> None:
     """Names each hint once in the log. PromptError for one of a wrong type, and for a field that is unknown."""
@@ -147,7 +148,7 @@ def _check_fields(
         if not isinstance(value, hints[name]):
             said = f"{name} must be {_WORDS[hints[name][0]]}: {written_short(value)}"
             raise PromptError(said, f"{where}.{name}")
-        note_hint(f"messages[].{name}")
+        note_hint(f"{name} of {what}")
 
 
 def _reasoning(message: Mapping[str, Any], where: str) -> dict[str, str]:
@@ -165,8 +166,8 @@ def _call(call: Any, where: str, takes_records: bool, inner: str = ".function") 
     if not isinstance(function, dict) or call.get("type", "function") != "function":
         said = 'a tool call must be {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
         raise PromptError(said, where)
-    _check_fields(call, ("id", "type", "function", "index"), where, "a tool call")
-    _check_fields(function, ("name", "arguments"), where, "a tool call")
+    check_fields(call, ("id", "type", "function", "index"), where, "a tool call")
+    check_fields(function, ("name", "arguments"), where, "a tool call")
     name = text_at(function.get("name"), f"{where}{inner}.name")
     arguments = _arguments(function.get("arguments"), f"{where}{inner}.arguments", takes_records)
     call_id = text_at(call.get("id"), f"{where}.id")
@@ -206,11 +207,13 @@ def encode_conversation(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     arguments: Mapping[str, Any] | None = None,
+    wishes: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> list[int]:
     """Token ids of messages under the model's chat template, or under the one given.
 
-    `remedy`: what the caller can do where no template serves. PromptError for what the template would leave out or
+    `remedy`: what the caller can do where no template serves. `arguments` must be read by the template; of `wishes`, it
+    is given those that it reads. PromptError for what the template would leave out or
     refuses; OptionError for a `chat_template` that cannot be read.
     """
     template = tokenizer.chat_templates(chat_template).of(bool(tools), remedy)
@@ -222,6 +225,9 @@ def encode_conversation(
         raise PromptError("the model's chat template shows no tools: leave them out", "tools")
     arguments = as_template_arguments(arguments)
     template.check_arguments(arguments)
+    for name, value in (wishes or {}).items():
+        if value is not None and name in template.variables and arguments.setdefault(name, value) != value:
+            raise PromptError(f"{name} contradicts chat_template_kwargs: give one", name)
     text = template.reply_to(
         plain,
         [dict(tool) for tool in tools],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from outrider.core.sampling import SamplingParams
 from outrider.engine.stops import StopSearch, stop_strings
@@ -26,6 +27,10 @@ class Detokenizer:
         """`prompt` gives the first token its context: some tokenizers write it differently at a start."""
         self._decoder = tokenizer.text_decoder(prompt, skip_special_tokens)
         self._search = StopSearch(stop_strings(tuple(stop))) if stop else None
+        special = special_in(tuple(stop), tokenizer) if stop else {}
+        self._hidden = special if skip_special_tokens else {}
+        self._named = {token for token, text in special.items() if text in stop}
+        self._gaps: list[tuple[int, int]] = []  # where hidden tokens stand in `_rest`: start and end
         self._include_stop = include_stop
         self.stop_reason: str | None = None
         """The stop string that ended the text, once one did."""
@@ -44,24 +49,33 @@ class Detokenizer:
         """All text so far."""
         self._head = "".join((self._head, *self._streamed))
         self._streamed.clear()
-        return self._head + self._rest
+        return self._head + self._shown(self._rest)
+
+    def names(self, token: int) -> bool:
+        """Whether a special token is a stop string by itself."""
+        return token in self._named
 
     def append(self, token: int, may_stop: bool = True) -> bool:
         """Decodes one token; True if it completed a stop string, after which none may follow.
 
         Until `may_stop` (a request's `min_tokens`), stop strings are text like any other.
         """
-        piece = self._decoder.step(token)
+        piece = self._hidden.get(token) or self._decoder.step(token)
         if not piece:
             return False
         length = len(self._rest)
         self._rest += piece
+        if token in self._hidden:
+            self._gaps.append((length, length + len(piece)))
         found = self._search.feed(piece) if self._search is not None else None
         if found is None or not may_stop:
             return False
         start, self.stop_reason = found
-        end = length + start + (len(self.stop_reason) if self._include_stop else 0)
-        self._rest = self._rest[:end]
+        start += length
+        if self._include_stop:  # with the tokens in it, since it is asked for as it is written
+            self._gaps = [gap for gap in self._gaps if gap[0] < start]
+            start += len(self.stop_reason)
+        self._rest = self._rest[:start]
         return True
 
     def finish(self) -> None:
@@ -73,7 +87,22 @@ class Detokenizer:
         """Text not handed out before. What may yet become a stop string is held back until `finished`."""
         num_held = 0 if finished or self._search is None else self._search.num_held
         end = len(self._rest) - num_held
-        fresh, self._rest = self._rest[:end], self._rest[end:]
+        fresh, self._rest = self._shown(self._rest[:end]), self._rest[end:]
+        if self._gaps:
+            self._gaps = [(max(0, start - end), stop - end) for start, stop in self._gaps if stop > end]
         if fresh:
             self._streamed.append(fresh)
         return fresh
+
+    def _shown(self, text: str) -> str:
+        """A beginning of the rest without the hidden tokens in it."""
+        for start, end in reversed(self._gaps):
+            text = text[:start] + text[end:]
+        return text
+
+
+@lru_cache(maxsize=16)
+def special_in(stop: tuple[str, ...], tokenizer: Tokenizer) -> dict[int, str]:
+    """The special tokens that occur in stop strings, by id: they count there though texts leave them out."""
+    written = "\0".join(stop)
+    return {token: text for text, token in tokenizer.special_tokens.items() if text and text in written}

@@ -43,6 +43,11 @@ class InprocClient:
         return self.engine.resolved.eos_token_ids
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that the model has."""
+        return self.engine.resolved.runner.model_config.vocab_size
+
+    @property
     def sampling_defaults(self) -> Mapping[str, Any]:
         """What requests take that do not say otherwise."""
         return self.engine.resolved.sampling_defaults

@@ -219,7 +219,7 @@ class LLM:
         client = self._client
         generation = Generation(
             encoded,
-            sampling,
+            [self._with_stop_ids(params) for params in sampling],
             eos_token_ids=client.eos_token_ids,
             verifier=client.verifier,
             keeps_pieces=keeps_pieces,
@@ -233,6 +233,9 @@ class LLM:
             client.abort(generation.completions)
             raise
         return generation
+
+    def _with_stop_ids(self, params: SamplingParams) -> SamplingParams:
+        return params.stopping_at(self.tokenizer.special_tokens, self._client.vocab_size) if params.stop else params
 
     def _detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> Detokenizer | None:
         return Detokenizer.of(self.tokenizer, prompt, params) if params.detokenize else None

@@ -23,6 +23,7 @@ class SchedulerOptions:
     lookahead: int = 0  # positions past a row's last query token that the drafter may write: K if it keeps a cache
     rerun: int = 0  # tokens of a prefix hit to run again, to rebuild what a drafter keeps
     draft_cache: bool = False  # whether the drafter keeps keys and values of its own in the blocks
+    draft_limit: int | None = None  # the length of a sequence past which no draft goes; None: max_model_len
     depth: int = 1  # plans that may be in flight before the oldest is applied
 
     def __post_init__(self) -> None:

@@ -203,6 +203,7 @@ class Scheduler:
     def _plan_decodes(self, builder: PlanBuilder) -> None:
         """One token and the waiting drafts for every request past its prompt, oldest first."""
         limit, lookahead = self.options.sizes.max_model_len, self.options.lookahead
+        draft_limit = min(self.options.draft_limit or limit, limit - 1)  # a token of the target's own follows drafts
         all_running = self._queues.running
         budget = self._draft_budget()
         index = 0
@@ -214,7 +215,7 @@ class Scheduler:
             max_length = running.max_length
             if running.min_length >= running.end or max_length >= limit:  # what is in flight may well end it
                 continue
-            num_drafts = min(running.max_drafts, budget, limit - max_length - 1)
+            num_drafts = max(0, min(running.max_drafts, budget, draft_limit - max_length))
             if not running.num_in_flight:
                 num_drafts = min(num_drafts, running.num_drafts)
             needed = max_length + num_drafts + lookahead

@@ -21,8 +21,9 @@ from outrider.server.http.metrics import CONTENT_TYPE
 from outrider.server.http.responses import error_record, error_response, in_time, json_response
 from outrider.server.openai import chat, completions, responses
 from outrider.server.openai.base import naming
+from outrider.server.openai.record import parse
 from outrider.server.openai.responses_schemas import ResponsesRequest
-from outrider.server.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from outrider.server.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from outrider.server.playground import routes as playground
 from outrider.server.service import Service
 

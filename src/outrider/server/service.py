@@ -65,6 +65,7 @@ class Service:
         if asked.speculative is not None:
             max_drafts = asked.speculative.max_drafts(self.facts.num_speculative_tokens)
         check_stop_ids(params, self.facts.vocab_size)
+        params = params.stopping_at(self.tokenizer.decoder.special_tokens, self.facts.vocab_size)
         self.check_count(params.n)
         self._check_room(1)
         self._num_arriving += 1

@@ -39,6 +39,15 @@ def test_unset_as_vllm_writes_it() -> None:
     assert SamplingParams(seed=-1, top_k=-1) == SamplingParams(seed=None, top_k=0)
 
 
+def test_what_other_servers_take() -> None:
+    """A top_p of 0 keeps one token, as in llama.cpp; a negative seed is a seed, as in vLLM."""
+    assert SamplingParams(top_p=0) == SamplingParams(top_k=1) != SamplingParams()
+    assert SamplingParams(top_p=0.0, top_k=40).top_k == 1
+    seeds = [SamplingParams(seed=seed).seed for seed in (-2, -3, -(2**63), 0)]
+    assert seeds == [2**63 - 2, 2**63 - 3, 0, 0]
+    assert SamplingParams(seed=-2, n=3).of_completion(2).seed == 0
+
+
 @pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
 def test_whole_numbers_of_numpy_s(kind: Any) -> None:
     names = ("n", "top_k", "seed", "max_tokens", "min_tokens")

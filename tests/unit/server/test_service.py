@@ -21,7 +21,8 @@ from outrider.server.app import _tokenize
 from outrider.server.http.metrics import Metrics
 from outrider.server.http.responses import ClientGoneError
 from outrider.server.openai.completions import _prompts, complete
-from outrider.server.openai.schemas import Asked, CompletionRequest, TokenizeRequest, parse
+from outrider.server.openai.record import Asked, parse
+from outrider.server.openai.schemas import CompletionRequest, TokenizeRequest
 from outrider.server.service import Service
 from outrider.server.tokenizer_service import TokenizerService
 

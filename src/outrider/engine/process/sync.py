@@ -71,6 +71,7 @@ class SyncEngineClient:
             self.close()
             raise
         self.verifier, self.eos_token_ids = facts.verifier, facts.eos_token_ids
+        self.vocab_size = facts.vocab_size
         self.sampling_defaults = facts.sampling_defaults
 
     def _call(self, work: Coroutine[Any, Any, Made]) -> Made:

@@ -78,7 +78,7 @@ class ResponseBuilder(ABC):
                 made["token_ids"] = output.token_ids
                 made["prompt_token_ids"] = completion.parent.prompt_token_ids
             choices.append(made)
-        return {**self.head, "choices": choices, "usage": self.usage(generation)}
+        return {**self.head, "choices": choices, "usage": self.usage(generation), **self.asked.given_back()}
 
 
 def choice(index: int, body: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
@@ -182,17 +182,25 @@ async def _drained(generation: AsyncGeneration) -> None:
 
 
 async def _events(generation: AsyncGeneration, builder: ResponseBuilder) -> AsyncGenerator[bytes, None]:
-    no_usage = {"usage": None} if builder.asked.includes_usage else {}
+    asked, num_sent = builder.asked, 0
+
+    def counted() -> dict[str, Any]:
+        if not asked.counts_on:
+            return {"usage": None} if asked.includes_usage else {}
+        counts = usage(generation)
+        return {"usage": {**counts, "completion_tokens": num_sent, "total_tokens": counts["prompt_tokens"] + num_sent}}
+
     for opened in builder.opening(generation):
-        yield event({**builder.head, "choices": [opened], **no_usage})
+        yield event({**builder.head, "choices": [opened], **counted()})
     async for delta in generation.deltas():
+        num_sent += len(delta.token_ids)
         stop_reason = generation.completions[delta.index].output.stop_reason if delta.finish_reason else None
         chunks = builder.chunks(delta, stop_reason)
-        if builder.asked.returns_tokens:
+        if asked.returns_tokens:
             chunks[-1]["speculative"] = _speculative(delta, generation)
         for chunk in chunks:
-            yield event({**builder.head, "choices": [chunk], **no_usage})
-    if builder.asked.includes_usage:
+            yield event({**builder.head, "choices": [chunk], **counted()})
+    if asked.includes_usage:
         yield event({**builder.head, "choices": [], "usage": builder.usage(generation)})
     yield DONE
 

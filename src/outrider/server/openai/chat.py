@@ -13,8 +13,9 @@ from outrider.engine.completion import Completion
 from outrider.engine.generation import AsyncGeneration, CompletionDelta
 from outrider.server.openai.base import ResponseBuilder, answer, begin, choice, head, naming, usage
 from outrider.server.openai.output_parsers import Part, Reasoning, ReplyParser
+from outrider.server.openai.record import parse
 from outrider.server.openai.replies import call_id, num_reasoning_tokens, reply_parsers, text_defaults
-from outrider.server.openai.schemas import ChatRequest, parse
+from outrider.server.openai.schemas import ChatRequest
 from outrider.server.openai.tool_calls import ToolCall
 from outrider.server.service import Prompts, Service
 from outrider.server.tokenizer_service import TokenizerService

@@ -11,7 +11,8 @@ from starlette.responses import Response
 from outrider.engine.completion import Completion
 from outrider.engine.generation import AsyncGeneration, CompletionDelta
 from outrider.server.openai.base import ResponseBuilder, answer, begin, head, naming
-from outrider.server.openai.schemas import CompletionRequest, parse
+from outrider.server.openai.record import parse
+from outrider.server.openai.schemas import CompletionRequest
 from outrider.server.service import Prompts, Service
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -15,9 +15,9 @@ from outrider.errors import PromptError
 from outrider.server.http.responses import describe, event
 from outrider.server.openai.base import begin, ended, usage
 from outrider.server.openai.output_parsers import Part, Reasoning, ReplyParser
+from outrider.server.openai.record import parse
 from outrider.server.openai.replies import call_id, num_reasoning_tokens, reply_parsers, text_defaults
-from outrider.server.openai.responses_schemas import ResponsesRequest, check_metadata
-from outrider.server.openai.schemas import parse
+from outrider.server.openai.responses_schemas import ResponsesRequest
 from outrider.server.openai.tool_calls import ToolCall
 from outrider.server.service import Prompts, Service
 
@@ -27,31 +27,36 @@ Event = dict[str, Any]
 async def respond(service: Service, request: Request) -> Response:
     """Answers `/v1/responses`."""
     asked = parse(await request.body(), ResponsesRequest)
-    metadata = check_metadata(asked.metadata)
-    messages, tools = asked.messages(), asked.shown_tools()
+    (messages, places), tools = asked.messages(), asked.shown_tools()
 
     async def prompts() -> Prompts:
-        return [
-            (None, await service.tokenizer.conversation(messages, tools=tools, arguments=asked.chat_template_kwargs))
-        ]
+        return [(None, await service.tokenizer.conversation(messages, **asked.rendering()))]
 
     defaults = text_defaults(service.tokenizer, asked, tools)
     try:
         generation = await begin(service, request, asked, prompts(), **defaults)
     except PromptError as error:
-        field = "input" if error.field is None or error.field.startswith("messages") else error.field
-        raise PromptError(str(error), field) from None
+        raise PromptError(str(error), _place(error.field, places)) from None
     (reply,) = reply_parsers(service.tokenizer, generation, tools, asked.parallel_tool_calls)
-    record = {"id": f"resp_{request.state.request_id}", **_record(service, asked, generation), "metadata": metadata}
+    record = {"id": f"resp_{request.state.request_id}", **_record(service, asked, generation)}
     answer = _Answer(record, service, generation, reply)
     events = _streamed(answer, generation) if asked.stream else None
     return await ended(service, request, generation, events, answer.whole, answer.failed)
 
 
+def _place(field: str | None, places: Sequence[str]) -> str:
+    """The field of the request that a field of its messages comes from."""
+    whole, _, rest = (field or "messages").partition(".")
+    if whole != "messages":
+        return field or "input"
+    number, _, name = rest.partition(".")
+    return f"{places[int(number)]}{'.call_id' if name == 'tool_call_id' else ''}" if number else "input"
+
+
 def _record(service: Service, asked: ResponsesRequest, generation: AsyncGeneration) -> dict[str, Any]:
     """What a response says of its request, and begins with."""
     sampling = generation.params
-    tools = [{"type": "function", **tool.model_dump(exclude={"type"})} for tool in asked.tools or ()]
+    tools = [{"type": "function", **tool.model_dump(exclude={"type"}), "strict": False} for tool in asked.tools or ()]
     return {
         "object": "response",
         "created_at": int(time.time()),
@@ -75,6 +80,10 @@ def _record(service: Service, asked: ResponsesRequest, generation: AsyncGenerati
         "truncation": "disabled",
         "usage": None,
         "user": asked.user,
+        "prompt_cache_key": asked.prompt_cache_key,
+        "safety_identifier": asked.safety_identifier,
+        "metadata": {},
+        **asked.given_back(),
     }
 
 

@@ -9,57 +9,78 @@ from pydantic import Field, WithJsonSchema
 
 from outrider.core.sampling import SamplingParams
 from outrider.core.sampling_fields import NONE_OR_EMPTY
-from outrider.engine.conversation import content_of
+from outrider.engine.conversation import HINTS, check_fields, content_of
 from outrider.errors import FieldError, PromptError, shortened
 from outrider.load.chat_template import PARTS, in_form, text_of
-from outrider.server.openai.schemas import (
-    NOTHING,
-    AFunction,
-    Function,
-    Sampling,
-    ToolChoice,
-    shown_tools,
-)
+from outrider.server.openai.hints import Effort, Summary, hint
+from outrider.server.openai.record import NOTHING, Record
+from outrider.server.openai.schemas import Sampling
+from outrider.server.openai.tools import AFunction, FunctionTool, ToolChoice, shown_tools
 
-_NO_REASONING: tuple[Any, ...] = (None, {}, {"effort": None}, {"summary": None}, {"effort": None, "summary": None})
-_PLAIN = {"type": "text"}
+_TEXT_FORMATS: tuple[dict[str, Any], ...] = ({}, {"format": None}, {"format": {"type": "text"}})
+_VERBOSITIES: tuple[dict[str, Any], ...] = ({}, {"verbosity": None}, {"verbosity": "medium"})
 
-_PARTS = ("input_text", "output_text", "text")
+_PARTS = ("input_text", "output_text", "text", "refusal")
 _INSIDE = {
     "message": ("type", "role", "content"),
     "function_call": ("type", "call_id", "name", "arguments"),
     "function_call_output": ("type", "call_id", "output"),
     "reasoning": ("type", "content"),
 }
-_UNREAD = ("id", "status")
+_HINTS: Mapping[str, tuple[type, ...]] = {
+    **HINTS,
+    "status": (str,),
+    "phase": (str,),
+    "caller": (dict,),
+    "summary": (list,),
+    "encrypted_content": (str,),
+}
 """What items of an earlier response hold and a conversation does not need."""
 
+_LOGPROBS = "message.output_text.logprobs"
+Includable = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
 
-class FunctionTool(Function):
-    """A function, as responses take it. Tools of OpenAI's own are not offered."""
 
-    type: Literal["function"]
+class ReasoningOptions(Record):
+    """How much a model is to reason, and what of it is to be told."""
+
+    effort: Effort | None = hint("a chat template that reads reasoning_effort is given it")
+    summary: Summary | None = hint("reasoning is given as it is")
+    generate_summary: Summary | None = hint("reasoning is given as it is")
+    context: Literal["auto", "current_turn", "all_turns"] | None = hint("the chat template decides it")
+
+
+class ResponsesStreamOptions(Record):
+    """What a stream of events brings beside the text."""
+
+    include_obfuscation: bool | None = hint("no padding is added, as a proxy that hides lengths can do")
 
 
 class ResponsesRequest(Sampling):
     """The body of `/v1/responses`. Nothing is stored: each request brings its whole conversation."""
 
     not_offered: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "access_programs": NONE_OR_EMPTY,
         "background": (None, False),
+        "background_options": NONE_OR_EMPTY,
         "context_management": (None, []),
         "conversation": NOTHING,
-        "include": (None, []),
+        "image": NONE_OR_EMPTY,
         "max_tool_calls": NOTHING,
         "moderation": NOTHING,
         "previous_response_id": NOTHING,
         "prompt": NOTHING,
-        "prompt_cache_options": (None, {}),
-        "prompt_cache_retention": (None, "in_memory"),
-        "reasoning": _NO_REASONING,
-        "service_tier": (None, "auto", "default"),
         "store": (None, False),
-        "stream_options": (None, {}, {"include_obfuscation": False}),
-        "text": (None, {}, {"format": None}, {"format": _PLAIN}, {"format": _PLAIN, "verbosity": None}),
+        "text": (None, *({**form, **length} for form in _TEXT_FORMATS for length in _VERBOSITIES)),
         "top_logprobs": (None, 0),
         "truncation": (None, "disabled"),
     }
@@ -72,10 +93,10 @@ class ResponsesRequest(Sampling):
     tools: list[Annotated[FunctionTool, AFunction]] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(None, description="false: what follows the first call is left out")
-    metadata: dict[str, str] | None = Field(None, description="given back as it came; kept nowhere")
-    chat_template_kwargs: dict[str, Any] | None = None
-    prompt_cache_key: str | None = Field(None, description="not needed: equal beginnings of prompts share a cache")
-    safety_identifier: str | None = Field(None, description="who asks; kept nowhere")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="arguments that the chat template reads")
+    include: list[Includable] | None = hint("an answer holds all that there is")
+    reasoning: ReasoningOptions | None = None
+    stream_options: ResponsesStreamOptions | None = None
 
     def sampling(self, **defaults: Any) -> SamplingParams:
         """As for any; an answer may be as long as there is room for unless `max_output_tokens` says less."""
@@ -83,6 +104,11 @@ class ResponsesRequest(Sampling):
 
     def check(self) -> None:
         """What no field shows by itself."""
+        super().check()
+        if _LOGPROBS in (self.include or ()):
+            raise FieldError(f"include {_LOGPROBS} is not offered: leave it out", "include")
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options is for streams: leave it out, or set stream", "stream_options")
         if self.returns_tokens:
             where = "speculative.return_tokens"
             raise FieldError(f"{where} is for completions and chat completions: leave it out", where)
@@ -91,18 +117,27 @@ class ResponsesRequest(Sampling):
         """The tools that the model is shown, as its chat template takes them."""
         return shown_tools(self.tools or (), self.tool_choice, "tools.{}.")
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The conversation. PromptError for items that fit into none."""
+    def rendering(self) -> dict[str, Any]:
+        """How the conversation is written, as `encode_conversation` takes it."""
+        effort = None if self.reasoning is None else self.reasoning.effort
+        wishes = {"reasoning_effort": effort}
+        return {"tools": self.shown_tools(), "arguments": self.chat_template_kwargs, "wishes": wishes}
+
+    def messages(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The conversation, and the field that each message comes from. PromptError for items that fit into none."""
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
+        places = ["instructions"] * len(messages)
         if isinstance(self.input, str):
-            return [*messages, {"role": "user", "content": self.input}]
+            return [*messages, {"role": "user", "content": self.input}], [*places, "input"]
         if not isinstance(self.input, list) or not self.input:
             raise PromptError("input must be text, or a list of items that is not empty", "input")
         for index, item in enumerate(self.input):
-            _add(messages, item, f"input.{index}")
-        return [{"content": "", **message} for message in messages]
+            where = f"input.{index}"
+            _add(messages, item, where)
+            places += [where] * (len(messages) - len(places))
+        return [{"content": "", **message} for message in messages], places
 
 
 def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
@@ -111,9 +146,7 @@ def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
     if not isinstance(item, dict) or not isinstance(kind, str) or kind not in _INSIDE:
         shown = shortened(repr(kind if isinstance(item, dict) else item))
         raise PromptError(f"an item of input must be of type {', '.join(_INSIDE)}: {shown}", where)
-    for name, value in item.items():
-        if name not in _INSIDE[kind] and name not in _UNREAD and value not in NONE_OR_EMPTY:
-            raise PromptError(f"{shortened(name)} of an item of type {kind} is not offered: leave it out", where)
+    check_fields(item, _INSIDE[kind], where, f"an item of type {kind}", _HINTS)
     if kind == "function_call_output":
         content = _content(item.get("output"), f"{where}.output", _PARTS)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
@@ -145,13 +178,3 @@ def _answer(messages: list[dict[str, Any]], before: tuple[str, ...] = ()) -> dic
     if last.get("role") != "assistant" or any(name in last for name in before):
         messages.append({"role": "assistant"})
     return messages[-1]
-
-
-def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """As it came, within OpenAI's limits. FieldError beyond them."""
-    if metadata is not None and len(metadata) > 16:
-        raise FieldError(f"metadata has at most 16 pairs: {len(metadata)}", "metadata")
-    for name, value in (metadata or {}).items():
-        if len(name) > 64 or len(value) > 512:
-            raise FieldError("a key of metadata has at most 64 characters, a value 512", "metadata")
-    return dict(metadata or {})

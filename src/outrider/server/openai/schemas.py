@@ -6,63 +6,25 @@ An unknown field, one of the wrong type and one that asks for what the engine la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import Field, WithJsonSchema
 
-from outrider.core.sampling import NOT_OFFERED as SAMPLING_NOT_OFFERED
 from outrider.core.sampling import SamplingParams
 from outrider.core.sampling_fields import (
     MIN_P,
     MIN_TOKENS,
-    NONE_OR_EMPTY,
     TEMPERATURE,
     TOP_K,
     TOP_P,
     SamplingField,
 )
 from outrider.engine.conversation import ROLES
-from outrider.errors import FieldError, nearest, shortened
-
-MOST_NESTED = 64
-"""Lists and objects of a body, each in the next."""
-
-TOO_DEEP = f"the body is nested more than {MOST_NESTED} deep: flatten it"
-
-NOTHING: tuple[Any, ...] = (None,)
-_NEITHER = (None, False)
-
-NOT_OFFERED: dict[str, tuple[Any, ...]] = {
-    **SAMPLING_NOT_OFFERED,
-    "add_special_tokens": (None,),
-    "audio": NOTHING,
-    "best_of": (None, 1),
-    "cache_salt": NOTHING,
-    "chat_template": NOTHING,
-    "documents": NONE_OR_EMPTY,
-    "function_call": (None, "none"),
-    "functions": NONE_OR_EMPTY,
-    "length_penalty": (None, 1),
-    "metadata": NONE_OR_EMPTY,
-    "modalities": (None, ["text"]),
-    "prediction": NOTHING,
-    "priority": (None, 0),
-    "prompt_embeds": NOTHING,
-    "reasoning_effort": NOTHING,
-    "response_format": (None, {"type": "text"}),
-    "service_tier": (None, "auto", "default"),
-    "store": _NEITHER,
-    "suffix": NONE_OR_EMPTY,
-    "top_logprobs": (None, 0),
-    "truncate_prompt_tokens": NOTHING,
-    "use_beam_search": _NEITHER,
-    "verbosity": NOTHING,
-    "web_search_options": NOTHING,
-}
-"""Fields of OpenAI's and vLLM's that ask for what the engine lacks, and the values that ask for nothing."""
+from outrider.errors import FieldError
+from outrider.server.openai.hints import Effort, ServiceTier, hint
+from outrider.server.openai.record import Record
+from outrider.server.openai.tools import AFunction, Tool, ToolChoice, shown_tools
 
 _ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _texts = {"type": "array", "items": {"type": "string"}}
@@ -101,13 +63,6 @@ Conversation = Annotated[
 Stop = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _texts, {"type": "null"}]})]
 
 
-class Record(BaseModel):
-    """A request body, or a part of one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    not_offered: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_OFFERED
-
-
 def _field(declared: SamplingField) -> Any:
     """A sampling parameter as a field of a body; left out, the engine's default is taken."""
     low = declared.low if declared.also_off is None else declared.also_off
@@ -123,7 +78,9 @@ def _field(declared: SamplingField) -> Any:
 class StreamOptions(Record):
     """What a stream brings beside the text."""
 
-    include_usage: bool = Field(False, description="a last chunk with the usage of the whole request")
+    include_usage: bool | None = Field(None, description="a last chunk with the usage of the whole request")
+    continuous_usage_stats: bool | None = Field(None, description="in every chunk, the usage so far")
+    include_obfuscation: bool | None = hint("no padding is added, as a proxy that hides lengths can do")
 
 
 class Speculative(Record):
@@ -151,6 +108,13 @@ class Speculative(Record):
         return wanted
 
 
+class PromptCacheOptions(Record):
+    """How OpenAI is to cache a prompt."""
+
+    mode: Literal["implicit", "explicit"] | None = hint("equal beginnings of prompts share a cache without it")
+    ttl: str | None = hint("the cache keeps what it has room for")
+
+
 class Sampling(Record):
     """What all kinds of completion take; null is as if left out."""
 
@@ -168,7 +132,16 @@ class Sampling(Record):
     stream: bool | None = None
     speculative: Speculative | None = None
     vllm_xargs: dict[str, Any] | None = Field(None, description="parameters of the server's own logits processors")
-    user: str | None = Field(None, description="who asks; kept nowhere")
+    user: str | None = hint()
+    safety_identifier: str | None = hint()
+    prompt_cache_key: str | None = hint("equal beginnings of prompts share a cache without it")
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = hint(
+        "the cache keeps what it has room for"
+    )
+    prompt_cache_options: PromptCacheOptions | None = None
+    client_metadata: dict[str, Any] | None = hint()
+    metadata: dict[str, str] | None = hint("it is given back as it came, and kept nowhere")
+    service_tier: ServiceTier | None = hint("every request is served alike")
 
     def sampling(self, **defaults: Any) -> SamplingParams:
         """The engine's sampling parameters. SamplingError names what is wrong."""
@@ -184,6 +157,12 @@ class Sampling(Record):
 
     def check(self) -> None:
         """What no field shows by itself."""
+        check_metadata(self.metadata)
+
+    def given_back(self) -> dict[str, Any]:
+        """What a response repeats of its request, as OpenAI's does."""
+        tier = {} if self.service_tier is None else {"service_tier": "default"}  # there is one
+        return tier if self.metadata is None else {**tier, "metadata": self.metadata}
 
 
 class Sampled(Sampling):
@@ -197,6 +176,7 @@ class Sampled(Sampling):
 
     def check(self) -> None:
         """What no field shows by itself."""
+        super().check()
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options is for streams: leave it out, or set stream", "stream_options")
         if self.returns_tokens and not self.stream:
@@ -206,7 +186,12 @@ class Sampled(Sampling):
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def counts_on(self) -> bool:
+        """Whether every chunk of a stream brings the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats is True
 
 
 class CompletionRequest(Sampled):
@@ -214,65 +199,6 @@ class CompletionRequest(Sampled):
 
     prompt: Prompts
     echo: bool | None = Field(None, description="the prompt's text before the completion's")
-
-
-class Function(Record):
-    """A function that the model may call."""
-
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
-    strict: bool | None = Field(None, description="true is not offered: nothing holds the model to the schema")
-
-
-def _only_functions(given: Any) -> Any:
-    """Tools of other types have other fields: it is the type that is wrong with them."""
-    if isinstance(given, dict) and given.get("type") != "function":
-        raise PydanticCustomError("tool_type", "must be a tool of type function, no other is offered")
-    return given
-
-
-AFunction = BeforeValidator(_only_functions)
-"""For the annotation of a tool."""
-
-
-class Tool(Record):
-    """A function, as chat completions take it."""
-
-    type: Literal["function"]
-    function: Function
-
-
-ToolChoice = Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})]
-
-
-def shown_tools(functions: Sequence[Function], choice: Any, where: str) -> list[dict[str, Any]]:
-    """Tools as a chat template takes them; none if the choice is to call none. FieldError for what cannot be promised.
-
-    `where`: the path of a function in the request, with its number as `{}`.
-    """
-    if choice not in (None, "none", "auto"):
-        said = "is not offered, as nothing makes the model call a tool: leave it out, or ask for auto or none"
-        raise FieldError(f"tool_choice {shortened(repr(choice))} {said}", "tool_choice")
-    names: set[str] = set()
-    for index, function in enumerate(functions):
-        if function.strict:
-            said = (
-                "strict is not offered, as nothing holds the model to a schema: leave it out, and check the arguments"
-            )
-            raise FieldError(said, f"{where.format(index)}strict")
-        if function.name in names:
-            raise FieldError(f"two tools have the name {function.name}: name them apart", f"{where.format(index)}name")
-        names.add(function.name)
-    if choice == "none":
-        return []
-    return [
-        {
-            "type": "function",
-            "function": function.model_dump(include={"name", "description", "parameters"}, exclude_none=True),
-        }
-        for function in functions
-    ]
 
 
 class ChatRequest(Sampled):
@@ -288,6 +214,7 @@ class ChatRequest(Sampled):
     continue_final_message: bool | None = Field(
         None, description="true: the text goes on where the last message ends; needs add_generation_prompt false"
     )
+    reasoning_effort: Effort | None = hint("a chat template that reads reasoning_effort is given it")
 
     def sampling(self, **defaults: Any) -> SamplingParams:
         """As for any; an answer may be as long as there is room for unless `max_completion_tokens` says less."""
@@ -310,6 +237,7 @@ class ChatRequest(Sampled):
         return {
             "tools": self.shown_tools(),
             "arguments": self.chat_template_kwargs,
+            "wishes": {"reasoning_effort": self.reasoning_effort},
             "add_generation_prompt": self.add_generation_prompt is not False,
             "continue_final_message": self.continue_final_message is True,
         }
@@ -332,60 +260,10 @@ class DetokenizeRequest(Record):
     tokens: list[int]
 
 
-Asked = TypeVar("Asked", bound=Record)
-
-
-def parse(body: bytes, record: type[Asked]) -> Asked:
-    """A request body as its record. FieldError for the first thing that is wrong with it."""
-    try:
-        given = msgspec.json.decode(body)
-    except UnicodeDecodeError as error:
-        raise FieldError(f"the body is not JSON: no UTF-8 from byte {error.start} on, send it as UTF-8") from None
-    except RecursionError:
-        raise FieldError(TOO_DEEP) from None
-    except msgspec.DecodeError as error:
-        raise FieldError(f"the body is not JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise FieldError("the body must be a JSON object")
-    _check_depth(given)
-    known = record.model_fields
-    for name in list(given):
-        if name in known:
-            continue
-        if name not in record.not_offered:
-            raise FieldError(f"unknown field: {shortened(name)} ({nearest(name, known)})", shortened(name))
-        if not _asks_for_nothing(given.pop(name), record.not_offered[name]):
-            raise FieldError(f"{name} is not offered: leave it out", name)
-    try:
-        return record.model_validate(given)
-    except ValidationError as error:
-        raise _told(error) from None
-
-
-def _check_depth(given: Any) -> None:
-    """Raises FieldError for what is nested so deeply that encoding it could fail."""
-    level = [given]
-    for _ in range(MOST_NESTED):
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
-        if not level:
-            return
-    raise FieldError(TOO_DEEP)
-
-
-def _asks_for_nothing(value: Any, values: tuple[Any, ...]) -> bool:
-    """Whether it is one of them; 1 is not True here, but 0.0 is 0."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
-
-
-def _told(error: ValidationError) -> FieldError:
-    """The first of pydantic's complaints, in our words."""
-    first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return FieldError(f"{name} is missing", name)
-    if first["type"] == "extra_forbidden":
-        return FieldError(f"unknown field: {shortened(name)}", shortened(name))
-    said = "must be a whole number" if first["type"].startswith("int_") else first["msg"]
-    said = said.replace("Input should be", "must be")
-    return FieldError(f"{name} {said}: {shortened(repr(first['input']))}", name)
+def check_metadata(metadata: Mapping[str, str] | None) -> None:
+    """FieldError for more of it than OpenAI takes."""
+    if metadata is not None and len(metadata) > 16:
+        raise FieldError(f"metadata has at most 16 pairs: {len(metadata)}", "metadata")
+    for name, value in (metadata or {}).items():
+        if len(name) > 64 or len(value) > 512:
+            raise FieldError("a key of metadata has at most 64 characters, a value 512", "metadata")

@@ -13,7 +13,8 @@ from outrider.core.sampling import NOT_OFFERED as SAMPLING_NOT_OFFERED
 from outrider.core.sampling import SamplingParams
 from outrider.core.sampling_fields import FIELDS, SamplingField
 from outrider.errors import FieldError, InputError, SamplingError
-from outrider.server.openai.schemas import MOST_NESTED, NOT_OFFERED, ChatRequest, CompletionRequest, Speculative, parse
+from outrider.server.openai.record import MOST_NESTED, NOT_OFFERED, parse
+from outrider.server.openai.schemas import ChatRequest, CompletionRequest, Speculative
 
 TEXT = {"prompt": "x"}
 
