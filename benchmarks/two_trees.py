@@ -7,6 +7,9 @@ Each tree runs in a process of its own, which keeps one engine a case. In every 
 right after the other, so that whatever else the machine does meets both. A ratio is the second tree's tokens a second
 over the first's, within a round; the table gives its median and its quartiles. The floor is a ratio of 1: both trees
 read the same weights.
+
+Where a process's memory lies can make it faster or slower for all of its life, on a CPU by several percent. So both
+trees start anew `--processes` times, and the rounds of all processes count. Name one tree twice to see what is left.
 """
 
 from __future__ import annotations
@@ -84,27 +87,40 @@ def work(device: str) -> None:
         print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
 
 
-def compare(trees: list[Tree], case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """The ratio of the two trees' speeds, and whether their tokens are the same."""
-    same, ratios, speeds = True, [], []
+class Found:
+    """What the rounds of one case found, over all processes."""
+
+    def __init__(self) -> None:
+        self.same = True
+        self.ratios: list[float] = []
+        self.speeds: list[float] = []
+
+    def row(self) -> dict[str, Any]:
+        """The ratio of the two trees' speeds, and whether their tokens are the same."""
+        low, middle, high = statistics.quantiles(self.ratios, n=4)
+        speed = statistics.median(self.speeds)
+        return {"ratio": middle, "quartiles": [low, high], "tokens_per_second": speed, "same": self.same}
+
+
+def compare(trees: list[Tree], case: dict[str, Any], rounds: int, found: Found) -> None:
+    """Adds rounds of one case to what was found of it."""
     for number in range(rounds + 1):
         order = trees if number % 2 == 0 else trees[::-1]
-        found = {tree.path: tree.run(case) for tree in order}
-        before, after = (found[tree.path] for tree in trees)
-        same = same and before["tokens"] == after["tokens"]
+        results = {id(tree): tree.run(case) for tree in order}
+        before, after = (results[id(tree)] for tree in trees)
+        found.same = found.same and before["tokens"] == after["tokens"]
         # the first round compiles and warms up
         if number > 0:
-            ratios.append(before["seconds"] / after["seconds"])
-            speeds.append(sum(len(tokens) for tokens in after["tokens"]) / after["seconds"])
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": middle, "quartiles": [low, high], "tokens_per_second": statistics.median(speeds), "same": same}
+            found.ratios.append(before["seconds"] / after["seconds"])
+            found.speeds.append(sum(len(tokens) for tokens in after["tokens"]) / after["seconds"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", nargs="*", type=Path, help="the older tree, then the newer one")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="of each case, in each pair of processes")
+    parser.add_argument("--processes", type=int, default=3, help="pairs of processes, one after the other")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -115,18 +131,19 @@ def main() -> None:
         return
     if len(options.trees) != 2:
         parser.error("give two trees: the older one, then the newer one")
-    trees = [Tree(path, options) for path in options.trees]
-    rows = {}
-    for name in options.cases:
-        rows[name] = compare(trees, {**CASES[name], "new_tokens": options.new_tokens}, options.rounds)
-        if not options.json:
-            row = rows[name]
-            low, high = row["quartiles"]
-            same = "same tokens" if row["same"] else "TOKENS DIFFER"
-            speed = f"{row['tokens_per_second']:8.0f} tokens/s"
-            print(f"{name:20} {row['ratio']:.3f} ({low:.3f} to {high:.3f}) {speed}  {same}")
-    for tree in trees:
-        tree.close()
+    found = {name: Found() for name in options.cases}
+    for _ in range(options.processes):
+        trees = [Tree(path, options) for path in options.trees]
+        for name in options.cases:
+            compare(trees, {**CASES[name], "new_tokens": options.new_tokens}, options.rounds, found[name])
+        for tree in trees:
+            tree.close()
+    rows = {name: found[name].row() for name in options.cases}
+    for name, row in rows.items() if not options.json else ():
+        low, high = row["quartiles"]
+        same = "same tokens" if row["same"] else "TOKENS DIFFER"
+        speed = f"{row['tokens_per_second']:8.0f} tokens/s"
+        print(f"{name:20} {row['ratio']:.3f} ({low:.3f} to {high:.3f}) {speed}  {same}")
     if options.json:
         print(json.dumps({"trees": [str(path) for path in options.trees], "rows": rows}, indent=2))
     if not all(row["same"] for row in rows.values()):
