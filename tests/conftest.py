@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "unit/draft/test_ngram.py": ("hypothesis",),
     "unit/engine/test_detokenize.py": ("hypothesis",),
     "unit/engine/process/test_[ces]*.py": SERVING,
+    "unit/engine/test_shared_use.py": SERVING,
     "unit/load/test_text_decoder.py": ("hypothesis",),
     "unit/load/test_tokenizer.py": ("hypothesis",),
     "unit/models/test_config_fuzz.py": ("hypothesis",),
@@ -90,6 +92,24 @@ def pytest_configure() -> None:
     """Workers of pytest-xdist share the cores: two teams of threads on the same ones wait for each other."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True)
+def sound_drafters(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test in which a drafter fails, unless it is marked `failing_drafter`: drafting may not hide a bug."""
+    failures: list[str] = []
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if hasattr(record, "failed_drafter"):
+                failures.append(logging.Formatter().format(record))
+
+    watch, logger = Watch(), logging.getLogger("outrider")
+    logger.addHandler(watch)
+    yield
+    logger.removeHandler(watch)
+    if failures and request.node.get_closest_marker("failing_drafter") is None:
+        pytest.fail("a drafter failed:\n" + "\n".join(failures))
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,20 @@ Wrong options stand in `unit/engine/test_options.py`, wrong files in `unit/load/
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from checkpoints import Case, Right, plugin, program, prompt, run
+from emulated import Emulated
 from outrider import (
     LLM,
     DraftContext,
@@ -21,11 +26,17 @@ from outrider import (
     EngineDeadError,
     HostDrafter,
     InputError,
+    LogitsProcessor,
     OptionError,
     PromptError,
     SamplingError,
     SamplingParams,
+    UnsupportedError,
 )
+from outrider import config as config_module
+from outrider.draft.base import DraftOptions, TargetFacts
+from outrider.processing import SamplingField, Table
+from outrider.runner.eager import EagerRunner
 from outrider.tensors import Draft
 
 MAX_LEN = 64
@@ -246,25 +257,30 @@ def test_a_refused_request_does_not_change_the_noise_of_the_next(path: Path) -> 
 
 
 class Failing(HostDrafter):
-    """Works for a while."""
+    """Drafts well but for the calls that a test names: `faults` maps a method to the numbers of its calls that fail."""
 
     name = "failing"
-    left = 5
+    faults: ClassVar[dict[str, Sequence[int]]] = {}
+
+    def __init__(self, options: DraftOptions, target: TargetFacts) -> None:
+        super().__init__(options, target)
+        self.calls: Counter[str] = Counter()
+        self.call("build")
+
+    def call(self, method: str) -> None:
+        self.calls[method] += 1
+        if self.calls[method] in Failing.faults.get(method, ()):
+            raise LookupError(f"the drafter lost its way in {method}")
+
+    def admit(self, slot: int, tokens: Any) -> None:
+        self.call("admit")
+
+    def release(self, slot: int) -> None:
+        self.call("release")
 
     def guess(self, slot: int, tokens: list[int]) -> list[int]:
-        self.left -= 1
-        if self.left < 0:
-            raise LookupError("the drafter lost its way")
+        self.call("guess")
         return tokens[-2:]
-
-
-class Speechless(Failing):
-    """Says nothing of what went wrong."""
-
-    name = "speechless"
-
-    def guess(self, slot: int, tokens: list[int]) -> list[int]:
-        raise ZeroDivisionError
 
 
 class Outside(HostDrafter):
@@ -275,29 +291,244 @@ class Outside(HostDrafter):
 
 
 class Misshapen(Drafter):
-    """Proposals that are not what a `Draft` is: `spoil` changes a right one."""
+    """Proposals that are not what a `Draft` is: `spoil` changes a right one. It can be recorded."""
 
     name = "misshapen"
     needs = frozenset()
+    gives_logits = True
     spoil: Callable[[Draft], Draft]
+    spoilt_from = 6  # calls: the graph runner's first ones are made while it is built
 
     def propose(self, context: DraftContext) -> Draft:
         size = context.batch.slot.shape[0]
         tokens = torch.zeros((size, self.num_drafts), dtype=torch.int64)
-        return Misshapen.spoil(Draft(tokens, torch.full((size,), self.num_drafts, dtype=torch.int32), None))
+        logits = torch.zeros((size, self.num_drafts, self.target.vocab_size))
+        right = Draft(tokens, torch.full((size,), self.num_drafts, dtype=torch.int32), logits)
+        self.num_calls = getattr(self, "num_calls", 0) + 1
+        return Misshapen.spoil(right) if self.num_calls > Misshapen.spoilt_from else right
+
+
+def _changed(**fields: Callable[[Any], Any]) -> Callable[[Draft], Draft]:
+    return lambda draft: replace(draft, **{name: change(getattr(draft, name)) for name, change in fields.items()})
 
 
 SPOILS: dict[str, Callable[[Draft], Draft]] = {
-    "too-wide": lambda draft: Draft(torch.zeros((len(draft.tokens), 9), dtype=torch.int64), draft.length, None),
-    "too-narrow": lambda draft: Draft(draft.tokens[:, :1], draft.length, None),
-    "a-row-too-many": lambda draft: Draft(draft.tokens.repeat(3, 1), draft.length.repeat(3), None),
-    "longer-than-k": lambda draft: Draft(draft.tokens, draft.length + 5, None),
-    "negative-length": lambda draft: Draft(draft.tokens, -draft.length, None),
-    "outside": lambda draft: Draft(draft.tokens + 260, draft.length, None),
-    "negative": lambda draft: Draft(draft.tokens - 1, draft.length, None),
-    "floats": lambda draft: Draft(draft.tokens.float() + 0.5, draft.length, None),
+    "too-wide": _changed(tokens=lambda tokens: torch.zeros((len(tokens), 9), dtype=torch.int64)),
+    "too-narrow": _changed(tokens=lambda tokens: tokens[:, :1]),
+    "a-row-too-many": _changed(tokens=lambda tokens: tokens.repeat(3, 1), length=lambda length: length.repeat(3)),
+    "longer-than-k": _changed(length=lambda length: length + 5),
+    "negative-length": _changed(length=lambda length: -length),
+    "outside": _changed(tokens=lambda tokens: tokens + 260),
+    "far-outside": _changed(tokens=lambda tokens: tokens + 2**62),
+    "negative": _changed(tokens=lambda tokens: tokens - 1),
+    "one-outside": _changed(tokens=lambda tokens: tokens.index_fill(1, torch.tensor([1]), 260)),
+    "floats": _changed(tokens=lambda tokens: tokens.float() + 0.5),
+    "narrow-ids": _changed(tokens=lambda tokens: tokens.int()),
+    "elsewhere": _changed(tokens=lambda tokens: tokens.to("meta")),
+    "lists": _changed(tokens=lambda tokens: tokens.tolist()),
     "nothing": lambda draft: None,  # type: ignore[dict-item, return-value]
+    "nan": _changed(logits=lambda logits: logits * math.nan),
+    "one-nan": _changed(logits=lambda logits: logits.index_fill(2, torch.tensor([5]), math.nan)),
+    "infinite": _changed(logits=lambda logits: logits + math.inf),
+    "impossible": _changed(logits=lambda logits: logits - math.inf),
+    "no-logits": _changed(logits=lambda logits: None),
+    "logits-of-another-vocabulary": _changed(logits=lambda logits: logits[..., :-1]),
 }
+RUNNERS = pytest.mark.parametrize("runner", [EagerRunner, Emulated], ids=["eager", "graph"])
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was logged of a drafter as a warning."""
+
+    def messages() -> list[str]:
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if hasattr(record, "failed_drafter") and record.levelno >= logging.WARNING
+        ]
+
+    return messages
+
+
+FAULTS: dict[str, tuple[dict[str, Sequence[int]], int]] = {
+    "guess-once": ({"guess": [4]}, 1),
+    "guess-at-first": ({"guess": [1]}, 1),
+    "guess-twice": ({"guess": [3, 9]}, 2),
+    "guess-always": ({"guess": range(1, 1000)}, 3),
+    "guess-late": ({"guess": range(30, 1000)}, 3),
+    "admit-once": ({"admit": [2]}, 1),
+    "admit-always": ({"admit": range(1, 1000)}, 3),
+    "release-once": ({"release": [1]}, 1),
+    "everything": ({method: range(1, 1000) for method in ("guess", "admit", "release")}, 3),
+}
+
+
+@pytest.mark.failing_drafter
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_drafter_that_raises_costs_drafts_and_no_request(
+    path: Path, expected: Any, name: str, monkeypatch: pytest.MonkeyPatch, warned: Callable[[], list[str]]
+) -> None:
+    """Its drafts of that step are dropped; after three failures it is left out. Each time the texts are the same."""
+    faults, num_failures = FAULTS[name]
+    monkeypatch.setattr(Failing, "faults", faults)
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Failing), max_num_seqs=2) as llm:
+        for _ in range(4):
+            assert run(llm, CHECKS) == expected
+        llm.engine._scheduler.check_idle()
+        found = llm.engine.stats().drafter
+        stopped = num_failures >= 3
+        assert found == (num_failures, stopped)
+        assert len(warned()) == 1 + stopped
+        assert "the drafter lost its way in" in warned()[0] and "its drafts of this step are dropped" in warned()[0]
+        drafts = llm.acceptance().drafts
+        assert run(llm, CHECKS) == expected
+        assert (llm.acceptance().drafts == drafts) == stopped, "a drafter that was stopped drafts no more"
+
+
+def test_a_drafter_that_cannot_be_built_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Failing, "faults", {"build": [1]})
+    with pytest.raises(OptionError, match=r"drafter failing could not be built: LookupError: .*lost its way in build;"):
+        LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Failing))
+
+
+@pytest.mark.failing_drafter
+def test_a_drafter_that_guesses_outside_the_vocabulary(
+    path: Path, expected: Any, warned: Callable[[], list[str]]
+) -> None:
+    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Outside)) as llm:
+        assert run(llm, CHECKS) == expected
+    assert "Outside guessed token 260, outside the vocabulary of 260" in warned()[0] and len(warned()) == 2
+
+
+@RUNNERS
+@pytest.mark.failing_drafter
+@pytest.mark.parametrize("verifier", ["exact", "rejection"])
+@pytest.mark.parametrize("name", SPOILS)
+def test_drafts_that_are_wrong_are_dropped(
+    path: Path,
+    expected: Any,
+    name: str,
+    verifier: str,
+    runner: type[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    warned: Callable[[], list[str]],
+) -> None:
+    monkeypatch.setattr(config_module, "RUNNERS", (runner,))
+    monkeypatch.setattr(Misshapen, "spoil", staticmethod(SPOILS[name]), raising=False)
+    monkeypatch.setattr(Misshapen, "spoilt_from", 6 if runner is EagerRunner else 50)
+    config = plugin(Misshapen, 3)  # type: ignore[arg-type]
+    capture = {"capture_sizes": [4], "max_num_seqs": 4} if runner is Emulated else {}
+    with LLM(
+        str(path), max_model_len=MAX_LEN, speculative_config=config, device="cpu", verifier=verifier, **capture
+    ) as llm:
+        found = [run(llm, CHECKS) for _ in range(3)]
+        drafter = llm.engine.stats().drafter
+    only_logits = name in ("nan", "one-nan", "infinite", "impossible", "no-logits", "logits-of-another-vocabulary")
+    if verifier == "exact":
+        assert found == [expected] * 3
+    else:
+        assert all(greedy[0] == expected[0] for greedy in found)
+        assert all(0 <= token < 260 for texts in found for text in texts for token in text[0][0])
+    if verifier == "exact" and only_logits:
+        assert drafter is None and not warned(), "nobody reads the distribution"
+    else:
+        assert drafter is not None and drafter.stopped and len(warned()) == 2
+
+
+def test_a_recorded_drafter_that_fails_while_it_is_recorded_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_module, "RUNNERS", (Emulated,))
+    monkeypatch.setattr(Misshapen, "spoil", staticmethod(SPOILS["too-wide"]), raising=False)
+    monkeypatch.setattr(Misshapen, "spoilt_from", 0)
+    with pytest.raises(UnsupportedError, match=r"with drafter misshapen: OptionError: tokens of a draft must be"):
+        config = plugin(Misshapen, 3)  # type: ignore[arg-type]
+        LLM(str(path), max_model_len=MAX_LEN, speculative_config=config, device="cpu")
+
+
+class Fragile(LogitsProcessor):
+    """Favours a token, and fails where a test says; `when` counts the calls of that method."""
+
+    name = "fragile"
+    fields = (SamplingField("fragile", float, 0.0, "how much it favours token 5"),)
+    tables = (Table("favour", torch.float32),)
+    fails_in: ClassVar[str] = ""
+    when: ClassVar[int] = 1
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def call(self, method: str) -> bool:
+        self.calls += method == Fragile.fails_in.partition(" ")[0] and self.serving
+        return bool(self.calls) and self.calls == Fragile.when and method == Fragile.fails_in.partition(" ")[0]
+
+    serving: ClassVar[bool] = False
+
+    def fail(self, method: str) -> None:
+        if self.call(method):
+            raise LookupError(f"lost in {method}")
+
+    def wanted(self, sampling: SamplingParams) -> bool:
+        if super().wanted(sampling):
+            self.fail("wanted")
+        return super().wanted(sampling)
+
+    def admit(self, admission: Any) -> Any:
+        if Fragile.fails_in.startswith("admit ") and self.call("admit"):
+            return {"favour": {3: "x"}} if Fragile.fails_in.endswith("value") else None
+        self.fail("admit")
+        return {"favour": 50.0}
+
+    def __call__(self, logits: Tensor, batch: Any, slots: Any, state: Any) -> Tensor:
+        logits[:, 5] += state["favour"].index_select(0, batch.logits_slot)
+        if Fragile.fails_in.startswith("__call__ ") and self.call("__call__"):
+            return logits[:, :-1] if Fragile.fails_in.endswith("narrow") else None  # type: ignore[return-value]
+        self.fail("__call__")
+        return logits
+
+    def commit(self, *given: Any) -> None:
+        self.fail("commit")
+
+    def release(self, slot: int) -> None:
+        self.fail("release")
+
+
+METHODS = ("admit", "admit nothing", "admit value", "__call__", "__call__ narrow", "__call__ nothing", "commit")
+
+
+@RUNNERS
+@pytest.mark.parametrize("when", [1, 2])
+@pytest.mark.parametrize("fails_in", [*METHODS, "release", "wanted", ""])
+def test_a_logits_processor_that_fails_ends_the_requests_that_want_it(
+    path: Path,
+    expected: Any,
+    fails_in: str,
+    when: int,
+    runner: type[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Others have their tokens, and the next requests that want it are served. "" fails nowhere."""
+    monkeypatch.setattr(config_module, "RUNNERS", (runner,))
+    for name, value in (("fails_in", fails_in), ("when", when), ("serving", False)):
+        monkeypatch.setattr(Fragile, name, value)
+    wants = Case.of(11, 9, temperature=0.0, max_tokens=9, extra_args={"fragile": 1.0})
+    own = {"logits_processors": [f"{__name__}:Fragile"], "device": "cpu", "speculative_config": NGRAM}
+    with LLM(str(path), max_model_len=MAX_LEN, max_num_seqs=4, **own) as llm:  # type: ignore[arg-type]
+        monkeypatch.setattr(Fragile, "serving", True)
+        found = [run(llm, [*CHECKS, wants]) for _ in range(3)]
+        llm.engine._scheduler.check_idle()
+    right = ([5] * 9, "", "length", None)
+    assert all(one[:-1] == expected for one in found)
+    ends = [one[-1][0] for one in found]
+    assert ends[-1] == right
+    harmed = [end for end in ends if end != right]
+    assert len(harmed) == (fails_in in METHODS)
+    for tokens, _, reason, _ in harmed:
+        assert reason == "error" and tokens == [5] * len(tokens) and len(tokens) < 9
+    said = [one for one in caplog.records if "logits processor fragile failed in" in one.getMessage()]
+    assert len(said) == (fails_in != "") and all(one.exc_info for one in said)
 
 
 def die(llm: LLM) -> EngineDeadError:
@@ -312,36 +543,33 @@ def die(llm: LLM) -> EngineDeadError:
     return died.value
 
 
-def test_a_drafter_that_raises(path: Path) -> None:
-    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Failing)) as llm:
-        died = die(llm)
-        assert "the drafter lost its way" in str(died) and isinstance(died.__cause__, LookupError)
+def broken(llm: LLM, monkeypatch: pytest.MonkeyPatch, error: Exception) -> LLM:
+    """The engine with a model that fails in its sixth step."""
+    model, left = program(llm)._model, [5]
+
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            left[0] -= name == "forward"
+            if left[0] < 0:
+                raise error
+            return getattr(model, name)
+
+    monkeypatch.setattr(program(llm), "_model", Broken())
+    return llm
 
 
-def test_an_error_without_a_message_is_named(path: Path) -> None:
-    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Speechless)) as llm:
-        assert str(die(llm)) == "the engine failed in a step: ZeroDivisionError()"
+def test_an_error_without_a_message_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(path), max_model_len=MAX_LEN) as llm:
+        assert str(die(broken(llm, monkeypatch, ZeroDivisionError()))) == (
+            "the engine failed in a step: ZeroDivisionError()"
+        )
 
 
-def test_blocks_are_conserved_when_the_engine_fails(path: Path) -> None:
-    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Failing)) as llm:
-        die(llm)
+def test_blocks_are_conserved_when_the_engine_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(path), max_model_len=MAX_LEN) as llm:
+        die(broken(llm, monkeypatch, LookupError("lost")))
         assert not llm.engine.has_work
         llm.engine._scheduler.check_idle()
-
-
-def test_a_drafter_that_guesses_outside_the_vocabulary(path: Path) -> None:
-    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Outside)) as llm:
-        died = die(llm)
-        assert "Outside guessed token 260, outside the vocabulary of 260" in str(died)
-        assert isinstance(died.__cause__, OptionError)
-
-
-@pytest.mark.parametrize("name", SPOILS)
-def test_a_drafter_with_proposals_of_the_wrong_shape(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Misshapen, "spoil", staticmethod(SPOILS[name]), raising=False)
-    with LLM(str(path), max_model_len=MAX_LEN, speculative_config=plugin(Misshapen, 3)) as llm:  # type: ignore[arg-type]
-        die(llm)
 
 
 def test_a_model_that_fails_in_the_middle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,6 +388,8 @@ METRICS = [
     "kv_cache_usage_perc",
     "engine_up",
     "watchdog_departed",
+    "drafter_failures_total",
+    "drafting_stopped",
     "engine_steps_total",
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",

@@ -53,6 +53,13 @@ class StepPlan:
     rows: tuple[Row, ...]
 
 
+class DrafterFaults(NamedTuple):
+    """What has gone wrong in the drafter so far."""
+
+    num_failures: int
+    stopped: bool  # whether it is asked no more
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step produced, aligned with `StepPlan.rows`."""
@@ -63,3 +70,4 @@ class StepResult:
     invalid: tuple[int, ...] = ()  # indexes of rows whose last token is none, since no token could be drawn
     # further columns that the verifier or a logits processor declares: of each row, the values of each of its tokens
     values: Mapping[str, tuple[tuple[tuple[float, ...], ...], ...]] = field(default_factory=dict)
+    drafter: DrafterFaults | None = None  # None: nothing has gone wrong

@@ -69,7 +69,8 @@ def parse_speculative_config(
     method = given.pop("method", None)
     if isinstance(method, str):
         named = find_drafter(method)
-        own = heads / named.name if heads is not None and "model" in option_names(named.Options) else None
+        ours = METHODS.get(named.name) is named  # and no user's class of the same name
+        own = heads / named.name if heads is not None and ours and "model" in option_names(named.Options) else None
         if own is not None and own.is_dir() and given.get("model") is None:
             given["model"] = str(own)
         return resolve_options(named, given)
@@ -132,8 +133,10 @@ def _method_of(
         both = " and ".join(method.name for method, _ in matches)
         raise OptionError(f"{checkpoint.directory} is a checkpoint of several methods, {both}: name the method")
     if not matches:
-        reasons = [answer.reason for _, answer in answers if isinstance(answer, Mismatch)]
-        raise CheckpointError("; ".join(dict.fromkeys(reasons)) or _unknown(checkpoint, named))
+        reasons = "; ".join(dict.fromkeys(answer.reason for _, answer in answers if isinstance(answer, Mismatch)))
+        if reasons and named is not None:
+            reasons = f"{checkpoint.directory} is not of method {named.name}, nor of another: {reasons}"
+        raise CheckpointError(reasons or _unknown(checkpoint, named))
     ((method, match),) = matches
     if named is not None and not named.also_means(method, given):
         raise OptionError(

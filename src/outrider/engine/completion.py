@@ -114,5 +114,5 @@ def no_token(num_tokens: int) -> LogitsError:
     return LogitsError(
         f"the model's logits for output token {num_tokens + 1} hold NaN, inf, or -inf for every token, so none can be "
         "drawn: if dtype is float16, take bfloat16 or float32; else look for damaged weights, or for a logits "
-        "processor that masks every token"
+        "processor that failed (see the log) or masks every token"
     )

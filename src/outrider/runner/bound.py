@@ -18,6 +18,8 @@ from outrider.layers.parameter import Allocator
 from outrider.load.target import load_target
 from outrider.models.decoder import Decoder
 from outrider.runner.base import RunnerConfig
+from outrider.runner.drafter_guard import DrafterGuard, building
+from outrider.runner.processor_guard import GuardedProcessor, guarded
 from outrider.runner.results import ResultLayout
 from outrider.runner.slots import SlotTable
 from outrider.runner.step import Mark, StepOutput, StepProgram, unmarked
@@ -36,20 +38,29 @@ class Bound:
     ) -> None:
         device = config.device
         cache = model.cache_layout(config.sizes.block_size).allocate(config.memory.num_blocks, device)
-        drafter = _build_drafter(config, model, count)
+        with building(config.drafter.name):
+            drafter = _build_drafter(config, model, count)
+        self.guard = DrafterGuard(drafter, config.verifier)
+        self._processors = guarded(config.processors)
         self.table = SlotTable(
             num_slots=num_slots,
             sizes=config.sizes,
-            drafter=drafter,
-            verifier=config.verifier,
-            processors=config.processors,
+            drafter=self.guard,
+            processors=self._processors,
             device=device,
         )
-        self.program = StepProgram(model, cache, drafter, config.verifier, device)
+        self.program = StepProgram(model, cache, self.guard, config.verifier, device)
         declared = [column for part in (config.verifier, *config.processors) for column in part.columns]
         self.results = ResultLayout(drafter.num_drafts, declared, device)
         self.num_drafts = drafter.num_drafts
         self._assemble, self._block_size = ASSEMBLE.on(device), config.sizes.block_size
+
+    def serve(self) -> None:
+        """The runner is built: from now on what a user's drafter or processor raises harms no other request."""
+        self.guard.serve()
+        for processor in self._processors:
+            if isinstance(processor, GuardedProcessor):
+                processor.serve()
 
     def run(
         self,

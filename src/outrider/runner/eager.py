@@ -57,6 +57,7 @@ class EagerRunner:
         self._device = config.device
         self._inference = torch.inference_mode()  # one for all steps: making it is a tenth of what a step costs here
         self._bound = Bound(config, model, config.sizes.max_num_seqs, count)
+        self._bound.serve()
 
     @classmethod
     def footprint(cls, capture: CaptureOptions) -> int:
@@ -76,7 +77,7 @@ class EagerRunner:
             return Finished(self._run(plan))
 
     def _run(self, plan: StepPlan) -> StepResult:
-        table, results = self._bound.table, self._bound.results
+        table, results, guard = self._bound.table, self._bound.results, self._bound.guard
         table.update(plan)
         if not plan.rows:
             return StepResult(plan.step, (), ())
@@ -84,7 +85,7 @@ class EagerRunner:
         num_query = sum(row.num_tokens for row in plan.rows)
         rows = to_device(rows_of(plan), self._device)
         output = self._bound.run(rows, num_query, num_logits, table.processors(), table.drafts(plan))
-        return results.read(plan.step, results.columns(output))
+        return guard.note(results.read(plan.step, results.columns(output)), guard.num_wrong)
 
     def reset(self) -> None:
         """Empties the slots."""

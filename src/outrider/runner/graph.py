@@ -9,6 +9,7 @@ it reads them when the next step has been given to the device. Nothing here wait
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Self
 
 import numpy as np
@@ -49,10 +50,17 @@ class GraphPending:
     """A step given to the device."""
 
     def __init__(
-        self, step: int, layout: ResultLayout, tables: list[Tensor], fence: Fence, read: Callable[[], None]
+        self,
+        step: int,
+        layout: ResultLayout,
+        tables: list[Tensor],
+        fence: Fence,
+        read: Callable[[], None],
+        note: Callable[[StepResult], StepResult],
     ) -> None:
-        """`tables` hold the step's results once the fence is passed; `read` is called then."""
-        self._step, self._layout, self._tables, self._fence, self._read = step, layout, tables, fence, read
+        """`tables` hold the step's results once the fence is passed. `read` and `note` are called then."""
+        self._step, self._layout, self._tables, self._fence = step, layout, tables, fence
+        self._read, self._note = read, note
         self._result: StepResult | None = None
 
     def result(self) -> StepResult:
@@ -61,7 +69,7 @@ class GraphPending:
             self._fence.wait()
             self._read()
             table = self._tables[0] if len(self._tables) == 1 else torch.cat(self._tables)
-            self._result = self._layout.read(self._step, self._layout.unpack(table))
+            self._result = self._note(self._layout.read(self._step, self._layout.unpack(table)))
             self._tables = []
         return self._result
 
@@ -88,6 +96,7 @@ class GraphRunner:
         self._times = PartTimes()
         self._warm_up()
         self._programs = Programs(config, self._bound, self._recorder, self._spare, self.depth)
+        self._bound.serve()
 
     @classmethod
     def footprint(cls, capture: CaptureOptions) -> int:
@@ -134,7 +143,10 @@ class GraphRunner:
         if ready < len(rows):
             read = self._times.skip_gap  # the gap to the next step is full of prompts
             found.append(self._recorder.fetch(self._call(rows[ready:], processors, drafting)))
-        return GraphPending(plan.step, self._bound.results, found, self._recorder.fence(), read)
+        guard = self._bound.guard
+        num_wrong = None if guard.num_wrong is None else self._recorder.fetch(guard.num_wrong)
+        note = partial(guard.note, num_wrong=num_wrong)
+        return GraphPending(plan.step, self._bound.results, found, self._recorder.fence(), read, note)
 
     def _replay(self, rows: NDArray[np.int64], processed: bool, drafting: bool) -> tuple[Tensor, Marks | None]:
         """Runs rows past their prompt in a recorded program: their results, and its marks."""

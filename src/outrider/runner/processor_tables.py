@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from outrider.core.plan import Admission
+from outrider.runner.processor_guard import GuardedProcessor
 from outrider.verify.base import ActiveProcessor, LogitsProcessor, Table, Value
 
 NUMPY: Mapping[torch.dtype, np.dtype[Any]] = {
@@ -36,6 +37,7 @@ class ProcessorTables:
         self.active = ActiveProcessor(processor, state)
         self._written: set[int] = set()  # slots whose rows may hold more than `fill`
         self._emptied: set[int] = set()  # of those, the ones that `write` empties next
+        self._admitted: set[int] = set()  # slots that the processor was asked to admit, for `release`
 
     def columns(self, admissions: Sequence[Admission]) -> dict[str, NDArray[Any]]:
         """What `write` needs on the device for requests that take slots: of those that want the processor, and others.
@@ -52,13 +54,19 @@ class ProcessorTables:
             found[self._key("emptied")] = np.array(emptied, np.int64)
         if wanting:
             found[self._key("slot")] = np.array([one.slot for one in wanting], np.int64)
-            values = [self.processor.admit(one) for one in wanting]
+            values = [self._admit(one) for one in wanting]
             for table in self.processor.tables:
                 shape = self.active.state[table.name].shape[1:]
                 column = np.full((len(wanting), *shape), table.fill, NUMPY[table.dtype])
                 for row, given in enumerate(values):
-                    if table.name in given:
-                        _fill(column, row, given[table.name])
+                    try:
+                        if table.name in given:
+                            _fill(column, row, given[table.name])
+                    except Exception as error:
+                        if not isinstance(self.processor, GuardedProcessor):
+                            raise
+                        # The guard's own table is the last, so it takes this in.
+                        column[row], values[row] = table.fill, self.processor.not_admitted(error)
                 found[self._key("table", table.name)] = column
         return found
 
@@ -72,6 +80,16 @@ class ProcessorTables:
             if emptied is not None:
                 rows.index_fill_(0, emptied, table.fill)
         self._written -= self._emptied
+
+    def release(self, slot: int) -> None:
+        """Notifies the processor, if it was asked to admit the slot's request: that may have been interrupted."""
+        if slot in self._admitted:
+            self._admitted.discard(slot)
+            self.processor.release(slot)
+
+    def _admit(self, admission: Admission) -> Mapping[str, Value]:
+        self._admitted.add(admission.slot)
+        return self.processor.admit(admission)
 
     def _key(self, *what: str) -> str:
         return ".".join((self.processor.name, *what))

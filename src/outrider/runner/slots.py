@@ -11,13 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from outrider.capability import Feature
 from outrider.core.plan import Admission, Growth, StepPlan
 from outrider.core.sizes import Sizes
-from outrider.draft.base import Drafter
+from outrider.runner.drafter_guard import DrafterGuard
 from outrider.runner.processor_tables import NUMPY, ProcessorTables
 from outrider.tensors import Slots
-from outrider.verify.base import ActiveProcessor, LogitsProcessor, Verifier
+from outrider.verify.base import ActiveProcessor, LogitsProcessor
 
 
 class SlotTable:
@@ -32,8 +31,7 @@ class SlotTable:
         *,
         num_slots: int,
         sizes: Sizes,
-        drafter: Drafter,
-        verifier: Verifier,
+        drafter: DrafterGuard,
         processors: Sequence[LogitsProcessor],
         device: torch.device,
     ) -> None:
@@ -41,8 +39,7 @@ class SlotTable:
             return torch.zeros(num_slots, *width, dtype=dtype, device=device)
 
         int32, int64, float32 = torch.int32, torch.int64, torch.float32
-        keeps_logits = drafter.gives_logits and Feature.DRAFT_LOGITS in verifier.needs
-        vocab_size = drafter.target.vocab_size
+        vocab_size, num_drafts = drafter.drafter.target.vocab_size, drafter.drafter.num_drafts
         self.slots = Slots(
             tokens=table(int64, sizes.max_model_len),
             length=table(int32),
@@ -50,9 +47,9 @@ class SlotTable:
             block_table=table(int32, sizes.max_blocks),
             temperature=table(float32),
             seed=table(int64),
-            draft_tokens=table(int64, drafter.num_drafts),
+            draft_tokens=table(int64, num_drafts),
             draft_length=table(int32),
-            draft_logits=table(float32, drafter.num_drafts, vocab_size) if keeps_logits else None,
+            draft_logits=table(float32, num_drafts, vocab_size) if drafter.keeps_logits else None,
         )
         self._tables = [ProcessorTables(processor, num_slots, vocab_size, device) for processor in processors]
         self.all_processors = tuple(tables.active for tables in self._tables)
@@ -69,6 +66,8 @@ class SlotTable:
 
     def drafts(self, plan: StepPlan) -> bool:
         """Whether a row's request verifies drafts."""
+        if self._drafter.stopped:
+            return any(row.num_drafts for row in plan.rows)  # those that were planned before
         return bool(self._drafted) and any(row.slot in self._drafted for row in plan.rows)
 
     def update(self, plan: StepPlan) -> None:
@@ -99,11 +98,14 @@ class SlotTable:
     def _notify_release(self, slot: int, wanted: Sequence[int]) -> None:
         self._drafter.release(slot)
         for index in wanted:
-            self.all_processors[index].processor.release(slot)
+            self._tables[index].release(slot)
 
     def _admit(self, admissions: Sequence[Admission]) -> None:
         """One copy to the device for all of them, and a write for each table; none waits for the device."""
         slots = self.slots
+        # First: whatever is interrupted later, `reset` then releases what was admitted.
+        for admission in admissions:
+            self._register(admission)
         width = slots.tokens.shape[1]
         at = np.concatenate([np.arange(len(one.tokens)) + one.slot * width for one in admissions])
         tokens = np.fromiter(chain.from_iterable(one.tokens for one in admissions), np.int64, len(at))
@@ -125,8 +127,6 @@ class SlotTable:
         slots.tokens.view(-1).index_copy_(0, sent["at"], sent["tokens"])
         for tables in self._tables:
             tables.write(sent)
-        for admission in admissions:
-            self._register(admission)
 
     def _grow(self, growth: Sequence[Growth]) -> None:
         table = self.slots.block_table
@@ -152,12 +152,12 @@ class SlotTable:
 
     def _register(self, admission: Admission) -> None:
         slot, sampling = admission.slot, admission.sampling
-        self._drafter.admit(slot, admission.tokens)  # first: a slot is taken once the drafter knows of it
         pairs = enumerate(self.all_processors)
         wanted = tuple(index for index, (processor, _) in pairs if processor.wanted(sampling))
         self._wanted_by[slot] = wanted
         for index in wanted:
             self._num_wanting[index] += 1
+        self._drafter.admit(slot, admission.tokens)
         if admission.drafts:
             self._drafted.add(slot)
 

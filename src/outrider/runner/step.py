@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from outrider.cache.layout import LayerCache
-from outrider.draft.base import DraftContext, Drafter
+from outrider.draft.base import DraftContext
 from outrider.kernels.commit import COMMIT, STORE_DRAFT
 from outrider.models.decoder import Decoder
+from outrider.runner.drafter_guard import DrafterGuard
 from outrider.tensors import Draft, Slots, StepBatch, TargetOutput, Verdict
 from outrider.verify.base import ActiveProcessor, Verifier
 
@@ -42,13 +43,13 @@ class StepProgram:
         self,
         model: Decoder,
         cache: Sequence[LayerCache],
-        drafter: Drafter,
+        drafter: DrafterGuard,
         verifier: Verifier,
         device: torch.device,
     ) -> None:
         self._model, self._cache = model, cache
-        self._drafter, self._verifier = drafter, verifier
-        self._aux_layer_ids = drafter.aux_layer_ids()
+        self._guard, self._drafter, self._verifier = drafter, drafter.drafter, verifier
+        self._aux_layer_ids = self._drafter.aux_layer_ids()
         self._commit, self._store_draft = COMMIT.on(device), STORE_DRAFT.on(device)
 
     def __call__(
@@ -82,7 +83,7 @@ class StepProgram:
         proposed = None
         if drafting:
             noise = self._verifier.draft_noise
-            proposed = self._drafter.propose(DraftContext(batch, target, committed, next_token, slots, noise))
+            proposed = self._guard.propose(DraftContext(batch, target, committed, next_token, slots, noise))
             kept = self._store_draft(slots, batch, proposed)
             proposed = Draft(proposed.tokens, kept, proposed.logits)
         mark("draft")

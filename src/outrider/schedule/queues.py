@@ -29,6 +29,7 @@ class RequestQueues:
         self.free_slots = list(range(options.sizes.max_num_seqs - 1, -1, -1))
         self.released: list[int] = []  # slots freed since the last plan
         self.num_closing = 0
+        self.drafting = True  # whether requests may verify drafts
         self.num_prefilling = 0  # running, with known tokens not yet planned
         self._num_arrivals = 0
 
@@ -142,7 +143,7 @@ class RequestQueues:
         return f"{request.cache_salt}\0without drafts" if apart else request.cache_salt
 
     def _max_drafts(self, request: Request) -> int:
-        most = self.options.sizes.num_drafts
+        most = self.options.sizes.num_drafts if self.drafting else 0
         return most if request.max_drafts is None else min(most, request.max_drafts)
 
     def _vacate(self, running: RunningRequest) -> None:

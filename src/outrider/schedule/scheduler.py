@@ -90,6 +90,12 @@ class Scheduler:
         self._refused = -1
         return self._queues.finish(request_id, reason)
 
+    def stop_drafting(self) -> None:
+        """No request verifies drafts from now on, but those that were planned."""
+        self._queues.drafting = False
+        for running in self._queues.running:
+            running.max_drafts = 0
+
     def abandon(self) -> list[TokenDelta]:
         """After a step failed: end everything as aborted, forget the plans in flight and all cached prefixes.
 

@@ -11,8 +11,8 @@ import pytest
 from outrider.draft.base import Drafter
 from outrider.draft.host import HostDrafter
 from outrider.draft.none import NoDrafter
-from outrider.draft.registry import NO_DRAFTS, find_drafter
-from outrider.errors import OptionError
+from outrider.draft.registry import NO_DRAFTS, find_drafter, parse_speculative_config
+from outrider.errors import CheckpointError, OptionError
 
 BASE = "from outrider import Drafter, HostDrafter\n"
 MODULES: dict[str, tuple[str, str, type[Exception] | None]] = {
@@ -65,3 +65,22 @@ def test_names() -> None:
     assert [one.name for one in (Nameless, Named, Heir)] == [f"{local}.Nameless", "named", f"{local}.Heir"]
     assert find_drafter(NO_DRAFTS) is NoDrafter
     assert (Drafter.rerun, Drafter.writes_ahead) == (0, False)
+
+
+def test_a_class_with_the_name_of_a_method_of_ours_gets_no_head_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "namesake.py").write_text(
+        "from dataclasses import dataclass\nfrom outrider import DraftOptions, HostDrafter\n"
+        "from outrider.drafting import option\n\n"
+        "@dataclass(frozen=True, slots=True)\nclass Options(DraftOptions):\n"
+        "    model: str | None = option(None, 'a file')\n\n"
+        "class Mine(HostDrafter):\n    name = 'peagle'\n    Options = Options\n"
+        "    def guess(self, slot, tokens):\n        return tokens\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "heads" / "peagle").mkdir(parents=True)
+    drafter, options = parse_speculative_config({"method": "namesake:Mine"}, tmp_path / "heads")
+    assert drafter.__module__ == "namesake" and options.model is None  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="heads/peagle"):  # as ours does
+        parse_speculative_config({"method": "peagle"}, tmp_path / "heads")

@@ -14,6 +14,7 @@ from outrider.core.plan import Admission, Growth, Row, StepPlan
 from outrider.core.sampling import SamplingParams
 from outrider.core.sizes import Sizes
 from outrider.draft.base import DraftContext, Drafter, DraftOptions, TargetFacts
+from outrider.runner.drafter_guard import DrafterGuard
 from outrider.runner.slots import SlotTable
 from outrider.tensors import Draft
 from outrider.verify.base import Verifier
@@ -54,8 +55,7 @@ def make_table(drafter: Drafter, verifier: Verifier) -> SlotTable:
     return SlotTable(
         num_slots=4,
         sizes=replace(FACTS.sizes, block_size=8),
-        drafter=drafter,
-        verifier=verifier,
+        drafter=DrafterGuard(drafter, verifier),
         processors=PROCESSORS,
         device=CPU,
     )

@@ -150,6 +150,12 @@ class _EngineCollector(Collector):
         for position, count in enumerate(report.per_position, start=1):
             positions.add_metric([self._model_name, str(position)], count)
         yield positions
+        yield self._count("drafter_failures", "Errors of the drafter; they cost drafts.", snapshot.drafter_failures)
+        yield self._gauge(
+            "drafting_stopped",
+            "1 once the drafter has failed too often and is left out.",
+            float(snapshot.drafting_stopped),
+        )
 
     def _watchdog(self, snapshot: Snapshot) -> Iterator[Any]:
         yield self._gauge(
