@@ -14,6 +14,9 @@
     +-- LogitsError (RuntimeError)   one request's logits hold no token to draw; other requests go on
     +-- EngineDeadError (RuntimeError) the engine failed earlier and cannot go on
     |   +-- EngineRestartingError    the server is starting another one; later it will go
+    |   +-- EngineClosedError        it was closed
+    |   +-- EngineForkedError        it belongs to the process that this one was forked from
+    +-- EngineBusyError (RuntimeError) called from inside one of its own steps
     +-- OverloadError (RuntimeError) more is waiting than the server takes; later it will go
     +-- DeadlineError (RuntimeError) a request took longer than it may
 
@@ -89,6 +92,37 @@ class EngineRestartingError(EngineDeadError):
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class EngineClosedError(EngineDeadError):
+    """`close` was called, or a `with` block has ended. Build a new one."""
+
+    def __init__(
+        self, message: str = "the engine was closed, by close() or the end of its with block: build a new one"
+    ):
+        super().__init__(message)
+
+
+class EngineForkedError(EngineDeadError):
+    """The engine was built before this process was forked: its threads and its device stay with the parent."""
+
+    def __init__(
+        self,
+        message: str = "the engine was built before this process was forked, and belongs to the parent: build the LLM "
+        "in the child, or start children with multiprocessing's method spawn",
+    ) -> None:
+        super().__init__(message)
+
+
+class EngineBusyError(OutriderError, RuntimeError):
+    """The engine was called from inside one of its own steps, as by a logits processor or a signal's handler."""
+
+    def __init__(
+        self,
+        message: str = "the engine is in the middle of a step of this very thread: call it after the step, or from "
+        "another thread",
+    ) -> None:
+        super().__init__(message)
 
 
 class DeadlineError(OutriderError, RuntimeError):

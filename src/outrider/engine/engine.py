@@ -11,11 +11,12 @@ from dataclasses import dataclass, fields, replace
 from outrider.acceptance.watchdog import Watchdog
 from outrider.config import Resolved
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
-from outrider.core.plan import StepPlan
+from outrider.core.plan import DrafterFaults, StepPlan
 from outrider.core.request import Request
 from outrider.core.sampling import SamplingParams
+from outrider.core.turns import FairLock, in_turn, watch_forks
 from outrider.engine.prompts import check_stop_ids, check_token_ids
-from outrider.errors import EngineDeadError
+from outrider.errors import EngineBusyError, EngineClosedError, EngineDeadError, EngineForkedError
 from outrider.runner.base import Pending
 from outrider.schedule.scheduler import Scheduler
 from outrider.verify.registry import own_fields
@@ -57,6 +58,7 @@ class EngineStats:
     num_preemptions: int
     num_steps: int
     acceptance: AcceptanceReport
+    drafter: DrafterFaults | None  # what went wrong in the drafter; None: nothing
 
 
 @dataclass(slots=True)
@@ -66,7 +68,11 @@ class _Flight:
 
 
 class Engine:
-    """Runs requests to their end. Not thread-safe: one thread adds, steps and aborts."""
+    """Runs requests to their end. Threads take turns, a call each.
+
+    A call from inside a step raises EngineBusyError; one after `close`, EngineClosedError; one in a forked child,
+    EngineForkedError.
+    """
 
     def __init__(self, resolved: Resolved, worker: Worker) -> None:
         """Schedules for this worker, which was built from the same configuration; `build_engine` makes both."""
@@ -78,14 +84,20 @@ class Engine:
         self._in_flight: deque[_Flight] = deque()
         self._num_requests = 0
         self._extra_args = own_fields(self.resolved.runner.processors)
+        self.lock = FairLock()
+        """Held by each call; whoever holds it longer makes several calls of one."""
         self._cause_of_death: BaseException | None = None
-        self._busy = False
+        self._busy = self._closing = False
+        self._holds_old_requests = False  # the worker, since its reset was interrupted
+        self._drafter_faults: DrafterFaults | None = None
         self.num_dropped = 0
         """Requests that ended other than in a step: by `finish`, `abort` or an interrupt."""
         self.times = StepTimes()
         self.watchdog = Watchdog.of(self.resolved)
         """Holds acceptance against what is on record for the head, and warns when it falls."""
+        watch_forks(self)
 
+    @in_turn
     def add(
         self,
         request_id: str,
@@ -99,7 +111,7 @@ class Engine:
 
         Raises PromptError, SamplingError, or InputError if the id is in use; nothing else is affected.
         """
-        self._check_alive()
+        self._check_usable()
         vocab_size = self.resolved.runner.model_config.vocab_size
         check_token_ids(prompt, vocab_size)
         check_stop_ids(sampling, vocab_size)
@@ -132,8 +144,11 @@ class Engine:
         """Drops a request wherever it is; unknown ids are ignored, since it may just have ended."""
         self.finish(request_id, FinishReason.ABORT)
 
+    @in_turn
     def finish(self, request_id: str, reason: FinishReason) -> bool:
         """Ends a request from outside, as a stop string in its text does; False if it had ended already."""
+        if self._busy:
+            raise EngineBusyError
         if request_id not in self._requests:
             return False
         self._busy = True
@@ -175,22 +190,31 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_steps=self.times.steps,
             acceptance=self.acceptance(),
+            drafter=self._drafter_faults,
         )
 
+    @in_turn
     def worker_stats(self) -> WorkerStats:
         """The worker at this moment. Part times restart from zero."""
+        self._check_usable()
         return self._worker.stats()
 
+    @in_turn
     def step(self) -> list[tuple[TokenDelta, Request]]:
         """Submits a step and reads the oldest one due; what each request gained, and its record.
 
         Raises EngineDeadError, chained to the cause, if the worker failed now or earlier. An interrupt
         (Ctrl-C) goes through: every request is forgotten, and the engine is as new.
         """
-        self._check_alive()
+        self._check_usable()
         self._busy = True
         try:
+            if self._holds_old_requests:
+                self._reset_worker()
             return self._step()
+        except EngineBusyError:
+            self._start_over()
+            raise
         except Exception as error:
             self._die(error)
             raise EngineDeadError(f"the engine failed in a step: {str(error) or repr(error)}") from error
@@ -199,6 +223,8 @@ class Engine:
             raise
         finally:
             self._busy = False
+            if self._closing:
+                self._close()
 
     def _step(self) -> list[tuple[TokenDelta, Request]]:
         times, clock = self.times, time.perf_counter
@@ -217,6 +243,10 @@ class Engine:
         assert flight.pending is not None
         result = flight.pending.result()
         self._in_flight.popleft()
+        if result.drafter is not None:
+            self._drafter_faults = result.drafter
+            if result.drafter.stopped:
+                self._scheduler.stop_drafting()
         ran = clock()
         gained = [(delta, self._requests[delta.request_id]) for delta in self._scheduler.apply(flight.plan, result)]
         for delta, _ in gained:
@@ -253,15 +283,49 @@ class Engine:
             acceptance = self._scheduler.acceptance
             self._scheduler = Scheduler(self._scheduler_options)
             self._scheduler.acceptance = acceptance
+            if self._drafter_faults is not None and self._drafter_faults.stopped:
+                self._scheduler.stop_drafting()
+        # If a second interrupt ends the reset, the next step begins with it.
+        self._holds_old_requests = True
         try:
-            self._worker.reset()
+            self._reset_worker()
         except Exception as error:
             self._cause_of_death = error
 
-    def _check_alive(self) -> None:
-        if self._cause_of_death is not None:
-            raise EngineDeadError("the engine failed earlier: build a new one") from self._cause_of_death
+    def _reset_worker(self) -> None:
+        self._worker.reset()
+        self._holds_old_requests = False
 
+    @in_turn
+    def check_usable(self) -> None:
+        """Raises what `add` and `step` raise of an engine that failed, was closed or forked, or is in a step."""
+        self._check_usable()
+
+    def _check_usable(self) -> None:
+        if self._busy:
+            raise EngineBusyError
+        cause = self._cause_of_death
+        if isinstance(cause, EngineClosedError | EngineForkedError):
+            raise type(cause)
+        if cause is not None:
+            raise EngineDeadError("the engine failed earlier: build a new one") from cause
+
+    @in_turn
     def close(self) -> None:
-        """Gives back the model's memory. Idempotent."""
+        """Gives back the model's memory; from inside a step, after it. Idempotent."""
+        if self._busy:
+            self._closing = True
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        self._closing = False
+        if isinstance(self._cause_of_death, EngineClosedError | EngineForkedError):
+            return
+        self._die(EngineClosedError())
         self._worker.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: nothing here may be used, and no thread of the parent gives its lock back."""
+        self.lock, self._busy, self._closing = FairLock(), False, False
+        self._cause_of_death = EngineForkedError()

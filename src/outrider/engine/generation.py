@@ -14,6 +14,9 @@ from outrider.engine.completion import Completion, Inbox
 from outrider.engine.detokenize import Detokenizer
 from outrider.engine.outputs import CompletionOutput, Piece, RequestOutput
 
+MakeDetokenizer = Callable[[Sequence[int], SamplingParams], Detokenizer | None]
+"""A detokenizer for a completion of this prompt with these parameters; None: it has no text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -57,8 +60,8 @@ class Generation:
                     Completion(len(self.completions), own, parent, output, self.inbox, eos_token_ids)
                 )
 
-    def detokenize(self, make: Callable[[Sequence[int], SamplingParams], Detokenizer | None]) -> None:
-        """Gives each completion its detokenizer, made from its prompt and its parameters; None: it has no text."""
+    def detokenize(self, make: MakeDetokenizer) -> None:
+        """Gives each completion its detokenizer."""
         for completion in self.completions:
             completion.detokenizer = make(completion.parent.prompt_token_ids, completion.sampling)
 

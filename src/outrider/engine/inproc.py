@@ -9,14 +9,18 @@ from typing import Any
 from outrider.acceptance.watchdog import WatchState
 from outrider.core.output import AcceptanceReport, FinishReason, TokenDelta
 from outrider.core.request import Request
+from outrider.core.turns import FairLock, in_turn
 from outrider.engine.completion import Completion
 from outrider.engine.engine import Engine
-from outrider.engine.generation import Generation
+from outrider.engine.generation import Generation, MakeDetokenizer
 from outrider.oracle import Choice
 
 
 class InprocClient:
-    """Queues generations with an engine, and runs a step whenever a caller waits for one of them."""
+    """Queues generations with an engine, and runs a step whenever a caller waits for one of them.
+
+    Threads take turns, a step each: it hands out what everybody's requests gained.
+    """
 
     def __init__(self, engine: Engine) -> None:
         """The engine may be driven beside it; requests that are not of this client are passed over."""
@@ -26,6 +30,11 @@ class InprocClient:
         self._gained: deque[tuple[TokenDelta, Request]] = deque()  # of the last step, not yet handed out
         self._released: deque[Completion] = deque()  # let go while the engine was busy: to be aborted
         self._num_dropped = 0  # requests that we dropped ourselves, or have taken note of
+
+    @property
+    def lock(self) -> FairLock:
+        """The engine's."""
+        return self.engine.lock
 
     @property
     def choice(self) -> Choice:
@@ -60,8 +69,14 @@ class InprocClient:
         """What the watchdog knows."""
         return self.engine.watchdog.state()
 
-    def add(self, generation: Generation) -> None:
-        """Queues every completion, or none: InputError as `Engine.add` raises it."""
+    def check_usable(self) -> None:
+        """As `Engine.check_usable`."""
+        self.engine.check_usable()
+
+    @in_turn
+    def add(self, generation: Generation, detokenizer: MakeDetokenizer) -> None:
+        """Queues every completion and makes its detokenizer, or none: InputError as `Engine.add` raises it."""
+        self.engine.check_usable()
         self._abort_released()
         try:
             for completion in generation.completions:
@@ -72,17 +87,23 @@ class InprocClient:
                 )
                 completion.acceptance = request.acceptance
                 self.completions[completion.id] = generation, completion
+            generation.detokenize(detokenizer)
         except BaseException:
             self.abort(generation.completions)
             raise
 
-    def step(self) -> None:
+    @in_turn
+    def step(self, generation: Generation) -> None:
         """Runs one step, and hands every completion in progress what it gained.
+
+        It does nothing if a step of another thread has brought the generation something.
 
         An error of one completion ends that one alone; an interrupt leaves what is not handed out for the next call.
         A completion whose request the engine no longer knows ends as aborted, so that no caller waits for ever.
         """
         self._abort_released()
+        if generation.inbox.ended or generation.inbox.pieces:
+            return
         if not self._gained:
             self._gained.extend(self.engine.step())
             self._abort_released()
@@ -116,6 +137,7 @@ class InprocClient:
         self._finish(completion, FinishReason.ABORT)
         completion.abort()
 
+    @in_turn
     def abort(self, completions: Sequence[Completion]) -> None:
         """Drops those that are still in progress."""
         for completion in completions:
@@ -124,10 +146,17 @@ class InprocClient:
 
     def release(self, completions: Sequence[Completion]) -> None:
         """As `abort`, but safe anywhere: a finalizer may run in the middle of a step, and must not disturb it."""
-        if self.engine.busy:
+        lock = self.lock
+        if not lock.acquire_at_once():
             self._released.extend(completions)
-        else:
-            self.abort(completions)
+            return
+        try:
+            if self.engine.busy:
+                self._released.extend(completions)
+            else:
+                self.abort(completions)
+        finally:
+            lock.release()
 
     def _abort_released(self) -> None:
         while self._released:

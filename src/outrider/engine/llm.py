@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -45,7 +46,11 @@ class LLM:
     """A loaded model that completes prompts in batches.
 
     Keyword arguments are the fields of `outrider.options.EngineOptions`; an unknown one raises
-    OptionError naming the nearest. Usable as a context manager; `close` frees the memory.
+    OptionError naming the nearest. Usable as a context manager; `close` frees the memory, and later calls raise
+    EngineClosedError.
+
+    Threads may share one: their requests run together, and each call returns its own. A process forked from this one
+    may not: calls raise EngineForkedError there.
 
     With `enable_multiprocessing` the engine runs in a process of its own, as vLLM's does unless its
     VLLM_ENABLE_V1_MULTIPROCESSING is 0. It needs the extra `serve`. The process is spawned, so a script must guard its
@@ -90,7 +95,7 @@ class LLM:
             self._client, self._directory = InprocClient(engine), engine.resolved.directory
         self._sampling_defaults = SamplingParams(**self._client.sampling_defaults)
         self._tokenizer: Tokenizer | None = None
-        self._num_prompts = 0
+        self._num_prompts, self._numbering = 0, threading.Lock()
 
     @property
     def choice(self) -> Choice:
@@ -139,6 +144,7 @@ class LLM:
         one completion alone, such as of its detokenizer, is raised, and the others are aborted. A completion
         whose logits hold no token ends with the finish reason "error" and its `error`, and the others go on.
         """
+        self._client.check_usable()
         many = as_prompts(prompts)
         sampling = one_each(sampling_params, len(many), self._sampling_defaults)
         encoded = [self._encode(prompt) for prompt in many]
@@ -147,7 +153,7 @@ class LLM:
         try:
             with _bar(count, use_tqdm) as advance_bar:
                 while num_ended < count:
-                    self._client.step()
+                    self._client.step(generation)
                     for _ in generation.ended():
                         num_ended += 1
                         advance_bar()
@@ -174,6 +180,7 @@ class LLM:
         `chat_template` is a template, a file of one, or the name of one of the checkpoint's. `tools` are shown to the
         model; its calls stay text. PromptError for what the template would leave out or refuses.
         """
+        self._client.check_usable()
         prompts = [
             self.encode_conversation(
                 conversation,
@@ -193,6 +200,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Completes one prompt, token by token as they come; closing or dropping the stream aborts it."""
+        self._client.check_usable()
         sampling = one_each(sampling_params, 1, self._sampling_defaults)
         generation = self._start([self._encode(prompt)], sampling, keeps_pieces=True)
         return Stream(generation, self._client.step, self._client.release)
@@ -216,22 +224,18 @@ class LLM:
         keeps_pieces: bool,
     ) -> Generation:
         """Queues every completion of every prompt, or none."""
-        client = self._client
+        client, count = self._client, len(encoded)
+        with self._numbering:
+            first_number, self._num_prompts = self._num_prompts, self._num_prompts + count
         generation = Generation(
             encoded,
             [self._with_stop_ids(params) for params in sampling],
             eos_token_ids=client.eos_token_ids,
             verifier=client.verifier,
             keeps_pieces=keeps_pieces,
-            first_number=self._num_prompts,
+            first_number=first_number,
         )
-        self._num_prompts += len(encoded)
-        client.add(generation)
-        try:
-            generation.detokenize(self._detokenizer)
-        except BaseException:
-            client.abort(generation.completions)
-            raise
+        client.add(generation, self._detokenizer)
         return generation
 
     def _with_stop_ids(self, params: SamplingParams) -> SamplingParams:
@@ -243,6 +247,9 @@ class LLM:
     def close(self) -> None:
         """Frees the model and the cache. Idempotent."""
         self._client.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an LLM cannot be copied or sent to another process: build one there")
 
     def __enter__(self) -> Self:
         return self

@@ -19,7 +19,7 @@ class Stream(Iterator[Piece]):
     def __init__(
         self,
         generation: Generation,
-        step: Callable[[], None],  # waits for the next tokens of anybody
+        step: Callable[[Generation], None],  # waits for the next tokens of anybody, unless some have come for it
         release: Callable[[Sequence[Completion]], None],  # aborts completions; must be safe in a finalizer
     ) -> None:
         """`LLM.stream` makes it."""
@@ -36,16 +36,22 @@ class Stream(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         pieces = self._generation.inbox.pieces
-        while not pieces:
+        while True:
+            finished = self._output.finished  # looked at first: another thread may be adding the last pieces
+            try:
+                piece = pieces.popleft()
+            except IndexError:  # none, or threads share the stream and another was first
+                pass
+            else:
+                self._generation.completions[piece.index].write_text()
+                return piece
             for completion in self._generation.ended():
                 if completion.error is not None:
                     raise completion.error
-            if self._output.finished:
+            if finished:
                 raise StopIteration
-            self._step()
-        piece = pieces.popleft()
-        self._generation.completions[piece.index].write_text()
-        return piece
+            if not self._output.finished:
+                self._step(self._generation)
 
     def close(self) -> None:
         """Aborts what is not finished; pieces that came before can still be taken. Idempotent."""

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from outrider.core.plan import StepPlan
-from outrider.errors import CapacityError
+from outrider.errors import CapacityError, EngineClosedError
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import Pending, Records, Runner, RunnerConfig, TimesParts
 from outrider.workers.base import WorkerStats
@@ -39,7 +39,8 @@ class LocalWorker:
 
     def submit(self, plan: StepPlan) -> Pending:
         """Starts a step; plans run in the order given."""
-        assert self._runner is not None, "the worker is closed"
+        if self._runner is None:
+            raise EngineClosedError
         if self._on_cpu:
             return self._runner.submit(plan)
         with on_device(self._device):
@@ -47,13 +48,16 @@ class LocalWorker:
 
     def reset(self) -> None:
         """Forgets every request, as after an interrupted step."""
-        assert self._runner is not None, "the worker is closed"
+        if self._runner is None:
+            raise EngineClosedError
         with on_device(self._device):
             self._runner.reset()
 
     def stats(self) -> WorkerStats:
         """As `Worker.stats`."""
         runner = self._runner
+        if runner is None:
+            raise EngineClosedError
         on_gpu = self._device.type == "cuda"
         return WorkerStats(
             part_times=runner.part_times() if isinstance(runner, TimesParts) else None,

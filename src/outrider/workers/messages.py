@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from outrider.errors import class_name
+from outrider.errors import InputError, class_name
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import Runner, RunnerConfig
 
@@ -72,8 +72,11 @@ class Failed:
     error: str  # name of the class in `outrider.errors`
     message: str
     traceback: str
+    field: str | None = None  # of an InputError
 
     @classmethod
     def of(cls, error: BaseException) -> Failed:
         """The message for an exception."""
-        return cls(class_name(error), str(error) or repr(error), "".join(traceback.format_exception(error)))
+        field = error.field if isinstance(error, InputError) else None
+        said = "".join(traceback.format_exception(error))
+        return cls(class_name(error), str(error) or repr(error), said, field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 import signal
@@ -9,18 +10,28 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from types import FunctionType
 from typing import IO, Any
 
 import torch
 
 from outrider.core.plan import StepPlan, StepResult
-from outrider.errors import EngineDeadError, OptionError, OutriderError, rebuilt
+from outrider.core.turns import watch_forks
+from outrider.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineForkedError,
+    OptionError,
+    OutriderError,
+    rebuilt,
+)
 from outrider.parallel.mesh import Mesh
 from outrider.runner.base import Runner, RunnerConfig
 from outrider.workers.base import WorkerStats
@@ -64,7 +75,7 @@ class ProcessWorker:
             logging.getLogger("outrider").getEffectiveLevel(),
         )
         try:
-            first = pickle.dumps(build)
+            first = _pickled(build)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise OptionError(
                 f"the configuration cannot be sent to a worker's process: {error}; define its parts in modules, or "
@@ -80,12 +91,14 @@ class ProcessWorker:
                 # A group of its own, so that a terminal's Ctrl-C reaches the engine alone.
                 process_group=0,
             )
-        connection = Connection(ours.detach())
+        self._connection = connection = Connection(ours.detach())
+        self._unusable: type[EngineClosedError | EngineForkedError] = EngineClosedError
         self._end = weakref.finalize(self, _kill, self._process, self._outbox)
         assert self._process.stderr is not None
         self._stderr = _thread(_forward, self._process.stderr, self._last_lines)
         self._receiver = _thread(_receive, connection, self._inbox)
         self._sender = _thread(_send, connection, self._outbox)
+        watch_forks(self)
         self._outbox.put(first)
         try:
             while not isinstance(self._next(), Built):
@@ -123,7 +136,14 @@ class ProcessWorker:
         self._stop(QUIT_SECONDS)
 
     def _check_open(self) -> None:
-        assert self._end.alive, "the worker is closed"
+        if not self._end.alive:
+            raise self._unusable
+
+    def after_fork(self) -> None:
+        """In a forked child: the process is the parent's, and must end with the parent."""
+        self._unusable = EngineForkedError
+        self._end.detach()
+        self._connection.close()
 
     def _ask(self, call: Call) -> Any:
         self._check_open()
@@ -151,7 +171,7 @@ class ProcessWorker:
             self._cause = EngineDeadError(self._death())
             raise self._cause
         if isinstance(message, Failed):
-            self._cause = rebuilt(message.error, message.message)
+            self._cause = rebuilt(message.error, message.message, message.field)
             self._cause.add_note(f"in the worker's process:\n{message.traceback}")
             raise self._cause
         if isinstance(message, Progress):
@@ -231,12 +251,41 @@ def _receive(connection: Connection, inbox: SimpleQueue[object]) -> None:
         except (EOFError, OSError):
             inbox.put(None)
             return
+        except Exception as error:  # of a class that is not to be had here
+            inbox.put(Failed.of(error))
+            return
         if isinstance(message, logging.LogRecord):
-            logger = logging.getLogger(message.name)
-            if logger.isEnabledFor(message.levelno):
-                logger.handle(message)
+            _log(message)
         else:
             inbox.put(message)
+
+
+def _log(record: logging.LogRecord) -> None:
+    """Writes a record as this process's own. A filter or handler that raises may not end the thread."""
+    logger = logging.getLogger(record.name)
+    try:
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+    except Exception:
+        traceback.print_exc()
+
+
+class _Pickler(pickle.Pickler):
+    """Refuses what is defined in the script that runs, which a worker's process does not have."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, type | FunctionType) and value.__module__ == "__main__":
+            raise OptionError(
+                f"{value.__qualname__} is defined in the script that runs (__main__), which a worker's process "
+                "lacks: move it to a module of its own, or take distributed_executor_backend uni"
+            )
+        return NotImplemented
+
+
+def _pickled(message: object) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(message)
+    return buffer.getvalue()
 
 
 def _forward(source: IO[bytes], last_lines: deque[str]) -> None:

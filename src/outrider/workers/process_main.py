@@ -10,12 +10,12 @@ import os
 import pickle
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import Queue
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -23,8 +23,15 @@ from outrider.core.plan import StepPlan
 from outrider.workers.local import LocalWorker
 from outrider.workers.messages import Ask, Build, Built, Call, Failed, Progress, Quit, Reply
 
-Replies: TypeAlias = "Queue[Callable[[], object]]"
-"""Functions that give what is to be sent, in order. One of them waits for its step."""
+
+class Replies:
+    """What is to be sent, in order."""
+
+    def __init__(self) -> None:
+        self.queue: Queue[Callable[[], object]] = Queue()
+        """Functions that give it. One of them waits for its step."""
+        self.failed = False
+        """Whether a function raised: nothing more is sent, and no plan may run."""
 
 
 def main(descriptor: int) -> None:
@@ -34,7 +41,7 @@ def main(descriptor: int) -> None:
     """
     faulthandler.enable()
     connection = Connection(descriptor)
-    replies: Replies = Queue()
+    replies = Replies()
     threading.Thread(target=_end_with_the_engine, args=(descriptor,), daemon=True).start()
     threading.Thread(target=_send, args=(connection, replies), daemon=True).start()
     try:
@@ -42,8 +49,8 @@ def main(descriptor: int) -> None:
     except _EngineGoneError:
         raise SystemExit(1) from None
     except Exception as error:
-        replies.put(partial(Failed.of, error))
-        replies.join()
+        replies.queue.put(partial(Failed.of, error))
+        replies.queue.join()
         raise SystemExit(1) from None
 
 
@@ -61,18 +68,18 @@ def _receive(connection: Connection) -> Any:
 
 def _serve(connection: Connection, replies: Replies) -> None:
     with contextlib.closing(_build(_receive(connection), replies)) as worker:
-        replies.put(Built)
+        replies.queue.put(Built)
         while True:
             message = _receive(connection)
-            if isinstance(message, StepPlan):
-                replies.put(worker.submit(message).result)
-            elif isinstance(message, Quit):
+            if isinstance(message, Quit) or replies.failed:
                 return
+            if isinstance(message, StepPlan):
+                replies.queue.put(worker.submit(message).result)
             else:
                 assert isinstance(message, Ask)
                 # Results of earlier plans come first, so that no other thread reads the runner meanwhile.
-                replies.join()
-                replies.put(partial(Reply, message.number, _answer(worker, message.call)))
+                replies.queue.join()
+                replies.queue.put(partial(Reply, message.number, _answer(worker, message.call)))
 
 
 def _answer(worker: LocalWorker, call: Call) -> Any:
@@ -85,7 +92,7 @@ def _build(message: Build, replies: Replies) -> LocalWorker:
     torch.set_num_threads(message.num_threads)
 
     def report(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: replies.put(partial(Progress, what, done, total))
+        return lambda done, total: replies.queue.put(partial(Progress, what, done, total))
 
     config = replace(message.config, progress=report("progress"), recording=report("recording"))
     return LocalWorker(message.runner, config, message.mesh)
@@ -95,28 +102,38 @@ class _LogsSent(logging.handlers.QueueHandler):
     """Hands log records to the engine's process, which writes them as its own."""
 
     def __init__(self, replies: Replies) -> None:
-        super().__init__(replies)
+        super().__init__(replies.queue)
         self._replies = replies
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Puts a record among the replies."""
-        self._replies.put(lambda: record)
+        """Puts a record among the replies, with plain values only: others may not be had in the other process."""
+        record.__dict__.update({name: _plain(value) for name, value in vars(record).items()})
+        self._replies.queue.put(lambda: record)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return repr(value)
 
 
 def _send(connection: Connection, replies: Replies) -> None:
     """Sends each reply once it is there. Waiting here leaves the main thread free to submit the next plan."""
-    failed = False
     while True:
-        make = replies.get()
+        make = replies.queue.get()
         try:
-            if not failed:
+            if not replies.failed:
                 connection.send_bytes(pickle.dumps(make()))
         except Exception as error:
-            failed = True
+            replies.failed = True
             with contextlib.suppress(OSError):  # the engine's process is gone
                 connection.send_bytes(pickle.dumps(Failed.of(error)))
         finally:
-            replies.task_done()
+            replies.queue.task_done()
 
 
 def _end_with_the_engine(descriptor: int) -> None:

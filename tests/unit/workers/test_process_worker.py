@@ -19,11 +19,15 @@ import pytest
 
 from checkpoints import Case, plugin, prompt, run
 from heads import drafting as head_drafting
-from outrider import LLM, CheckpointError, EngineDeadError, HostDrafter, OptionError, SamplingParams
+from outrider import LLM, CheckpointError, EngineDeadError, HostDrafter, OptionError, SamplingError, SamplingParams
 from outrider.config import resolve
 from outrider.draft.none import NoDrafter
+from outrider.errors import rebuilt
+from outrider.models.qwen3 import Qwen3
 from outrider.options import EngineOptions
 from outrider.parallel.mesh import Mesh
+from outrider.tensors import StepBatch
+from outrider.workers.messages import Failed
 from outrider.workers.process import ProcessWorker
 
 CASES = [Case.of(5, 1, temperature=0.0), Case.of(17, 2, temperature=0.8, top_k=5), Case.of(30, 3, detokenize=True)]
@@ -38,7 +42,10 @@ class Echo(HostDrafter):
 
     def admit(self, slot: int, tokens: Any) -> None:
         if list(tokens[:2]) == [1, self.LOG]:
-            logging.getLogger("outrider").warning("admitted to slot %d of process %d", slot, os.getpid())
+            unsendable = {"thing": lambda: 0, "fields": {"slot": slot, "lock": threading.Lock()}}
+            logging.getLogger("outrider").warning(
+                "admitted to slot %d of process %d", slot, os.getpid(), extra=unsendable
+            )
 
     def guess(self, slot: int, tokens: list[int]) -> Sequence[int]:
         if tokens[:2] == [1, self.RAISE]:
@@ -116,15 +123,38 @@ def test_a_drafter_of_ones_own_runs_in_the_workers_process(
         assert pid == worker_process(llm).pid != os.getpid()
 
 
+@pytest.mark.failing_drafter
 def test_what_a_part_logs_and_raises_is_told_in_the_engines_process(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     pid = worker_process(llm).pid
     llm.generate([1, Echo.LOG], ENDLESS)
-    assert f"of process {pid}" in caplog.text
-    with pytest.raises(EngineDeadError, match=r"failed in a step: no guess for such a text") as found:
-        llm.generate([1, Echo.RAISE], ENDLESS)
-    assert "in guess" in found.value.__cause__.__notes__[0]  # type: ignore[union-attr]
-    with pytest.raises(EngineDeadError, match="failed earlier"):
-        llm.generate([1], ENDLESS)
+    (record,) = (record for record in caplog.records if f"of process {pid}" in record.getMessage())
+    assert "lambda" in record.thing and "lock" in record.fields["lock"] and record.fields["slot"] == 0  # type: ignore[attr-defined]
+    llm.generate([1, Echo.RAISE], ENDLESS)
+    assert "no guess for such a text; its drafts of this step are dropped" in caplog.text and "in guess" in caplog.text
+    assert "drafting by echo has stopped after 3 failures" in caplog.text
+    found = llm.engine.stats().drafter
+    assert found is not None and found.stopped
+
+
+class Unlucky(Qwen3):
+    """Fails at one token."""
+
+    TOKEN = 250
+
+    def forward(self, batch: StepBatch, *given: Any) -> Any:
+        if bool((batch.input_ids == self.TOKEN).any()):
+            raise LookupError("no hidden state for such a text")
+        return super().forward(batch, *given)
+
+
+def test_what_the_model_raises_ends_the_engine_with_the_reason(path: Path) -> None:
+    with serve(path, model_class=f"{__name__}:Unlucky") as llm:
+        llm.generate([1], SamplingParams(max_tokens=2))
+        with pytest.raises(EngineDeadError, match=r"failed in a step: no hidden state for such a text") as found:
+            llm.generate([1, Unlucky.TOKEN], ENDLESS)
+        assert "in forward" in found.value.__cause__.__notes__[0]  # type: ignore[union-attr]
+        with pytest.raises(EngineDeadError, match="failed earlier"):
+            llm.generate([1], ENDLESS)
 
 
 def test_a_crash_is_told_with_the_last_words(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +215,26 @@ def test_a_drafter_that_no_module_holds_is_refused(path: Path) -> None:
     resolved = resolve(EngineOptions(model=str(path)))
     with pytest.raises(OptionError, match="cannot be sent to a worker's process"):
         ProcessWorker(resolved.served_by().runner, replace(resolved.runner, drafter=Local), Mesh())
+
+
+def test_a_class_of_the_script_that_runs_is_refused_with_the_remedy(path: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom outrider import LLM, HostDrafter, OptionError\n\n"
+        "class Mine(HostDrafter):\n    def guess(self, slot, tokens):\n        return tokens[-2:]\n\n"
+        "try:\n    LLM(sys.argv[1], max_model_len=64, distributed_executor_backend='mp',\n"
+        "        speculative_config={'method': '__main__:Mine'})\n"
+        "except OptionError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, script, path], capture_output=True, text=True, check=True, timeout=120)
+    assert "Mine is defined in the script that runs (__main__)" in done.stdout and "a module of its own" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_field_of_an_input_error_crosses() -> None:
+    failed = Failed.of(SamplingError("too large", "top_p"))
+    error = rebuilt(failed.error, failed.message, failed.field)
+    assert isinstance(error, SamplingError) and error.field == "top_p"
 
 
 def test_a_worker_that_is_forgotten_ends(path: Path) -> None:

@@ -23,6 +23,7 @@ import zmq.asyncio
 from outrider.acceptance.watchdog import WatchState
 from outrider.core.output import AcceptanceTally, FinishReason, TokenDelta
 from outrider.core.sampling import SamplingParams
+from outrider.core.turns import watch_forks
 from outrider.engine.completion import Completion
 from outrider.engine.process.host import run
 from outrider.engine.process.messages import (
@@ -44,7 +45,14 @@ from outrider.engine.process.messages import (
     ToEngine,
     Watchdog,
 )
-from outrider.errors import EngineDeadError, EngineRestartingError, OutriderError, rebuilt
+from outrider.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineForkedError,
+    EngineRestartingError,
+    OutriderError,
+    rebuilt,
+)
 from outrider.options import EngineOptions
 from outrider.oracle import Choice
 
@@ -86,6 +94,16 @@ class Receiver(Protocol):
         """As `Generation.fail`."""
 
 
+async def _ended(process: SpawnProcess, seconds: float) -> bool:
+    """Whether the process ends within so many seconds. No thread waits for it: at exit none can be started."""
+    deadline = time.monotonic() + seconds
+    while process.is_alive():
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True
+
+
 class EngineClient:
     """Starts the engine's process, and speaks with it from one event loop."""
 
@@ -115,14 +133,18 @@ class EngineClient:
         self.cause_of_death: OutriderError | None = None
         self.on_death: Callable[[], None] = lambda: None
         """Called once, when the engine is found dead or hung, after every waiting request has failed."""
+        self._unusable: type[EngineClosedError | EngineForkedError] | None = None
+        watch_forks(self)
 
     @property
     def alive(self) -> bool:
         """Whether requests can be run."""
-        return self.cause_of_death is None and not self.restarting
+        return self.cause_of_death is None and not self.restarting and self._unusable is None
 
     def check_alive(self) -> None:
         """Raises EngineDeadError if no requests can be run, and EngineRestartingError if they can soon."""
+        if self._unusable is not None:
+            raise self._unusable
         if self.restarting:
             said = "the engine failed and is being started anew: try again later"
             raise EngineRestartingError(said, retry_seconds(self._start_seconds))
@@ -139,6 +161,8 @@ class EngineClient:
 
         Raises what building an Engine raises, and EngineDeadError if the process ends without a word.
         """
+        if self._unusable is not None:
+            raise self._unusable
         begun = time.monotonic()
         loop = asyncio.get_running_loop()
         self.cause_of_death = None
@@ -223,10 +247,23 @@ class EngineClient:
 
     async def close(self) -> None:
         """Ends the process, in its own time or by force, and the wire. Idempotent."""
+        if self._unusable is EngineForkedError:
+            return
         listens = self.alive and self._ready is not None and self._ready.done()
+        self._unusable = EngineClosedError
         await self._clear(QUIT_SECONDS if listens else 0.0)
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def kill(self) -> None:
+        """Ends the process by force, from any thread. `close` must have been called, or have failed."""
+        if self._process is not None and self._process.pid is not None and self._unusable is not EngineForkedError:
+            self._process.kill()
+
+    def after_fork(self) -> None:
+        """In a forked child: the process, the wire and its directory are the parent's."""
+        self._unusable = EngineForkedError
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]  # no child of this one
 
     async def _clear(self, seconds: float) -> None:
         """Ends the process, after so many seconds by force, and whatever listened to it."""
@@ -234,10 +271,9 @@ class EngineClient:
         if process is not None and process.pid is not None and process.is_alive():
             asyncio.get_running_loop().remove_reader(process.sentinel)
             self._send(Quit())
-            await asyncio.to_thread(process.join, seconds)
-            if process.is_alive():
+            if not await _ended(process, seconds):
                 process.kill()
-                await asyncio.to_thread(process.join)
+                await _ended(process, math.inf)
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()

@@ -202,6 +202,8 @@ class EngineProcess:
             num_steps=stats.num_steps - start.num_steps,
             acceptance=stats.acceptance.since(start.acceptance),
             watched=watched,
+            drafter_failures=0 if stats.drafter is None else stats.drafter.num_failures,
+            drafting_stopped=stats.drafter is not None and stats.drafter.stopped,
         )
 
     def _send(self, message: FromEngine) -> None:

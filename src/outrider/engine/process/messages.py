@@ -145,6 +145,8 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     num_steps: int
     acceptance: AcceptanceReport
     watched: tuple[WatchedRates, ...]  # empty: nothing is on record for what is served
+    drafter_failures: int = 0
+    drafting_stopped: bool = False  # after too many of them
 
 
 class Building(msgspec.Struct, array_like=True, frozen=True, tag=True):

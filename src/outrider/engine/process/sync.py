@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from outrider.acceptance.watchdog import WatchState
 from outrider.core.output import AcceptanceReport, AcceptanceTally, FinishReason, TokenDelta
+from outrider.core.turns import FairLock, in_turn, watch_forks
 from outrider.engine.completion import Completion
 from outrider.engine.engine import Engine
-from outrider.engine.generation import Generation
+from outrider.engine.generation import Generation, MakeDetokenizer
 from outrider.engine.process.client import Counted, EngineClient
-from outrider.errors import EngineDeadError, OptionError
+from outrider.errors import EngineClosedError, EngineForkedError, OptionError
 from outrider.options import EngineOptions
 from outrider.oracle import Choice
 
@@ -52,19 +55,29 @@ class _Receiver:
 
 
 class SyncEngineClient:
-    """An `EngineClient` on a thread of its own. Deltas are handed out on the caller's, when it waits."""
+    """An `EngineClient` on a thread of its own. Deltas are handed out on the thread of a caller who waits.
+
+    Threads of callers take turns. One that nobody closes ends its process when it is forgotten, or at exit.
+    """
 
     def __init__(
         self, options: EngineOptions, progress: Counted | None = None, recording: Counted | None = None
     ) -> None:
         """Starts the process and waits until the model is loaded. Raises as `EngineClient.start`."""
+        self.lock = FairLock()
+        """Held by each call."""
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="outrider-client", daemon=True)
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name="outrider-client", daemon=True)
         self._thread.start()
         self._inbox: deque[_Came | tuple[Generation, Exception]] = deque()
         self._filled = threading.Event()
-        self._closed = False
+        self._released: deque[Completion] = deque()  # let go while another thread had its turn: to be aborted
+        self._unusable: type[EngineClosedError | EngineForkedError] | None = None
         self._client = EngineClient(options, NEVER)
+        self._end_forgotten = weakref.finalize(self, _end, self._client, self._loop)
+        self._end_forgotten.atexit = False
+        watch_forks(self)
+        _open.add(self)
         try:
             facts = self._call(self._client.start(progress, recording))
         except BaseException:
@@ -101,20 +114,35 @@ class SyncEngineClient:
 
     def watchdog(self) -> WatchState:
         """What the watchdog knows. Raises EngineDeadError if the process has ended."""
-        self._check_open()
+        self.check_usable()
         return self._call(self._client.watchdog())
 
-    def add(self, generation: Generation) -> None:
-        """Queues every completion, or none: InputError as `Engine.add` raises it."""
-        self._check_open()
+    @in_turn
+    def add(self, generation: Generation, detokenizer: MakeDetokenizer) -> None:
+        """Queues every completion and makes its detokenizer, or none: InputError as `Engine.add` raises it."""
+        self.check_usable()
+        self._abort_released()
         self._call(self._client.run(_Receiver(generation, self._put)))
+        try:
+            generation.detokenize(detokenizer)
+        except BaseException:
+            self.abort(generation.completions)
+            raise
 
-    def step(self) -> None:
-        """Waits until something has come, and hands it out. Raises EngineDeadError after `close`."""
-        self._check_open()
+    @in_turn
+    def step(self, generation: Generation) -> None:
+        """Waits until something has come, and hands it out. Raises EngineClosedError after `close`.
+
+        It does nothing if another thread has handed out something of the generation's.
+        """
+        self._abort_released()
+        if generation.inbox.ended or generation.inbox.pieces:
+            return
+        self.check_usable()
         while not self._inbox:
             self._filled.wait()
             self._filled.clear()
+            self.check_usable()
         while self._inbox:
             came = self._inbox.popleft()
             if isinstance(came, _Came):
@@ -123,6 +151,7 @@ class SyncEngineClient:
                 generation, error = came
                 generation.fail(error)
 
+    @in_turn
     def abort(self, completions: Sequence[Completion]) -> None:
         """Drops those that are still in progress."""
         running = [completion for completion in completions if not completion.ended]
@@ -131,20 +160,39 @@ class SyncEngineClient:
         self._end(running, FinishReason.ABORT)
 
     def release(self, completions: Sequence[Completion]) -> None:
-        """As `abort`, which is safe anywhere."""
-        self.abort(completions)
+        """As `abort`, but safe anywhere: a finalizer may run while another thread has its turn."""
+        if not self.lock.acquire_at_once():
+            self._released.extend(completions)
+            return
+        try:
+            self.abort(completions)
+        finally:
+            self.lock.release()
+
+    def _abort_released(self) -> None:
+        while self._released:
+            self.abort([self._released.popleft()])
 
     def close(self) -> None:
-        """Ends the process and the thread. Idempotent."""
-        if self._closed:
+        """Ends the process and the thread; calls of other threads raise EngineClosedError. Idempotent."""
+        if self._unusable is not None:
             return
-        self._closed = True
+        self._unusable = EngineClosedError
+        self._filled.set()
+        self._end_forgotten.detach()
         try:
             self._call(self._client.close())
+        except BaseException:
+            self._client.kill()
+            raise
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
-            self._loop.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: the process and the thread are the parent's."""
+        self.lock, self._unusable = FairLock(), EngineForkedError
+        self._end_forgotten.detach()
 
     def _put(self, came: _Came | tuple[Generation, Exception]) -> None:
         self._inbox.append(came)
@@ -162,9 +210,33 @@ class SyncEngineClient:
             raise
 
     def _end(self, completions: Sequence[Completion], reason: FinishReason) -> None:
-        if completions and not self._closed:
+        if completions and self._unusable is None:
             self._loop.call_soon_threadsafe(self._client.end, completions, reason)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineDeadError("the engine is closed: build a new one")
+    def check_usable(self) -> None:
+        """Raises EngineClosedError after `close`, and EngineForkedError in a forked child."""
+        if self._unusable is not None:
+            raise self._unusable
+
+
+_open: weakref.WeakSet[SyncEngineClient] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    """Before multiprocessing's own end, which would wait for a process that ignores its signal."""
+    for client in list(_open):
+        client.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _end(client: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
+    """Ends the process and the thread of a client that was forgotten. It may run anywhere, so it waits for nothing."""
+    ended = asyncio.run_coroutine_threadsafe(client.close(), loop)
+    ended.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
