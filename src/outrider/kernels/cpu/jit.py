@@ -27,6 +27,8 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin
 
+from outrider.kernels.cpu.disk_cache import cache_of
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Floats: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float32]]"
@@ -97,8 +99,8 @@ def compiled(*, inline: str = "never") -> Callable[[Callable[P, R]], Callable[P,
     """`numba.njit`, cached on disk and without the GIL, that keeps the function's type: linked into what calls it."""
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
-        dispatcher = numba.njit(cache=True, nogil=True, inline=inline, error_model="numpy")(function)
-        dispatcher._cache._cache_file._source_stamp = stamp(Path(function.__code__.co_filename))
+        dispatcher = numba.njit(nogil=True, inline=inline, error_model="numpy")(function)
+        dispatcher._cache = cache_of(function, stamp(Path(function.__code__.co_filename)))
         compile_or_load = dispatcher.compile
 
         def after_tasks(signature: Any) -> Any:

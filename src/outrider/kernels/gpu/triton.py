@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from outrider.kernels.gpu.disk_cache import writable
 from outrider.kernels.op import HAS_TRITON
 
 if HAS_TRITON or TYPE_CHECKING:
@@ -89,6 +90,9 @@ def launch(overlap: bool) -> dict[str, Any]:
 
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret)) if HAS_TRITON else None
+
+if HAS_TRITON and torch.cuda.is_available():
+    triton.knobs.cache.dir = writable(triton.knobs.cache.dir)
 
 
 @jit
