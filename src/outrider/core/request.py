@@ -10,13 +10,17 @@ from outrider.core.sampling import SamplingParams
 from outrider.errors import PromptError
 
 
-def check_prompt_length(num_tokens: int, limit: int) -> None:
-    """Raises PromptError for a prompt that is empty, or leaves no room for output within `limit`, max_model_len."""
-    if not num_tokens:
+def check_prompt_length(num_tokens: int, limit: int, at_least: bool = False) -> None:
+    """Raises PromptError for a prompt that is empty, or leaves no room for output within `limit`, max_model_len.
+
+    `at_least`: the prompt may have more tokens than the number says.
+    """
+    if not num_tokens and not at_least:
         raise PromptError("the prompt is empty: give at least one token")
     if num_tokens >= limit:
+        count = f"at least {num_tokens}" if at_least else str(num_tokens)
         raise PromptError(
-            f"the prompt has {num_tokens} tokens, which leaves no room for output within max_model_len {limit}: "
+            f"the prompt has {count} tokens, which leaves no room for output within max_model_len {limit}: "
             f"shorten it to at most {limit - 1}"
         )
 

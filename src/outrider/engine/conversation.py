@@ -197,7 +197,12 @@ def text_at(value: Any, where: str) -> str:
     return value
 
 
-def encode_conversation(
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **how: Any) -> list[int]:
+    """Token ids of messages; `how`, and what is raised, are of `conversation_text`."""
+    return tokenizer.encode(conversation_text(tokenizer, messages, **how), add_special_tokens=False)
+
+
+def conversation_text(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -209,8 +214,8 @@ def encode_conversation(
     arguments: Mapping[str, Any] | None = None,
     wishes: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
-) -> list[int]:
-    """Token ids of messages under the model's chat template, or under the one given.
+) -> str:
+    """The text of messages under the model's chat template, or under the one given.
 
     `remedy`: what the caller can do where no template serves. `arguments` must be read by the template; of `wishes`, it
     is given those that it reads. PromptError for what the template would leave out or
@@ -228,14 +233,13 @@ def encode_conversation(
     for name, value in (wishes or {}).items():
         if value is not None and name in template.variables and arguments.setdefault(name, value) != value:
             raise PromptError(f"{name} contradicts chat_template_kwargs: give one", name)
-    text = template.reply_to(
+    return template.reply_to(
         plain,
         [dict(tool) for tool in tools],
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         arguments=arguments,
     )
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _check_final(plain: Sequence[Message], add_generation_prompt: bool) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from outrider.core.output import AcceptanceReport, AcceptanceTally, TokenDelta
@@ -60,10 +61,13 @@ class Generation:
                     Completion(len(self.completions), own, parent, output, self.inbox, eos_token_ids)
                 )
 
-    def detokenize(self, make: MakeDetokenizer) -> None:
-        """Gives each completion its detokenizer."""
-        for completion in self.completions:
-            completion.detokenizer = make(completion.parent.prompt_token_ids, completion.sampling)
+    def detokenize(self, make: MakeDetokenizer, contexts: Sequence[Sequence[int]] | None = None) -> None:
+        """Gives each completion its detokenizer. `contexts`: what of each prompt stands for it; left out, all of it."""
+        completions = iter(self.completions)
+        for number, output in enumerate(self.outputs):
+            context = output.prompt_token_ids if contexts is None else contexts[number]
+            for completion in islice(completions, len(output.outputs)):
+                completion.detokenizer = make(context, completion.sampling)
 
     def take(self, completion: Completion, delta: TokenDelta, acceptance: AcceptanceTally, num_cached: int) -> bool:
         """Adds what a step brought. True if the engine must end the request, which it cannot know by itself.

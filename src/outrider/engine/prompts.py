@@ -48,6 +48,8 @@ def as_token_ids(ids: Any) -> list[int]:
 
 def check_token_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Raises PromptError for the first token of a prompt that the model does not have."""
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
     for index, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise PromptError(

@@ -44,6 +44,11 @@ class Vocabulary:
             return skip_special_tokens
         return self.is_unknown(token)
 
+    def context(self, prompt: Sequence[int], skip_special_tokens: bool) -> list[int]:
+        """The last tokens of a prompt that decoders see."""
+        heard = (token for token in reversed(prompt) if not self.is_silent(token, skip_special_tokens))
+        return list(islice(heard, CONTEXT))[::-1]
+
     def is_unknown(self, token: int) -> bool:
         """Whether no token has this id. Models may have more rows than their tokenizer has tokens."""
         return self.spelled(token) is None and self._backend.id_to_token(token) is None
@@ -150,8 +155,7 @@ class TextDecoder:
         self._context: list[int] = []  # the last tokens; all of them while they make no text
         self._text = ""  # what the context makes
         self._num_returned = 0  # letters of it that were returned
-        heard = (token for token in reversed(prompt) if not vocabulary.is_silent(token, skip_special_tokens))
-        for token in reversed(list(islice(heard, CONTEXT))):
+        for token in vocabulary.context(prompt, skip_special_tokens):
             self.step(token)
         self._characters.num_of_prompt = len(self._characters.pending)
 

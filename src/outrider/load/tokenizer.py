@@ -7,9 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from outrider.core.request import check_prompt_length
 from outrider.errors import CheckpointError, shortened
 from outrider.load.chat_template import ChatTemplates
 from outrider.load.text_decoder import TextDecoder, Vocabulary, decode_all
+from outrider.load.token_bounds import max_bytes_per_token
 from outrider.load.tokenizer_cache import TokenizerCache
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -72,14 +74,33 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; of a prompt, with the special tokens the model expects around it."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
+        """Token ids of a text; of a prompt, with the special tokens the model expects around it.
+
+        `limit`: the engine's max_model_len. Raises PromptError for a text of as many tokens or more; where its bytes
+        show that already, it is not encoded. Other threads run meanwhile.
+        """
+        if limit is not None and self._bytes_per_token is not None:
+            num_bytes = len(text) if text.isascii() else len(text.encode())
+            check_prompt_length(-(-num_bytes // self._bytes_per_token), limit, at_least=True)
+        # `encode` would keep Python's lock, and make the offsets of every token
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if limit is not None:
+            check_prompt_length(len(found), limit)
+        ids: list[int] = found.ids
         return ids
+
+    @cached_property
+    def _bytes_per_token(self) -> int | None:
+        return max_bytes_per_token(self._backend)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some tokens. A byte that belongs to no character is U+FFFD."""
         return decode_all(self._vocabulary, list(ids), skip_special_tokens)
+
+    def context(self, prompt: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
+        """The end of a prompt, as far as it matters to the text that follows."""
+        return self._vocabulary.context(prompt, skip_special_tokens)
 
     def text_decoder(self, prompt: Sequence[int], skip_special_tokens: bool = True) -> TextDecoder:
         """What turns the tokens that follow a prompt to text as they come."""

@@ -18,7 +18,7 @@ from outrider.server.http.access_log import REQUEST_ID, AccessLogMiddleware
 from outrider.server.http.auth import AuthMiddleware
 from outrider.server.http.deadline import HEADER, Deadline, seconds_asked
 from outrider.server.http.metrics import CONTENT_TYPE
-from outrider.server.http.responses import error_record, error_response, in_time, json_response
+from outrider.server.http.responses import error_record, error_response, in_time, json_response, unless_gone
 from outrider.server.openai import chat, completions, responses
 from outrider.server.openai.base import naming
 from outrider.server.openai.record import parse
@@ -131,30 +131,37 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _tokenize(service: Service, request: Request) -> Response:
     """The token ids of a text, or of a conversation under the chat template."""
-    asked = parse(await request.body(), TokenizeRequest)
+    asked = await service.read(request, lambda body: parse(body, TokenizeRequest))
+    num_bytes = len(await request.body())
     service.check_model(asked.model)
     if (asked.prompt is None) == (asked.messages is None):
         raise FieldError("give either prompt or messages", "prompt")
     if asked.prompt is not None:
         with naming("prompt"):
-            ids = await service.tokenizer.encode(asked.prompt, asked.add_special_tokens is not False)
+            work = service.tokenizer.encode(asked.prompt, asked.add_special_tokens is not False)
+            ids = await unless_gone(request, work)
     else:
         if asked.add_special_tokens is not None:
             said = "add_special_tokens is for a prompt, a conversation has its template's: leave it out"
             raise FieldError(said, "add_special_tokens")
         with naming("messages"):
-            ids = await service.tokenizer.conversation(asked.messages)
+            ids = await unless_gone(request, service.tokenizer.conversation(asked.messages, num_bytes=num_bytes))
     pieces = {"token_strs": await service.tokenizer.pieces(ids)} if asked.return_token_strs else {}
-    return json_response({"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, **pieces})
+    record = {"count": len(ids), "max_model_len": service.facts.max_model_len, "tokens": ids, **pieces}
+    return await service.tokenizer.read(num_bytes, lambda: json_response(record))
 
 
 async def _detokenize(service: Service, request: Request) -> Response:
     """The text of token ids."""
-    asked = parse(await request.body(), DetokenizeRequest)
+    asked = await service.read(request, lambda body: parse(body, DetokenizeRequest))
+    num_bytes = len(await request.body())
     service.check_model(asked.model)
+    count, limit = len(asked.tokens), service.facts.max_model_len
+    if count > limit:
+        raise FieldError(f"tokens holds {count} ids, more than max_model_len {limit}: give them in parts", "tokens")
     with naming("tokens"):
-        text = await service.tokenizer.decode(asked.tokens, service.facts.vocab_size)
-    return json_response({"prompt": text})
+        text = await unless_gone(request, service.tokenizer.decode(asked.tokens, service.facts.vocab_size))
+    return await service.tokenizer.read(num_bytes, lambda: json_response({"prompt": text}))
 
 
 async def _models(service: Service, request: Request) -> Response:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
@@ -17,9 +18,13 @@ from outrider.engine.process.messages import Facts
 from outrider.engine.prompts import check_stop_ids
 from outrider.errors import InputError, OverloadError, shortened
 from outrider.server.http.metrics import Metrics
+from outrider.server.http.responses import unless_gone
 from outrider.server.http.tracing import Tracing
+from outrider.server.lanes import SMALL
 from outrider.server.openai.schemas import Sampling
 from outrider.server.tokenizer_service import TokenizerService
+
+Made = TypeVar("Made")
 
 Prompts = list[tuple[str | None, list[int]]]
 """Each with its text, where it was given as text."""
@@ -55,6 +60,13 @@ class Service:
         if name is not None and name != self.model_name:
             raise HTTPException(404, f"the model {shortened(name)!r} does not exist: this server has {self.model_name}")
 
+    async def read(self, request: Request, make: Callable[[bytes], Made]) -> Made:
+        """What is made of a request's body: of a large one by another thread, unless the client goes first."""
+        body = await request.body()
+        if len(body) <= SMALL:
+            return make(body)
+        return await unless_gone(request, self.tokenizer.read(len(body), lambda: make(body)))
+
     async def begin(self, asked: Sampling, prompts: Awaitable[Prompts], params: SamplingParams) -> AsyncGeneration:
         """Queues a request's completions. `prompts` is awaited only if there may be room.
 
@@ -75,7 +87,9 @@ class Service:
             self.check_count(count)
             for _, ids in encoded:
                 check_prompt_length(len(ids), self.facts.max_model_len)
-            await self.tokenizer.check_ids([ids for _, ids in encoded], self.facts.vocab_size)
+            contexts = await self.tokenizer.contexts(
+                [ids for _, ids in encoded], self.facts.vocab_size, params.skip_special_tokens
+            )
         finally:
             self._num_arriving -= 1
         self._check_room(count)
@@ -88,7 +102,7 @@ class Service:
             max_drafts=max_drafts,
             arrival=arrival,
         )
-        generation.detokenize(self.tokenizer.detokenizer)
+        generation.detokenize(self.tokenizer.detokenizer, contexts)
         if self.tracing is not None:
             self.tracing.began(generation)
         await self.client.run(generation)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from outrider.core.request import check_prompt_length
 from outrider.core.sampling import SamplingParams
-from outrider.engine.conversation import encode_conversation
+from outrider.engine.conversation import conversation_text
 from outrider.engine.detokenize import Detokenizer
 from outrider.engine.process.messages import Facts
 from outrider.engine.prompts import as_conversations, as_prompts, as_token_ids, check_token_ids
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
+from outrider.server.lanes import SMALL, Lane, Lanes
 from outrider.server.openai.output_parsers import OutputParsers
 
 logger = logging.getLogger("outrider")
@@ -30,8 +29,8 @@ CHAT_REMEDY = "send a plain prompt to /v1/completions, or start the server with 
 class TokenizerService:
     """A checkpoint's tokenizer for a server.
 
-    What a request brings may take long, and a tokenizer cannot be used by two threads at once: so there is one for
-    the thread that works on requests, and one for the event loop, which decodes a few tokens at a time.
+    What a request brings may take long: threads work on it, by its size. The event loop has a tokenizer of its own,
+    by which it decodes a few tokens at a time.
     """
 
     def __init__(
@@ -50,70 +49,98 @@ class TokenizerService:
         note = templates.fact().note
         if note is not None:
             logger.warning("chat template: %s", note)
-        self._thread = ThreadPoolExecutor(1, "outrider-encode")
+        self._lanes = Lanes()
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        return await self._run(lambda: self._encoder.encode(text, add_special_tokens))
+    async def read(self, num_bytes: int, work: Callable[[], Made]) -> Made:
+        """Does Python work over so many bytes of a request: here and now if they are few."""
+        if num_bytes <= SMALL:
+            return work()
+        return await self._run(self._lanes.reading, work)
+
+    async def encode(self, text: str, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
+        """Token ids of a text. PromptError for `limit` of them or more."""
+        return await self._run(
+            self._lanes.encoding(len(text)), lambda: self._encoder.encode(text, add_special_tokens, limit)
+        )
 
     async def prompts(
-        self, given: Any, facts: Facts, check_count: Callable[[int], None], with_texts: bool = False
+        self,
+        given: Any,
+        facts: Facts,
+        check_count: Callable[[int], None],
+        with_texts: bool = False,
+        num_bytes: int = 0,
     ) -> list[tuple[str | None, list[int]]]:
         """What a completion request names: a text, token ids, or a list of either. PromptError for what is none.
 
         `check_count` is called with their number before any is encoded; the first that is too long ends it.
-        `with_texts`: token ids come with their text too.
+        `with_texts`: token ids come with their text too. `num_bytes`: of the request.
         """
-        return await self._run(lambda: self._prompts(given, facts, check_count, with_texts))
+        lane = self._lanes.encoding(0) if num_bytes <= SMALL else self._lanes.reading
+        listed = await self._run(lane, lambda: self._listed(given, facts, check_count, with_texts))
+        prompts: list[tuple[str | None, list[int]]] = []
+        for text, ids in listed:
+            if ids is None:
+                assert text is not None
+                ids = await self.encode(text, limit=facts.max_model_len)
+            prompts.append((text, ids))
+        return prompts
 
-    def _prompts(
+    def _listed(
         self, given: Any, facts: Facts, check_count: Callable[[int], None], with_texts: bool
-    ) -> list[tuple[str | None, list[int]]]:
+    ) -> list[tuple[str | None, list[int] | None]]:
+        """The prompts, those that are text not encoded yet."""
         if given is None or isinstance(given, Mapping):
             raise PromptError("prompt must be text, token ids, or a list of either", "prompt")
         listed = as_prompts(given)
         if not listed:
             raise PromptError("the prompt is empty: give at least one", "prompt")
         check_count(len(listed))
-        prompts: list[tuple[str | None, list[int]]] = []
+        prompts: list[tuple[str | None, list[int] | None]] = []
         for prompt in listed:
             if isinstance(prompt, str):
-                text, ids = prompt, self._encoder.encode(prompt)
-                check_prompt_length(len(ids), facts.max_model_len)
-            else:
-                if isinstance(prompt, list):
-                    check_prompt_length(len(prompt), facts.max_model_len)
-                text, ids = None, as_token_ids(prompt)
-                if with_texts:
-                    text = self._decoded(ids, facts.vocab_size)
-            prompts.append((text, ids))
+                prompts.append((prompt, None))
+                continue
+            if isinstance(prompt, list):
+                check_prompt_length(len(prompt), facts.max_model_len)
+            ids = as_token_ids(prompt)
+            prompts.append((self._decoded(ids, facts.vocab_size) if with_texts else None, ids))
         return prompts
 
-    async def check_ids(self, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-        """Raises PromptError for the first token that the model does not have."""
+    async def contexts(
+        self, prompts: Sequence[Sequence[int]], vocab_size: int, skip_special_tokens: bool
+    ) -> list[list[int]]:
+        """The end of each prompt, for `detokenizer`. PromptError for the first token that the model does not have."""
 
-        def check() -> None:
+        def check() -> list[list[int]]:
             for ids in prompts:
                 check_token_ids(ids, vocab_size)
+            return [self._encoder.context(ids, skip_special_tokens) for ids in prompts]
 
-        await self._run(check)
+        return await self._run(self._lanes.encoding(sum(map(len, prompts))), check)
 
-    async def conversation(self, messages: Any, **how: Any) -> list[int]:
-        """Token ids of a conversation, ready for the answer; `how` is of `encode_conversation`.
+    async def conversation(
+        self, messages: Any, *, limit: int | None = None, num_bytes: int = 0, **how: Any
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the answer; `how` is of `conversation_text`.
 
-        PromptError for one that cannot be shown to the model whole.
+        `limit`: as `encode` takes it. `num_bytes`: of the request. PromptError for a conversation that cannot be shown
+        to the model whole.
         """
-        conversations = as_conversations(messages)
-        if len(conversations) != 1 or conversations[0] is not messages:
-            raise PromptError("messages must be one conversation", "messages")
-        template = self._chat_template
-        return await self._run(
-            lambda: encode_conversation(self._encoder, messages, remedy=CHAT_REMEDY, chat_template=template, **how)
-        )
+
+        def text() -> str:
+            conversations = as_conversations(messages)
+            if len(conversations) != 1 or conversations[0] is not messages:
+                raise PromptError("messages must be one conversation", "messages")
+            template = self._chat_template
+            return conversation_text(self._encoder, messages, remedy=CHAT_REMEDY, chat_template=template, **how)
+
+        lane = self._lanes.encoding(0) if num_bytes <= SMALL else self._lanes.reading
+        return await self.encode(await self._run(lane, text), add_special_tokens=False, limit=limit)
 
     async def decode(self, ids: Sequence[int], vocab_size: int) -> str:
         """The text of token ids, special tokens included. PromptError for one outside the model's vocabulary."""
-        return await self._run(lambda: self._decoded(ids, vocab_size))
+        return await self._run(self._lanes.encoding(len(ids)), lambda: self._decoded(ids, vocab_size))
 
     def _decoded(self, ids: Sequence[int], vocab_size: int) -> str:
         check_token_ids(ids, vocab_size)
@@ -121,18 +148,20 @@ class TokenizerService:
 
     async def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as the vocabulary has it."""
-        return await self._run(lambda: list(self._encoder.wrapped.convert_ids_to_tokens(list(ids))))
+        return await self._run(
+            self._lanes.encoding(len(ids)), lambda: list(self._encoder.wrapped.convert_ids_to_tokens(list(ids)))
+        )
 
-    def detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> Detokenizer:
-        """What turns a completion's tokens to text."""
-        return Detokenizer.of(self.decoder, prompt, params)
+    def detokenizer(self, context: Sequence[int], params: SamplingParams) -> Detokenizer:
+        """What turns a completion's tokens to text. `context`: of its prompt."""
+        return Detokenizer.of(self.decoder, context, params)
 
-    async def _run(self, work: Callable[[], Made]) -> Made:
+    async def _run(self, lane: Lane, work: Callable[[], Made]) -> Made:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await lane.run(work)
         except UnicodeEncodeError:
             raise PromptError("the text holds half of a surrogate pair, which is no character") from None
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the threads."""
+        self._lanes.close()

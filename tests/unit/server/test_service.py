@@ -67,7 +67,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_copied(
 
 
 def test_prompts_are_counted_before_they_are_encoded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service.tokenizer._encoder, "encode", lambda _: pytest.fail("a prompt was encoded"))
+    monkeypatch.setattr(service.tokenizer._encoder, "encode", lambda *_: pytest.fail("a prompt was encoded"))
     for body in ({"prompt": ["a"] * 17}, {"prompt": ["a"] * 6, "n": 3}):
         with pytest.raises(InputError, match="completions are asked for"):
             asyncio.run(complete(service, asked(**body)[0]))
@@ -84,10 +84,10 @@ def test_what_a_request_brings_is_not_worked_on_by_the_event_loop(
     monkeypatch.setattr("outrider.server.tokenizer_service.check_token_ids", check)
 
     async def main() -> None:
-        assert await _prompts(service, asked(prompt=[[65], [66]], echo=True)[1]) == [
+        assert await _prompts(service, asked(prompt=[[65], [66]], echo=True)[1], 0) == [
             (service.tokenizer.decoder.decode([one]), [one]) for one in (65, 66)
         ]
-        await service.tokenizer.check_ids([[1]], 300)
+        await service.tokenizer.contexts([[1]], 300, True)
         await service.tokenizer.decode([65], 300)
 
     asyncio.run(main())

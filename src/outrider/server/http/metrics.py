@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from http import HTTPMethod
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -17,6 +18,8 @@ from outrider.engine.process.messages import Facts, Snapshot
 
 PREFIX = "outrider:"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+METHODS = frozenset(method.value for method in HTTPMethod)
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (*_FAST[5:], 20.0, 40.0, 80.0, 160.0, 320.0)
@@ -91,6 +94,7 @@ class Metrics:
 
     def answered(self, method: str, handler: str, status: int) -> None:
         """A request was answered."""
+        method = method if method in METHODS else "other"  # a client may write any, and each would be a series
         self._http.labels(method=method, handler=handler, status=str(status), **self._labels).inc()
 
     def restarted(self, facts: Facts) -> None:

@@ -23,11 +23,16 @@ from outrider.server.tokenizer_service import TokenizerService
 
 async def chat(service: Service, request: Request) -> Response:
     """Answers `/v1/chat/completions`."""
-    asked = parse(await request.body(), ChatRequest)
-    tools = asked.shown_tools()
+
+    def read(body: bytes) -> tuple[ChatRequest, list[dict[str, Any]], dict[str, Any]]:
+        asked = parse(body, ChatRequest)
+        return asked, asked.shown_tools(), asked.rendering()
+
+    asked, tools, rendering = await service.read(request, read)
+    limits = {"limit": service.facts.max_model_len, "num_bytes": len(await request.body())}
 
     async def prompts() -> Prompts:
-        return [(None, await service.tokenizer.conversation(asked.messages, **asked.rendering()))]
+        return [(None, await service.tokenizer.conversation(asked.messages, **rendering, **limits))]
 
     defaults = text_defaults(service.tokenizer, asked, tools)
     with naming("messages"):

@@ -18,20 +18,21 @@ from outrider.server.service import Prompts, Service
 
 async def complete(service: Service, request: Request) -> Response:
     """Answers `/v1/completions`."""
-    asked = parse(await request.body(), CompletionRequest)
+    asked = await service.read(request, lambda body: parse(body, CompletionRequest))
+    num_bytes = len(await request.body())
     with naming("prompt"):
-        generation = await begin(service, request, asked, _prompts(service, asked))
+        generation = await begin(service, request, asked, _prompts(service, asked, num_bytes))
     builder = _TextBuilder(asked, head(service, request, "cmpl", "text_completion"), bool(asked.echo))
     return await answer(service, request, generation, builder)
 
 
-async def _prompts(service: Service, asked: CompletionRequest) -> Prompts:
+async def _prompts(service: Service, asked: CompletionRequest, num_bytes: int) -> Prompts:
     """The prompts; each with its text if that is to be echoed, though it came as token ids."""
 
     def check_count(count: int) -> None:
         service.check_count(count * (asked.n or 1))
 
-    return await service.tokenizer.prompts(asked.prompt, service.facts, check_count, bool(asked.echo))
+    return await service.tokenizer.prompts(asked.prompt, service.facts, check_count, bool(asked.echo), num_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from outrider.core.sampling import NOT_OFFERED as SAMPLING_NOT_OFFERED
 from outrider.core.sampling_fields import NONE_OR_EMPTY
 from outrider.errors import FieldError, nearest, shortened
 from outrider.server.openai.hints import note_hints
 
-MOST_NESTED = 64
+MAX_NESTED = 64
 """Lists and objects of a body, each in the next."""
 
-TOO_DEEP = f"the body is nested more than {MOST_NESTED} deep: flatten it"
+MAX_MEMBERS = 4096
+"""Of each object of a body: what is wrong with it is listed before the first is reported."""
+
+TOO_DEEP = f"the body is nested more than {MAX_NESTED} deep: flatten it"
 
 NOTHING: tuple[Any, ...] = (None,)
 _NEITHER = (None, False)
@@ -55,6 +58,16 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's and vLLM's that ask for what the engine lacks, and the values that ask for nothing."""
 
 
+class _FirstFault(FailFast):
+    """pydantic's, as part of an optional field's type, which must be hashable."""
+
+    __hash__ = object.__hash__
+
+
+FIRST_FAULT = _FirstFault()
+"""For the annotation of a list: the first wrong item is reported, and no list of all is made."""
+
+
 class Record(BaseModel):
     """A request body, or a part of one."""
 
@@ -77,7 +90,7 @@ def parse(body: bytes, record: type[Asked]) -> Asked:
         raise FieldError(f"the body is not JSON: {error}") from None
     if not isinstance(given, dict):
         raise FieldError("the body must be a JSON object")
-    _check_depth(given)
+    _check_shape(given)
     known = record.model_fields
     for name in list(given):
         if name in known:
@@ -94,10 +107,13 @@ def parse(body: bytes, record: type[Asked]) -> Asked:
     return asked
 
 
-def _check_depth(given: Any) -> None:
-    """Raises FieldError for what is nested so deeply that encoding it could fail."""
+def _check_shape(given: Any) -> None:
+    """Raises FieldError for what is nested so deeply that encoding it could fail, and for objects of huge size."""
     level = [given]
-    for _ in range(MOST_NESTED):
+    for _ in range(MAX_NESTED):
+        largest = max((len(each) for each in level if isinstance(each, dict)), default=0)
+        if largest > MAX_MEMBERS:
+            raise FieldError(f"an object of the body has {largest} members: give at most {MAX_MEMBERS}")
         inner = (each.values() if isinstance(each, dict) else each for each in level)
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
         if not level:
@@ -127,11 +143,11 @@ _WORDS = {
 def _told(error: ValidationError) -> FieldError:
     """The first of pydantic's complaints, in our words."""
     first = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = shortened(".".join(str(part) for part in first["loc"]))
     if first["type"] == "missing":
         return FieldError(f"{name} is missing", name)
     if first["type"] == "extra_forbidden":
-        return FieldError(f"unknown field: {shortened(name)}: leave it out", shortened(name))
+        return FieldError(f"unknown field: {name}: leave it out", name)
     said = _WORDS.get(first["type"]) or first["msg"].replace("Input should be", "must be")
     return FieldError(f"{name} {said}: {as_json(first['input'])}", name)
 

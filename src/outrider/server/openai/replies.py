@@ -30,7 +30,7 @@ def reply_parsers(
     tokenizer: TokenizerService, generation: AsyncGeneration, tools: Sequence[dict[str, Any]], parallel: bool | None
 ) -> list[ReplyParser]:
     """A parser for each completion of a generation."""
-    names = [tool["function"]["name"] for tool in tools]
+    names = frozenset(tool["function"]["name"] for tool in tools)
     max_calls = 1 if parallel is False else None
     return [
         tokenizer.output_parsers.reply(one.parent.prompt_token_ids, names, max_calls) for one in generation.completions

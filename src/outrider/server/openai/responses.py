@@ -26,11 +26,16 @@ Event = dict[str, Any]
 
 async def respond(service: Service, request: Request) -> Response:
     """Answers `/v1/responses`."""
-    asked = parse(await request.body(), ResponsesRequest)
-    (messages, places), tools = asked.messages(), asked.shown_tools()
+
+    def read(body: bytes) -> tuple[ResponsesRequest, Any, list[dict[str, Any]], dict[str, Any]]:
+        asked = parse(body, ResponsesRequest)
+        return asked, asked.messages(), asked.shown_tools(), asked.rendering()
+
+    asked, (messages, places), tools, rendering = await service.read(request, read)
+    limits = {"limit": service.facts.max_model_len, "num_bytes": len(await request.body())}
 
     async def prompts() -> Prompts:
-        return [(None, await service.tokenizer.conversation(messages, **asked.rendering()))]
+        return [(None, await service.tokenizer.conversation(messages, **rendering, **limits))]
 
     defaults = text_defaults(service.tokenizer, asked, tools)
     try:

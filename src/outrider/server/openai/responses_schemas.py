@@ -7,13 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WithJsonSchema
 
+from outrider.core.reading import written_short
 from outrider.core.sampling import SamplingParams
 from outrider.core.sampling_fields import NONE_OR_EMPTY
 from outrider.engine.conversation import HINTS, check_fields, content_of
-from outrider.errors import FieldError, PromptError, shortened
+from outrider.errors import FieldError, PromptError
 from outrider.load.chat_template import PARTS, in_form, text_of
 from outrider.server.openai.hints import Effort, Summary, hint
-from outrider.server.openai.record import NOTHING, Record
+from outrider.server.openai.record import FIRST_FAULT, NOTHING, Record
 from outrider.server.openai.schemas import Sampling
 from outrider.server.openai.tools import AFunction, FunctionTool, ToolChoice, shown_tools
 
@@ -90,7 +91,7 @@ class ResponsesRequest(Sampling):
     ]
     instructions: str | None = Field(None, description="a system message before the input")
     max_output_tokens: int | None = Field(None, ge=1)
-    tools: list[Annotated[FunctionTool, AFunction]] | None = None
+    tools: Annotated[list[Annotated[FunctionTool, AFunction]], FIRST_FAULT] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(None, description="false: what follows the first call is left out")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="arguments that the chat template reads")
@@ -144,7 +145,7 @@ def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
     """Adds an item: reasoning, text and calls of one answer are items of their own here, and one message there."""
     kind = item.get("type", "message") if isinstance(item, dict) else None
     if not isinstance(item, dict) or not isinstance(kind, str) or kind not in _INSIDE:
-        shown = shortened(repr(kind if isinstance(item, dict) else item))
+        shown = written_short(kind if isinstance(item, dict) else item)
         raise PromptError(f"an item of input must be of type {', '.join(_INSIDE)}: {shown}", where)
     check_fields(item, _INSIDE[kind], where, f"an item of type {kind}", _HINTS)
     if kind == "function_call_output":

@@ -23,7 +23,7 @@ from outrider.core.sampling_fields import (
 from outrider.engine.conversation import ROLES
 from outrider.errors import FieldError
 from outrider.server.openai.hints import Effort, ServiceTier, hint
-from outrider.server.openai.record import Record
+from outrider.server.openai.record import FIRST_FAULT, Record
 from outrider.server.openai.tools import AFunction, Tool, ToolChoice, shown_tools
 
 _ids = {"type": "array", "items": {"type": "integer", "minimum": 0}}
@@ -125,7 +125,7 @@ class Sampling(Record):
     min_p: float | None = _field(MIN_P)
     seed: int | None = None
     stop: Stop = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], FIRST_FAULT] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -205,7 +205,7 @@ class ChatRequest(Sampled):
     """The body of `/v1/chat/completions`."""
 
     messages: Conversation
-    tools: list[Annotated[Tool, AFunction]] | None = None
+    tools: Annotated[list[Annotated[Tool, AFunction]], FIRST_FAULT] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = Field(None, description="false: what follows the first call is left out")
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -257,7 +257,7 @@ class DetokenizeRequest(Record):
     """The body of `/detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FIRST_FAULT]
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:

@@ -13,7 +13,7 @@ from outrider.core.sampling import NOT_OFFERED as SAMPLING_NOT_OFFERED
 from outrider.core.sampling import SamplingParams
 from outrider.core.sampling_fields import FIELDS, SamplingField
 from outrider.errors import FieldError, InputError, SamplingError
-from outrider.server.openai.record import MOST_NESTED, NOT_OFFERED, parse
+from outrider.server.openai.record import MAX_NESTED, NOT_OFFERED, parse
 from outrider.server.openai.schemas import ChatRequest, CompletionRequest, Speculative
 
 TEXT = {"prompt": "x"}
@@ -137,12 +137,12 @@ def test_schemas_know_every_field() -> None:
         assert schema["additionalProperties"] is False
 
 
-@pytest.mark.parametrize("depth", [MOST_NESTED - 2, MOST_NESTED - 1, 900, 964, 967, 990, 5000])
+@pytest.mark.parametrize("depth", [MAX_NESTED - 2, MAX_NESTED - 1, 900, 964, 967, 990, 5000])
 @pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")])
 def test_a_body_has_a_depth(depth: int, opening: str, closing: str) -> None:
     nested = f"{opening * depth}1{closing * depth}"
     body = f'{{"messages": [], "chat_template_kwargs": {{"a": {nested}}}}}'.encode()
-    if depth < MOST_NESTED - 1:
+    if depth < MAX_NESTED - 1:
         parse(body, ChatRequest)
         return
     with pytest.raises(FieldError, match=r"nested more than 64 deep|not JSON"):
