@@ -36,6 +36,7 @@ class Lane:
         self._executor = ThreadPoolExecutor(1, name, _yield_to_others if is_background else None)
         self._max_waiting, self._is_large = max_waiting, is_large
         self._num_waiting = 0
+        self._closed = False
 
     async def run(self, work: Callable[[], Made]) -> Made:
         """What the work gives. Work whose caller is cancelled is dropped if it has not begun.
@@ -56,11 +57,12 @@ class Lane:
                 loop.call_later(TRIM_SECONDS, self._give_memory_back)
 
     def _give_memory_back(self) -> None:
-        if not self._num_waiting:
+        if not self._num_waiting and not self._closed:
             self._executor.submit(give_memory_back)
 
     def close(self) -> None:
         """Ends the thread."""
+        self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 

@@ -108,6 +108,21 @@ def test_memory_of_a_large_prompt_comes_back(tmp_path: Path, monkeypatch: pytest
     assert left < 0.5 * kept, f"{left >> 20} MB stay, {kept >> 20} MB without giving any back"
 
 
+def test_a_lane_that_is_closed_gives_nothing_back_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "TRIM_SECONDS", 0.01)
+    faults: list[object] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+        lane = Lane("test", 1, is_large=True)
+        await lane.run(int)
+        lane.close()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+    assert faults == []
+
+
 def test_lanes_by_size() -> None:
     made = Lanes()
     assert len({made.encoding(size) for size in (0, SMALL, SMALL + 1, LARGE, LARGE + 1, 1 << 22)}) == 3
