@@ -25,9 +25,9 @@ from outrider.layers.backend import choose_backend
 from outrider.load.checkpoint import Checkpoint
 from outrider.load.facts import end_of_text, sampling_defaults, weights
 from outrider.load.hub import BUNDLED_HEADS, locate
+from outrider.load.target import read_target
 from outrider.models.config import DTYPES, ModelConfig
 from outrider.models.decoder import Decoder
-from outrider.models.registry import find_model
 from outrider.options import AUTO, EXECUTOR_BACKENDS, EngineOptions
 from outrider.oracle import Choice, RefusedError, choose
 from outrider.parallel.mesh import Mesh
@@ -84,10 +84,9 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     _check_values(options)
     checkpoint = Checkpoint.open(locate(options.model))
     directory = checkpoint.directory
-    model_config = ModelConfig.from_dict(checkpoint.config)
+    model, model_config = read_target(checkpoint, options.model_class, dummy=options.load_format == "dummy")
     eos_token_ids, ends = end_of_text(directory, checkpoint.config, model_config.vocab_size)
     defaults, fact_of_defaults = sampling_defaults(directory, used=options.generation_config == AUTO)
-    model = find_model(model_config.architecture, options.model_class)
     drafter, draft_options = parse_speculative_config(
         options.speculative_config, BUNDLED_HEADS if options.model is None else None
     )

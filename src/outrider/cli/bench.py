@@ -135,11 +135,12 @@ def kernels(
     from outrider.bench.kernels import bench_kernels
     from outrider.load.checkpoint import read_json
     from outrider.load.hub import locate
-    from outrider.models.config import DTYPES, ModelConfig
+    from outrider.models.config import DTYPES
+    from outrider.models.registry import read_config
 
     counts = _counts(rows, "--rows")
     directory = locate(model)
-    config = ModelConfig.from_dict(read_json(directory / "config.json"))
+    _, config = read_config(read_json(directory / "config.json"))
     if dtype != "auto" and dtype not in DTYPES:
         raise OptionError(f"unknown dtype: {dtype} ({nearest(dtype, ['auto', *DTYPES])})")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from outrider.core.reading import Fact, Reader
-from outrider.errors import CheckpointError, nearest
+from outrider.errors import CheckpointError, nearest, shortened
 from outrider.layers.rope_scaling import SCALINGS, Scaling, frequencies
 
 DEFAULT_THETA = 10_000.0
@@ -106,7 +106,8 @@ def _kind(given: Reader) -> str:
         )
     kind = given.text("rope_type", given.text("type", "default"))
     if kind not in SCALINGS:
-        raise CheckpointError(f"rope scaling is not supported: {kind} ({nearest(kind, SCALINGS)})")
+        where = f"config.json: {given.prefix}rope_type"
+        raise CheckpointError(f"{where} is not supported: {shortened(kind)} ({nearest(kind, SCALINGS)})")
     return kind
 
 

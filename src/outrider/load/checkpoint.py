@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from outrider.errors import CheckpointError
+from outrider.core.reading import written_short
+from outrider.errors import CheckpointError, shortened
 from outrider.layers.weight import WeightSlot
 
 INDEX = "model.safetensors.index.json"
@@ -42,6 +43,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"missing file: {path}") from None
     except RecursionError:
         raise CheckpointError(f"cannot read {path}: it is nested too deeply; is it a config?") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"cannot read {path}: no UTF-8 from byte {error.start} on; save it as UTF-8") from None
     # not JSON, not UTF-8, or a number of more digits than Python reads
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
@@ -60,10 +63,7 @@ def weight_files(directory: Path, *, pickled: bool = False) -> list[Path]:
         return [directory / PICKLED]
     files = [single]
     if index.exists():
-        shards = read_json(index).get("weight_map", {})
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"weight_map must map names to files: {index}")
-        listed = sorted(set(shards.values()))
+        listed = sorted(set(_weight_map(index).values()))
         # a file that the index does not know is a whole checkpoint: transformers takes it first
         if not single.exists() or SINGLE in listed:
             files = [directory / name for name in listed]
@@ -73,6 +73,21 @@ def weight_files(directory: Path, *, pickled: bool = False) -> list[Path]:
         remedy = f"; convert {other.name} to safetensors" if other else ""
         raise CheckpointError(f"missing weight file: {', '.join(absent) or directory / SINGLE}{remedy}")
     return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor. CheckpointError for an index that maps to what is no file below its directory."""
+    shards = read_json(index).get("weight_map", {})
+    if not isinstance(shards, dict):
+        raise CheckpointError(f"{index}: weight_map must map names to files: {written_short(shards)}")
+    for name, file in shards.items():
+        path = PurePosixPath(file) if isinstance(file, str) else None
+        if path is None or path.is_absolute() or ".." in path.parts or "\0" in file or path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{index}: weight_map must map names to .safetensors files beside it, and {shortened(name)} is in "
+                f"{written_short(file)}: correct it there"
+            )
+    return shards
 
 
 class TensorInfo(NamedTuple):
@@ -103,11 +118,10 @@ class Checkpoint:
         described, and run with random weights. CheckpointError if a file is missing or truncated.
         """
         index = self.directory / INDEX
-        shards = read_json(index).get("weight_map") if index.exists() else None
-        if isinstance(shards, dict) and shards:
-            files = {name: self.directory / str(file) for name, file in shards.items()}
-            if not any(file.exists() for file in files.values()):
-                return {name: TensorInfo(file, None, None) for name, file in files.items()}
+        shards = _weight_map(index) if index.exists() else {}
+        files = {name: self.directory / file for name, file in shards.items()}
+        if files and not any(file.exists() for file in files.values()):
+            return {name: TensorInfo(file, None, None) for name, file in files.items()}
         found: dict[str, TensorInfo] = {}
         for file in weight_files(self.directory, pickled=True):
             found |= TensorFile(file).describe()
@@ -127,23 +141,36 @@ class Checkpoint:
         return f"{', '.join(said) or 'a config.json that names no architecture'}; tensors {some(sorted(self.tensors))}"
 
 
+def _named_tensors(loaded: Any, file: Path) -> dict[str, Tensor]:
+    """What a pickled file holds. CheckpointError for what is no tensor by its name."""
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"cannot read {file}: it must hold tensors by their names: a {type(loaded).__name__}")
+    for name, held in loaded.items():
+        if not isinstance(name, str) or not isinstance(held, Tensor) or held.layout != torch.strided:
+            what = "no name"
+            if isinstance(name, str):
+                what = f"a tensor of layout {held.layout}" if isinstance(held, Tensor) else f"a {type(held).__name__}"
+            raise CheckpointError(
+                f"cannot read {file}: it must hold plain tensors by their names, and {written_short(name)} is {what}"
+            )
+    return loaded
+
+
 class TensorFile:
     """The tensors of one weight file by name. Only those asked for are read. Raises CheckpointError if it cannot be."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        loaded: Any = None
         try:
             if file.suffix == ".bin":
                 loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                self._tensors: dict[str, Tensor] | None = dict(loaded)
             else:
-                self._tensors = None
                 self._opened: Any = safe_open(file, framework="pt")
         except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError, ValueError, TypeError) as error:
-            raise CheckpointError(f"cannot read {file}: {error}; is it complete?") from error
-        for name, held in (self._tensors or {}).items():
-            if not isinstance(held, Tensor):
-                raise CheckpointError(f"cannot read {file}: {name} is a {type(held).__name__}, not a tensor")
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CheckpointError(f"cannot read {file}: {first}; is it complete?") from error
+        self._tensors = _named_tensors(loaded, file) if file.suffix == ".bin" else None
 
     def names(self) -> list[str]:
         """Every tensor's name."""

@@ -110,6 +110,12 @@ def weights(checkpoint: Checkpoint, is_tied: bool) -> tuple[Fact, ...]:
         name for name in checkpoint.tensors if name.removeprefix("model.") in ("embed_tokens.weight", "lm_head.weight")
     ]
     of_config = checkpoint.config.get("tie_word_embeddings")
+    own = None
+    if of_config and not is_tied:
+        own = (
+            "config.json ties head and embedding, but the weight files hold different matrices: each is taken, as "
+            "transformers does; set tie_word_embeddings to false, or remove lm_head.weight"
+        )
     return (
         Fact("weight files", taken, said, note),
         Fact(
@@ -119,6 +125,7 @@ def weights(checkpoint: Checkpoint, is_tied: bool) -> tuple[Fact, ...]:
                 "config.json's tie_word_embeddings": "nothing" if of_config is None else of_config,
                 "the weight files": f"{', '.join(sorted(heads)) or 'nothing'}",
             },
+            own,
         ),
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.core.request import check_prompt_length
-from outrider.errors import CheckpointError, shortened
+from outrider.errors import CheckpointError, PromptError, shortened
 from outrider.load.chat_template import ChatTemplates
 from outrider.load.text_decoder import TextDecoder, Vocabulary, decode_all
 from outrider.load.token_bounds import max_bytes_per_token
@@ -43,15 +43,21 @@ class Tokenizer:
     def wrapped(self) -> Any:
         """The transformers tokenizer itself, loaded at first use. CheckpointError if it has no fast form."""
         from transformers import AutoTokenizer
-        from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+        from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, PreTrainedTokenizerBase
 
         try:
             loaded = AutoTokenizer.from_pretrained(str(self._directory))
         except Exception as error:  # whatever two libraries run into in files that are damaged
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise CheckpointError(
-                f"no tokenizer in {self._directory}: {shortened(first)}; are its files complete?"
+                f"no tokenizer in {self._directory}: transformers cannot read it, and says {shortened(first)!r}; are "
+                "its files complete?"
             ) from error
+        if not isinstance(loaded, PreTrainedTokenizerBase):
+            raise CheckpointError(
+                f"{self._directory}/tokenizer_config.json: tokenizer_class names {type(loaded).__name__}, which is no "
+                "tokenizer: correct it there"
+            )
         if not loaded.is_fast:
             raise CheckpointError(f"the tokenizer in {self._directory} has no tokenizer.json; convert it to a fast one")
         # the engine has a limit of its own; a config's may be none
@@ -78,13 +84,23 @@ class Tokenizer:
         """Token ids of a text; of a prompt, with the special tokens the model expects around it.
 
         `limit`: the engine's max_model_len. Raises PromptError for a text of as many tokens or more; where its bytes
-        show that already, it is not encoded. Other threads run meanwhile.
+        show that already, it is not encoded. PromptError too for one that the tokenizer cannot encode. Other threads
+        run meanwhile.
         """
         if limit is not None and self._bytes_per_token is not None:
             num_bytes = len(text) if text.isascii() else len(text.encode())
             check_prompt_length(-(-num_bytes // self._bytes_per_token), limit, at_least=True)
-        # `encode` would keep Python's lock, and make the offsets of every token
-        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            # `encode` would keep Python's lock, and make the offsets of every token
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except UnicodeEncodeError:
+            raise
+        except Exception as error:  # the library raises no other: a character that its vocabulary does not have
+            said = shortened(str(error))
+            raise PromptError(
+                f"the tokenizer in {self._directory.name} cannot encode the text, and says {said!r}: give token ids, "
+                "or correct its tokenizer.json"
+            ) from error
         if limit is not None:
             check_prompt_length(len(found), limit)
         ids: list[int] = found.ids

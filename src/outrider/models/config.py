@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from outrider.core.reading import Fact, Reader, written_short
+from outrider.core.reading import Fact, Reader, as_number, written_short
 from outrider.errors import CheckpointError, shortened
 from outrider.layers.rope import Rope
 
@@ -54,13 +54,13 @@ class ModelConfig:
     facts: tuple[Fact, ...] = field(default=(), compare=False)  # what was taken where the config says a thing twice
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Raises CheckpointError for a key that is missing or a value this engine does not implement."""
-        given = Reader(config)
-        architectures = given.texts("architectures")
-        if len(architectures) != 1:
-            raise CheckpointError(f"config.json: architectures must name one model: {architectures}")
+    def from_dict(cls, config: Mapping[str, Any], left_out: Mapping[str, Any] | None = None) -> ModelConfig:
+        """`left_out`: a family's values for keys that the config does not have.
 
+        Raises CheckpointError for a key that is missing or a value this engine does not implement.
+        """
+        given = Reader({**(left_out or {}), **config})
+        architecture = architecture_of(config)
         _refuse_unsupported(given)
         hidden = given.whole("hidden_size", high=MAX_SIZE)
         heads = given.whole("num_attention_heads", high=hidden)
@@ -81,7 +81,7 @@ class ModelConfig:
             )
         dtype, dtype_fact = _dtype(given)
         return cls(
-            architecture=architectures[0],
+            architecture=architecture,
             vocab_size=given.whole("vocab_size", high=2**27),
             hidden_size=hidden,
             intermediate_size=given.whole("intermediate_size", high=MAX_SIZE),
@@ -103,6 +103,14 @@ class ModelConfig:
         )
 
 
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The one model that a config names. CheckpointError if it names none, or several."""
+    architectures = Reader(config).texts("architectures")
+    if len(architectures) != 1:
+        raise CheckpointError(f"config.json: architectures must name one model: {written_short(architectures)}")
+    return architectures[0]
+
+
 def _dtype(given: Reader) -> tuple[torch.dtype, Fact]:
     """The checkpoint's type: `dtype`, or as it was called before, `torch_dtype`."""
     said = {key: given.text(key) for key in ("dtype", "torch_dtype") if given.has(key)}
@@ -118,6 +126,13 @@ def _refuse_unsupported(given: Reader) -> None:
     """What a config may ask that the decoder does not do: refused, since ignoring it gives wrong text."""
     if given.flag("use_sliding_window", False) or any(kind != "full_attention" for kind in given.texts("layer_types")):
         raise CheckpointError("config.json: sliding-window attention is not supported; use a model with full attention")
+    is_said = given.has("use_sliding_window") or given.has("layer_types")
+    window = None if is_said else given.values.get("sliding_window")
+    if window is not None and not as_number(window) >= given.whole("max_position_embeddings", high=MAX_POSITIONS):
+        raise CheckpointError(
+            f"config.json: sliding_window {written_short(window)} is not supported; use a model with full attention, "
+            "or set it to null if this one has it"
+        )
     if given.number("partial_rotary_factor", 1.0, low=0.0) != 1.0:
         raise CheckpointError(
             f"config.json: partial_rotary_factor is not supported: {given.values['partial_rotary_factor']}; "

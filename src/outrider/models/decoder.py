@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -58,6 +59,8 @@ class Decoder:
     architecture: ClassVar[str]
     qk_norm: ClassVar[bool]  # whether each head's q and k are normalised
     needs: ClassVar[frozenset[Feature]] = frozenset()
+    left_out: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What transformers takes for keys that a config.json of the family does not have."""
 
     def __init__(self, config: ModelConfig, max_len: int, allocator: Allocator) -> None:
         """Parameters are NaN until `slots()` is filled. `max_len` bounds the positions."""

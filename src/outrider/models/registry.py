@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from outrider.core.plugin import import_class
-from outrider.errors import OptionError, UnknownArchitectureError, nearest
+from outrider.errors import OptionError, UnknownArchitectureError, nearest, shortened
+from outrider.models.config import ModelConfig, architecture_of
 from outrider.models.decoder import Decoder
 from outrider.models.llama import Llama
 from outrider.models.qwen3 import Qwen3
@@ -23,7 +27,16 @@ def find_model(architecture: str, named: str | None = None) -> type[Decoder]:
         return found
     if architecture not in MODELS:
         raise UnknownArchitectureError(
-            f"architecture is not supported: {architecture} ({nearest(architecture, MODELS)}, "
+            f"config.json: architecture is not supported: {shortened(architecture)} ({nearest(architecture, MODELS)}, "
             "or a class of your own by model_class)"
         )
     return MODELS[architecture]
+
+
+def read_config(config: Mapping[str, Any], named: str | None = None) -> tuple[type[Decoder], ModelConfig]:
+    """The class that runs a config.json, as `find_model`, and what the config says of it.
+
+    Raises CheckpointError, as `ModelConfig.from_dict`, and as `find_model`.
+    """
+    model = find_model(architecture_of(config), named)
+    return model, ModelConfig.from_dict(config, model.left_out)

@@ -17,6 +17,7 @@ from outrider.load.checkpoint import TensorFile, read_json, weight_files
 from outrider.load.hub import locate
 from outrider.load.tokenizer import Tokenizer
 from outrider.models.config import ModelConfig
+from outrider.models.registry import read_config
 from outrider.train import on_policy
 from outrider.train.attention import BLOCK
 from outrider.train.data import Documents, Reader, split_held_out
@@ -75,7 +76,7 @@ def _train(
 ) -> dict[str, Any]:
     assert options.out is not None
     out, directory = Path(options.out), locate(options.model)
-    described = ModelConfig.from_dict(read_json(directory / "config.json"))
+    _, described = read_config(read_json(directory / "config.json"))
     mask_token_id = _mask_token(options, directory, described) if method.parallel else None
     if world.device.type == "cuda":
         if options.max_length % BLOCK:

@@ -14,10 +14,8 @@ from outrider.draft.eagle.checkpoint import NUM_DEFAULT_AUX_LAYERS, default_aux_
 from outrider.errors import OptionError
 from outrider.layers.parameter import Allocator
 from outrider.layers.weight import dense_tensor
-from outrider.load.checkpoint import read_json
-from outrider.load.target import load_target
-from outrider.models.config import ModelConfig
-from outrider.models.registry import find_model
+from outrider.load.checkpoint import Checkpoint
+from outrider.load.target import load_target, read_target
 from outrider.train.attention import Attention, Mask, build_mask
 from outrider.train.functional import angles, compiler, rms_norm
 from outrider.train.layer import Layer, after, before
@@ -65,14 +63,15 @@ class Teacher:
         compiled: bool,
     ) -> None:
         """Raises CheckpointError or OptionError. On a CPU weights are widened to float32."""
-        self.config = config = ModelConfig.from_dict(read_json(directory / "config.json"))
+        made, config = read_target(Checkpoint.open(directory))
+        self.config = config
         if max_length > config.max_position_embeddings:
             raise OptionError(
                 f"max_length {max_length} is more than the target's positions: at most {config.max_position_embeddings}"
             )
         self.aux_layer_ids = check_aux_layers(aux_layer_ids, config.num_layers)
         self.dtype = config.dtype if device.type == "cuda" else torch.float32
-        model = find_model(config.architecture)(config, max_length, Allocator(device, self.dtype, self.dtype))
+        model = made(config, max_length, Allocator(device, self.dtype, self.dtype))
         load_target(directory, model, model.ignores)
         self.qk_norm = model.qk_norm
         self.embedding, self.head = dense_tensor(model.embedding.weight), dense_tensor(model.head.weight)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import write, write_tokenizer
-from outrider import LLM, CheckpointError, UnknownArchitectureError
+from outrider import LLM, CheckpointError, PromptError, UnknownArchitectureError
+from outrider.load.checkpoint import TensorFile
 from outrider.load.tokenizer import Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -115,6 +116,13 @@ SPOILT_SHARDS: dict[str, tuple[Spoil, str]] = {
     "list-index": (lambda path: (path / INDEX).write_text("[]"), f"not a JSON object: .*{INDEX}"),
     "map-of-numbers": (lambda path: (path / INDEX).write_text('{"weight_map": {"a": 1}}'), INDEX),
     "map-is-text": (lambda path: (path / INDEX).write_text('{"weight_map": "x"}'), INDEX),
+    **{
+        f"a file elsewhere, {file}": (
+            lambda path, file=file: (path / INDEX).write_text(json.dumps({"weight_map": {"a": file}})),
+            rf"{INDEX}: weight_map must map names to \.safetensors files beside it, and a is in ",
+        )
+        for file in ("/etc/passwd", "/x.safetensors", "../x.safetensors", "a/../../x.safetensors", "config.json", "", 5)
+    },
 }
 
 
@@ -136,11 +144,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no-architecture": ({"architectures": None}, r"must name one model: \[\]"),
     "two-architectures": ({"architectures": ["A", "B"]}, r"must name one model: \['A', 'B'\]"),
     "sliding-window": ({"use_sliding_window": True}, "sliding-window attention is not supported"),
+    "window": (
+        {"sliding_window": 8, "use_sliding_window": None, "layer_types": None},
+        "sliding_window 8 is not supported",
+    ),
     "sliding-layer": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "quantised weights are not supported: awq"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is not supported: gelu"),
     "dtype": ({"dtype": "float64"}, "dtype is not supported: float64"),
-    "rope": ({"rope_parameters": {"rope_type": "mrope"}}, "rope scaling is not supported: mrope"),
+    "rope": ({"rope_parameters": {"rope_type": "mrope"}}, r"json: rope_parameters\.rope_type is not supported: mrope"),
     "rope-key": ({"rope_parameters": {"rope_type": "linear"}}, r"lacks rope_parameters\.factor"),
     "text-for-number": ({"hidden_size": "wide"}, "hidden_size.*wide"),
     "list-for-number": ({"num_hidden_layers": [2]}, r"num_hidden_layers.*\[2\]"),
@@ -169,7 +181,7 @@ def test_configs(single: Path, name: str) -> None:
 )
 def test_an_unknown_architecture(single: Path, given: str, nearest: str) -> None:
     configure(single, {"architectures": [given]})
-    with pytest.raises(UnknownArchitectureError, match=f"architecture is not supported: {given} .*{nearest}"):
+    with pytest.raises(UnknownArchitectureError, match=f"config.json: architecture is not .*: {given} .*{nearest}"):
         LLM(str(single))
 
 
@@ -184,6 +196,13 @@ def test_a_config_that_is_none(single: Path, text: str | None, message: str) -> 
         LLM(str(single))
 
 
+@pytest.mark.parametrize("data", [b"\xff\xfe{\x00}\x00", b'{"a": "\xe9"}'])
+def test_json_that_is_no_utf_8(single: Path, data: bytes) -> None:
+    (single / "config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"cannot read .*config\.json: no UTF-8 from byte \d+ on"):
+        LLM(str(single))
+
+
 @pytest.mark.parametrize("value", [5, [["x"]], {"a": 1}, "x"], ids=str)
 @pytest.mark.parametrize("key", ["model", "decoder", "added_tokens", "normalizer", "pre_tokenizer"])
 def test_a_damaged_tokenizer_is_refused(single: Path, key: str, value: Any) -> None:
@@ -192,6 +211,45 @@ def test_a_damaged_tokenizer_is_refused(single: Path, key: str, value: Any) -> N
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(CheckpointError, match=r"no tokenizer in .*are its files complete"):
         Tokenizer(single)
+
+
+def test_a_class_that_is_no_tokenizer_is_refused(single: Path) -> None:
+    write_tokenizer(single)
+    file = single / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "Qwen3ForCausalLM"}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_class names Qwen3ForCausalLM, which is no tokenizer"):
+        Tokenizer(single)
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_refused(single: Path) -> None:
+    write_tokenizer(single)
+    file = single / "tokenizer.json"
+    unigram = {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]], "byte_fallback": False}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model": unigram, "pre_tokenizer": None}))
+    with LLM(str(single), max_model_len=64) as llm:
+        with pytest.raises(PromptError, match=r"cannot encode the text.*unk_id.*give token ids"):
+            llm.generate("b")
+        assert llm.tokenizer.encode("a") == [0] and not llm.engine.has_work
+
+
+PICKLES: dict[str, tuple[Any, str]] = {
+    "a number": (5, "must hold tensors by their names: a int"),
+    "a list": ([torch.ones(2)], "must hold tensors by their names: a list"),
+    "a number for a name": ({5: torch.ones(2)}, "plain tensors by their names, and 5 is no name"),
+    "a number for a tensor": ({"a": 5}, "plain tensors by their names, and 'a' is a int"),
+    "tensors in tensors": ({"a": {"b": torch.ones(2)}}, "plain tensors by their names, and 'a' is a dict"),
+    "a sparse one": ({"a": torch.ones(2).to_sparse()}, "'a' is a tensor of layout torch.sparse_coo"),
+    "an object": ({"a": Path("x")}, "cannot read .*is it complete"),
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_that_hold_other_things(tmp_path: Path, name: str) -> None:
+    held, message = PICKLES[name]
+    torch.save(held, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message) as refused:
+        TensorFile(tmp_path / "pytorch_model.bin")
+    assert len(str(refused.value)) < 600
 
 
 @pytest.mark.parametrize("limit", [None, -1, 1.5, [1], {"a": 1}], ids=str)

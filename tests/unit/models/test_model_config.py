@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from checkpoints import parameters
@@ -20,7 +20,7 @@ from outrider.layers.parameter import Allocator
 from outrider.layers.rope import Rope
 from outrider.layers.rope_scaling import LinearScaling, Llama3Scaling
 from outrider.models.config import ModelConfig
-from outrider.models.registry import MODELS, find_model
+from outrider.models.registry import MODELS, find_model, read_config
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
@@ -46,6 +46,19 @@ def test_what_may_be_left_out(config: dict[str, Any]) -> None:
     read = ModelConfig.from_dict(config)
     assert (read.num_kv_heads, read.head_dim, read.tie_word_embeddings) == (4, 12, False)
     assert (read.rope, read.dtype, read.eos_token_ids) == (Rope(), torch.float32, ())
+
+
+def test_what_a_family_has_where_a_config_says_nothing_is_transformers(config: dict[str, Any]) -> None:
+    heads = {"num_attention_heads": 64, "hidden_size": 128}
+    for architecture, make in (("Qwen3ForCausalLM", Qwen3Config), ("LlamaForCausalLM", LlamaConfig)):
+        kept = {**config, **heads, "architectures": [architecture]}
+        for key in ("num_key_value_heads", "head_dim"):
+            del kept[key]
+        _, read = read_config(kept)
+        theirs = make(**heads)
+        assert (read.num_kv_heads, read.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+        kept |= {"num_key_value_heads": None, "head_dim": None}
+        assert (read_config(kept)[1].num_kv_heads, read_config(kept)[1].head_dim) == (64, 2), "null is said"
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
@@ -174,7 +187,13 @@ def test_an_activation_that_the_family_does_not_have(config: dict[str, Any], act
 
 def test_values_that_nothing_reads_do_no_harm(config: dict[str, Any]) -> None:
     """As in transformers: how weights were drawn, a window that is off, another name of silu."""
-    unread = {"initializer_range": NAN, "sliding_window": 4, "max_window_layers": 0, "attention_dropout": 0.1}
+    unread = {
+        "initializer_range": NAN,
+        "sliding_window": 4,
+        "use_sliding_window": False,
+        "max_window_layers": 0,
+        "attention_dropout": 0.1,
+    }
     read = ModelConfig.from_dict({**config, **unread, "hidden_act": "swish"})
     assert find_model(read.architecture).mlp(read) == find_model(read.architecture).mlp(ModelConfig.from_dict(config))
     assert ModelConfig.from_dict({**config, **unread}) == ModelConfig.from_dict(config)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from outrider.core.reading import Reader, written_short
-from outrider.errors import CheckpointError
+from outrider.errors import CheckpointError, shortened
 from outrider.load.checkpoint import Checkpoint
 from outrider.models.config import ModelConfig
 
@@ -89,8 +89,8 @@ class HeadConfig:
         wrong = [layer for layer in layers if not 0 <= layer <= num_target_layers]
         if wrong:
             raise CheckpointError(
-                f"the draft head reads layer {wrong[0]} of a target that has {num_target_layers}: "
-                "it was made for another target"
+                f"the draft head reads layer {wrong[0]} of a target that has {num_target_layers}, by "
+                "eagle_aux_hidden_state_layer_ids in its config.json: it was made for another target"
             )
         return layers
 
@@ -126,6 +126,15 @@ def read_head(checkpoint: Checkpoint) -> HeadConfig:
 
     Raises CheckpointError if it is of a kind not supported, or if config and tensors contradict each other.
     """
+    try:
+        return _read_head(checkpoint)
+    except CheckpointError as error:
+        if str(checkpoint.directory) in str(error):
+            raise
+        raise CheckpointError(f"draft head {checkpoint.directory}: {error}") from error
+
+
+def _read_head(checkpoint: Checkpoint) -> HeadConfig:
     config, directory = checkpoint.config, checkpoint.directory
     said = Reader(config, f"{directory}/config.json")
     parallel = head_type(checkpoint)
@@ -216,7 +225,7 @@ def dummy_vocabulary_map(config: HeadConfig) -> Tensor | None:
 def _architecture(layer: Mapping[str, Any]) -> str:
     kind = layer.get("model_type", "llama")
     if kind not in ("llama", "qwen3"):
-        raise CheckpointError(f"draft layers of type {kind} are not supported (known: llama, qwen3)")
+        raise CheckpointError(f"draft layers of type {shortened(str(kind))} are not supported (known: llama, qwen3)")
     return str(kind)
 
 
@@ -261,7 +270,7 @@ def _aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     given = config.get("eagle_aux_hidden_state_layer_ids")
     if given is None and isinstance(nested, Mapping):
         given = nested.get("eagle_aux_hidden_state_layer_ids")
-    if not given:
+    if given in (None, []):
         return None
     if not isinstance(given, list) or not all(type(layer) is int for layer in given):
         raise CheckpointError(f"eagle_aux_hidden_state_layer_ids must be a list of layers: {written_short(given)}")
