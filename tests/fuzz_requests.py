@@ -124,10 +124,26 @@ class Fuzz:
         return reply
 
     async def answered(self, given: Asked, rng: random.Random) -> None:
-        """A damaged body: whatever is answered is well-formed."""
+        """A damaged body: whatever is answered is well-formed, and if it is taken, a stream says the same."""
         sent = Sent("POST", given.path, encoded(rng, given.body))
         reply = await self.ask(self.drafting, sent)
         self.check(sent, reply)
+        body = given.body
+        seeded = isinstance(body.get("seed"), int) and body["seed"] >= 0 and not body.get("stream")
+        if reply.status != 200 or not seeded:
+            return
+        if given.path == RESPONSES:
+            streamed = {**body, "stream": True}
+        elif body.get("return_token_ids") is True:
+            streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        else:
+            return
+        again = await self.ask(self.drafting, Sent("POST", given.path, encoded(rng, streamed)))
+        if again.status == 429:
+            return
+        assert again.status == 200, f"only the stream is refused: {again.body[:300]!r}\n  of {given}"
+        found, expected = read(given.path, again), read(given.path, reply)
+        assert found == expected, f"streamed it is {found}\n  and not {expected}\n  of {given}"
 
     async def agree(self, rng: random.Random) -> None:
         """Whole, as a stream and without drafts: the same."""
