@@ -87,14 +87,15 @@ class Tokenizer:
         show that already, it is not encoded. PromptError too for one that the tokenizer cannot encode. Other threads
         run meanwhile.
         """
-        if limit is not None and self._bytes_per_token is not None:
+        try:
             num_bytes = len(text) if text.isascii() else len(text.encode())
+        except UnicodeEncodeError:
+            raise PromptError("the text holds half of a surrogate pair, which is no character") from None
+        if limit is not None and self._bytes_per_token is not None:
             check_prompt_length(-(-num_bytes // self._bytes_per_token), limit, at_least=True)
         try:
             # `encode` would keep Python's lock, and make the offsets of every token
             (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError:
-            raise
         except Exception as error:  # the library raises no other: a character that its vocabulary does not have
             said = shortened(str(error))
             raise PromptError(

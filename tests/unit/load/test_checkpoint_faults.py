@@ -229,6 +229,9 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_refused(single: Path) -> None:
     with LLM(str(single), max_model_len=64) as llm:
         with pytest.raises(PromptError, match=r"cannot encode the text.*unk_id.*give token ids"):
             llm.generate("b")
+        for limit in (None, 64):
+            with pytest.raises(PromptError, match="half of a surrogate pair"):
+                llm.tokenizer.encode("a\ud800b", limit=limit)
         assert llm.tokenizer.encode("a") == [0] and not llm.engine.has_work
 
 
