@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 
 import psutil
 import torch
@@ -35,6 +36,8 @@ class LocalWorker:
                     "fits what was free before: free what else takes memory there, or lower gpu_memory_utilization or "
                     "kv_cache_memory"
                 ) from error
+        if config.device.type == "cpu":
+            import_module("outrider.kernels.cpu.first_run").compile_missing()
         self.depth = runner.depth
 
     def submit(self, plan: StepPlan) -> Pending:

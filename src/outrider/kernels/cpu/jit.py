@@ -116,6 +116,36 @@ def compiled(*, inline: str = "never") -> Callable[[Callable[P, R]], Callable[P,
     return wrap
 
 
+class Entry:
+    """A kernel or task, which is compiled for the one signature that its annotations say."""
+
+    def __init__(self, function: Callable[..., Any], dispatcher: Any, arguments: tuple[Any, ...]) -> None:
+        self._function, self._dispatcher, self._arguments = function, dispatcher, arguments
+        self.size = len(function.__code__.co_code)
+        """Of its own code, as a measure of how long it takes to compile."""
+        ENTRIES[f"{function.__module__}:{function.__qualname__}"] = self
+
+    def is_kept(self) -> bool:
+        """Whether the cache holds its machine code; true also where nothing can be kept."""
+        cache = self._dispatcher._cache
+        if not hasattr(cache, "_cache_file"):
+            return True
+        key = cache._index_key(self._arguments, self._dispatcher.targetctx.codegen())
+        try:
+            return key in cache._cache_file._load_index()
+        except Exception:  # a damaged file: it is compiled anew
+            return False
+
+    def compile_alone(self) -> None:
+        """Compiles it for the cache, without the tasks that it calls. Nothing may be run in this process any more."""
+        for task in needed(self._function):
+            task.leave_out()
+        self._dispatcher.compile(self._arguments)
+
+
+ENTRIES: dict[str, Entry] = {}
+"""The kernels and tasks of the files imported so far, as module:function."""
+
 _TYPES = {int: types.int64, float: types.float64, bool: types.boolean, Any: types.int64, type(None): types.void}
 
 
@@ -143,6 +173,7 @@ class Kernel(Generic[P, R]):
     def __init__(self, function: Callable[P, R]) -> None:
         self._dispatcher: Any = compiled()(function)
         self._arguments, _ = _signature(function)
+        Entry(function, self._dispatcher, self._arguments)
 
     @cached_property
     def launch(self) -> Callable[P, R]:
@@ -163,6 +194,8 @@ class Task:
         self.symbol = f"{function.__module__}.{function.__qualname__}"
         self.arguments, self.result = _signature(function)
         self._dispatcher: Any = compiled()(function)
+        if exists:
+            Entry(function, self._dispatcher, self.arguments)
         _declare(self)
 
     def load(self) -> None:
@@ -172,10 +205,15 @@ class Task:
                 llvmlite.binding.add_symbol(self.symbol, self._address())
                 self._loaded = True
 
+    def leave_out(self) -> None:
+        """Gives the loader an address that must not be reached, so that callers can be compiled without this."""
+        if not self._loaded:
+            llvmlite.binding.add_symbol(self.symbol, _never())
+            self._loaded = True
+
     def _address(self) -> int:
         if not self.exists:
-            never: int = ctypes.cast(ctypes.pythonapi.Py_Exit, ctypes.c_void_p).value or 0
-            return never
+            return _never()
         self._dispatcher.compile(self.arguments)
         overload = self._dispatcher.overloads[self.arguments]
         address: int = overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name)
@@ -187,6 +225,12 @@ class Task:
         function_type = convention.get_function_type(self.result, self.arguments)
         function = cgutils.get_or_insert_function(builder.module, function_type, self.symbol)
         return convention.call_function(builder, function, self.result, self.arguments, arguments)[1]
+
+
+def _never() -> int:
+    """The address of what ends the process."""
+    address: int = ctypes.cast(ctypes.pythonapi.Py_Exit, ctypes.c_void_p).value or 0
+    return address
 
 
 def _declare(task: Task) -> None:
