@@ -32,6 +32,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "unit/engine/test_detokenize.py": ("hypothesis",),
     "unit/engine/process/test_[ces]*.py": SERVING,
     "unit/engine/test_shared_use.py": SERVING,
+    "unit/engine/test_stops.py": ("hypothesis",),
+    "unit/load/test_chat_template.py": SERVING,
     "unit/load/test_text_decoder.py": ("hypothesis",),
     "unit/load/test_tokenizer.py": ("hypothesis",),
     "unit/models/test_config_fuzz.py": ("hypothesis",),

@@ -51,6 +51,23 @@ def test_versions_agree() -> None:
     assert f"## {outrider.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+BROUGHT_BY = {"zmq": "pyzmq", "pydantic_core": "pydantic"}
+"""Modules whose package has another name."""
+OPTIONAL = {"triton", "opentelemetry"}
+"""Modules that are imported only where they are installed."""
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[\[<>=; ]", package)[0].replace("-", "_") for package in declared}
+    nodes = [node for path in (ROOT / "src").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    modules = {name.split(".")[0] for name in found} - sys.stdlib_module_names - OPTIONAL - {"outrider"}
+    assert {BROUGHT_BY.get(name, name) for name in modules} - names == set()
+    assert {"torch", "llvmlite", "starlette"} <= modules, "the check sees too little"
+
+
 HELPERS = {"servers": {"httpx"}, "fake_engine": {"msgspec", "uvicorn"}}
 """What files beside the tests import."""
 
@@ -70,7 +87,8 @@ def test_every_test_that_needs_an_extra_says_so() -> None:
     """Else a machine without it, as `make gpu` may meet, ends with an error of collection."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     ours = {re.split(r"[\[<>=; ]", package)[0].replace("-", "_") for each in extras.values() for package in each}
-    optional = (ours | {"opentelemetry", "zmq"}) - {
+    serving = {"fastapi", "httptools", "msgspec", "prometheus_client", "uvicorn", "uvloop", "zmq"}
+    optional = (ours | serving | {"opentelemetry"}) - {
         "outrider",
         "pytest",
         "filelock",

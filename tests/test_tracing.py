@@ -147,7 +147,7 @@ def test_nothing_of_a_prompt_is_told(traced: Any) -> None:
 
 def test_the_extra_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(OptionError, match=r"pip install 'outrider\[otel\]'"):
+    with pytest.raises(OptionError, match="outrider doctor says how to get it"):
         Tracing.to("http://localhost:4318/v1/traces", "tiny")
 
 

@@ -17,7 +17,7 @@ HEAVY = ("torch", "numba", "llvmlite", "numpy", "triton", "transformers", "token
 COMMANDS = (
     ["--version"],
     ["--help"],
-    *([name, "--help"] for name in ("serve", "generate", "explain", "accept", "train", "bench")),
+    *([name, "--help"] for name in ("serve", "generate", "explain", "accept", "train", "doctor", "bench")),
     *(["bench", name, "--help"] for name in ("latency", "throughput", "prefill", "kernels")),
 )
 IN_TURN = """

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from outrider.bench.kernels import KernelRow
     from outrider.bench.speed import Workload
 
-app = typer.Typer(help="Measure speed; every figure comes with its command, commit, device and versions.")
+app = typer.Typer(
+    help="Measure speed; every figure comes with its command, commit, device and versions.", no_args_is_help=True
+)
 
 InputLen = Annotated[int, typer.Option(min=1, help="tokens of each prompt")]
 OutputLen = Annotated[int, typer.Option(min=1, help="tokens generated for each")]

@@ -5,6 +5,7 @@ No module of a command imports torch at its top, so that help is printed at once
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -125,6 +126,7 @@ def starting() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)  # libraries report what the last collection leaves as leaked
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
+from fractions import Fraction
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +32,9 @@ def with_flags(
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(command, eval_str=True)
         kept = [parameter for parameter in signature.parameters.values() if parameter.name != argument]
-        added = [_parameter(entry, hints[entry.name], own, (short or {}).get(entry.name)) for entry in flagged]
+        added = [
+            _parameter(entry, hints[entry.name], own, (short or {}).get(entry.name), argument) for entry in flagged
+        ]
 
         def run(**given: Any) -> Any:
             values = {entry.name: _value(given.pop(entry.name), entry.name, hints[entry.name]) for entry in flagged}
@@ -44,7 +48,9 @@ def with_flags(
     return decorate
 
 
-def _parameter(entry: Field[Any], hint: Any, defaults: Mapping[str, Any], short: str | None) -> inspect.Parameter:
+def _parameter(
+    entry: Field[Any], hint: Any, defaults: Mapping[str, Any], short: str | None, group: str
+) -> inspect.Parameter:
     default = defaults.get(entry.name, None if entry.default is MISSING else entry.default)
     flag = "--" + entry.name.replace("_", "-")
     names = (
@@ -53,8 +59,36 @@ def _parameter(entry: Field[Any], hint: Any, defaults: Mapping[str, Any], short:
     annotated: Any = Annotated
     numbers = _numbers_type(hint)
     metavar = None if numbers is None else f"{numbers.__name__.upper()},..."
-    annotation = annotated[_flag_type(hint), typer.Option(*names, help=entry.metadata["help"], metavar=metavar)]
+    of_flag = _flag_type(hint)
+    whole = whole_number if int in (of_flag, *typing.get_args(of_flag)) and numbers is None else None
+    made = typer.Option(
+        *names,
+        help=entry.metadata["help"],
+        metavar="<int>" if whole else metavar,
+        parser=whole,
+        rich_help_panel=f"{group.capitalize()} options",
+    )
+    annotation = annotated[of_flag, made]
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+_NUMBER = re.compile(r"([+-]?[0-9][0-9_]*(?:\.[0-9]+)?)(?:([kmgt])(i?)b?)?", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def whole_number(given: str | int) -> int:
+    """A number as 4096, 32k (32,000), 32K (32,768), 1GB or 1GiB (2**30). As in vLLM, K, M, G, T alone are binary."""
+    text = str(given).strip()
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        raise typer.BadParameter(f"{text} is not a whole number: give digits, or a size as 32k, 32K, 1GB or 1GiB")
+    number, unit, binary = found.groups()
+    power = _POWERS[unit.lower()] if unit else 0
+    is_binary = bool(binary) or (unit is not None and unit.isupper() and not text.lower().endswith("b"))
+    value = Fraction(number.replace("_", "")) * (1024 if is_binary else 1000) ** power
+    if value.denominator != 1:
+        raise typer.BadParameter(f"{text} is not a whole number")
+    return int(value)
 
 
 def _numbers_type(hint: Any) -> type[int] | type[float] | None:

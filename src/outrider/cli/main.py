@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from outrider import __version__
-from outrider.cli import accept, bench, explain, generate, serve, train
+from outrider.cli import accept, bench, doctor, explain, generate, serve, train
 from outrider.cli.common import err, print_json
 from outrider.errors import OutriderError
 
@@ -18,12 +18,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
 app.command("accept")(accept.accept)
 app.command("train")(train.train)
+app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 
 

@@ -55,7 +55,7 @@ def serve(
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "outrider":
             raise
-        raise OptionError(f"serving needs {error.name}: install it with pip install 'outrider[serve]'") from None
+        raise OptionError(f"serving needs {error.name}: outrider doctor says how to get it") from None
 
     def announce(listening: Listening) -> None:
         facts = listening.facts

@@ -53,7 +53,7 @@ class LLM:
     may not: calls raise EngineForkedError there.
 
     With `enable_multiprocessing` the engine runs in a process of its own, as vLLM's does unless its
-    VLLM_ENABLE_V1_MULTIPROCESSING is 0. It needs the extra `serve`. The process is spawned, so a script must guard its
+    VLLM_ENABLE_V1_MULTIPROCESSING is 0. The process is spawned, so a script must guard its
     start with `if __name__ == "__main__"`.
     """
 
@@ -264,7 +264,7 @@ def _client_of_a_process() -> type[SyncEngineClient]:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "outrider":
             raise
-        message = f"enable_multiprocessing needs {error.name}: install it with pip install 'outrider[serve]'"
+        message = f"enable_multiprocessing needs {error.name}: outrider doctor says how to get it"
         raise OptionError(message) from None
     return SyncEngineClient
 

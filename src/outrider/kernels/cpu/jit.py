@@ -136,6 +136,12 @@ class Entry:
         except Exception:  # a damaged file: it is compiled anew
             return False
 
+    @property
+    def directory(self) -> str | None:
+        """Where its machine code is kept; None if nowhere."""
+        directory: str | None = getattr(self._dispatcher._cache, "cache_path", None)
+        return directory
+
     def compile_alone(self) -> None:
         """Compiles it for the cache, without the tasks that it calls. Nothing may be run in this process any more."""
         for task in needed(self._function):

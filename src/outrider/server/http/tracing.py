@@ -45,9 +45,7 @@ class Tracing:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ModuleNotFoundError as error:
-            raise OptionError(
-                f"otlp_traces_endpoint needs {error.name}: install it with pip install 'outrider[otel]'"
-            ) from None
+            raise OptionError(f"otlp_traces_endpoint needs {error.name}: outrider doctor says how to get it") from None
         provider = TracerProvider(resource=Resource.create({"service.name": SERVICE, "service.version": __version__}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         return cls(provider, model_name)
