@@ -87,6 +87,13 @@ def test_with_one_thread_the_first_caller_compiles(tmp_path: Path) -> None:
     assert "compiling 2 CPU kernels, once on this machine" in line
 
 
+@pytest.mark.parametrize("executable", ["/no/such/python", ""])
+def test_processes_that_cannot_be_started_leave_the_work_to_the_engine(executable: str, tmp_path: Path) -> None:
+    found = first_run(tmp_path, f"sys.executable = {executable!r}", FILES[:1])
+    assert found["kept"] == [] and found["same"]
+    assert found["lines"][-1].startswith("compiled 0 of 2 in ")
+
+
 def test_processes_that_die_leave_the_work_to_the_engine(tmp_path: Path) -> None:
     found = first_run(tmp_path, "first_run._CHILD = 'raise SystemExit(1)'", FILES[:1])
     assert found["kept"] == [] and found["same"]

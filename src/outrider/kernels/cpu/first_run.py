@@ -29,7 +29,7 @@ SECONDS_TO_START = 2.0
 """What a process takes to import torch and numba."""
 WORTH_A_PROCESS = 5
 """Kernels, below which another process is not worth its start."""
-MAX_PROCESSES = 8
+MAX_PROCESSES = 4
 SECONDS_BETWEEN_REPORTS = 2.0
 
 _CHILD = """
@@ -71,7 +71,12 @@ def _report() -> Callable[[str], None]:
 def _compile_in(processes: int, names: Sequence[str], say: Callable[[str], None]) -> None:
     left, done = deque(names), list[str]()
     start = time.monotonic()
-    children = [_start() for _ in range(processes)]
+    children: list[subprocess.Popen[str]] = []
+    try:
+        for _ in range(processes):
+            children.append(_start())
+    except OSError as error:
+        logger.warning("a process that compiles kernels cannot be started: %s", error)
     feeders = [threading.Thread(target=_feed, args=(child, left, done), daemon=True) for child in children]
     try:
         for feeder in feeders:
@@ -95,7 +100,7 @@ def _compile_in(processes: int, names: Sequence[str], say: Callable[[str], None]
 def _start() -> subprocess.Popen[str]:
     # An error is not lost with its output: the engine meets it again when it compiles the same kernel.
     return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
+        [sys.executable, "-c", _CHILD, json.dumps([str(entry) for entry in sys.path])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
