@@ -17,7 +17,7 @@ PLUMBING = {
     ".": {"layer_by_ops", "op", "records"},
     "cpu": {
         *("addresses", "amx", "attention_tasks", "attention_tiles"),
-        *("emit", "first_run", "jit", "layer_phases", "layer_stack", "threads"),
+        *("disk_cache", "emit", "first_run", "jit", "layer_phases", "layer_stack", "threads"),
     },
     "gpu": {"attention_shares", "attention_steps", "partial_norm", "triton", "warmup"},
 }
