@@ -36,6 +36,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "outrider"
 
 
+def of_one_thread() -> dict[str, str]:
+    """The environment for a process that is one of several and should take one core."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def process() -> tuple[int, int, int]:
     """Rank, rank on this host, and number of processes, as torchrun sets them; (0, 0, 1) outside it."""
     return tuple(int(os.environ.get(name, default)) for name, default in PROCESS)  # type: ignore[return-value]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from importlib import import_module
 
 import torch
 
+from outrider import env
 from outrider.kernels.cpu.jit import ENTRIES
 
 logger = logging.getLogger("outrider")
@@ -105,7 +105,7 @@ def _start() -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=env.of_one_thread(),
     )
 
 
