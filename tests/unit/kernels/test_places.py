@@ -19,7 +19,7 @@ PLUMBING = {
         *("addresses", "amx", "attention_tasks", "attention_tiles"),
         *("disk_cache", "emit", "first_run", "jit", "layer_phases", "layer_stack", "threads"),
     },
-    "gpu": {"attention_shares", "attention_steps", "partial_norm", "triton", "warmup"},
+    "gpu": {"attention_shares", "attention_steps", "disk_cache", "partial_norm", "triton", "warmup"},
 }
 """Files of a folder that are no op's."""
 
