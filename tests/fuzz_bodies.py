@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -90,6 +91,11 @@ HEADERS: list[tuple[bytes, bytes]] = [
     *((b"content-length", value) for value in (b"5", b"99999999999999999999", b"-1", b"x", "²".encode())),
     *((b"transfer-encoding", b"chunked"), (b"origin", b"http://x"), (b"expect", b"100-continue")),
 ]
+
+
+def hostile(rng: random.Random) -> Any:
+    """One of them, for this case alone: what is damaged later may be inside it."""
+    return copy.deepcopy(rng.choice(HOSTILE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,19 +255,19 @@ def damaged(rng: random.Random) -> Asked:
         way = rng.random()
         places = _places(body)
         if way < 0.45 or not places:
-            body[rng.choice(names)] = rng.choice(HOSTILE)
+            body[rng.choice(names)] = hostile(rng)
         elif way < 0.8:
             holder, key = rng.choice(places)
-            holder[key] = rng.choice(HOSTILE)
+            holder[key] = hostile(rng)
         elif way < 0.9:
             holder, key = rng.choice(places)
             del holder[key]
         elif way < 0.95:
             holder, _ = rng.choice(places)
             if isinstance(holder, dict):
-                holder[rng.choice([text(rng), "x", "", "\ud800", "x" * 900, *names])] = rng.choice(HOSTILE)
+                holder[rng.choice([text(rng), "x", "", "\ud800", "x" * 900, *names])] = hostile(rng)
             else:
-                holder.insert(rng.randint(0, len(holder)), rng.choice(HOSTILE))
+                holder.insert(rng.randint(0, len(holder)), hostile(rng))
         else:
             holder, key = rng.choice(places)
             holder[key] = nested(rng.choice([5, 30, 63, 70, 200]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -31,6 +32,11 @@ KEYS = [
     *("text_config", "num_experts", "attn_logit_softcapping", "final_logit_softcapping", "initializer_range"),
 ]
 GENERATION_KEYS = ["eos_token_id", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample"]
+
+
+def hostile(rng: random.Random) -> Any:
+    """One of them, for this case alone: what is damaged later may be inside it."""
+    return copy.deepcopy(rng.choice(HOSTILE))
 
 
 @dataclass
@@ -369,7 +375,7 @@ def damage_values(made: Made, rng: random.Random) -> None:
         if rng.random() < 0.2:
             holder.pop(key, None)
         else:
-            holder[key] = rng.choice(HOSTILE)
+            holder[key] = hostile(rng)
         made.done.append(f"{key} = {holder.get(key, 'left out')!r}")
         made.keys.append(key)
 
@@ -402,7 +408,7 @@ def write_generation_config(made: Made, rng: random.Random) -> None:
     if rng.random() < 0.8:
         said["eos_token_id"] = rng.choice([0, 1, [1, 4], [9999], None])
     for key in rng.sample(GENERATION_KEYS, rng.choice([0, 1, 2])):
-        said[key] = rng.choice(HOSTILE) if rng.random() < 0.3 else rng.choice([1, 0.5, 20])
+        said[key] = hostile(rng) if rng.random() < 0.3 else rng.choice([1, 0.5, 20])
         made.keys.append(key)
     text = json.dumps(said).encode()
     if rng.random() < 0.15:

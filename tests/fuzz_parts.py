@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import checkpoints
 import heads
-from fuzz_files import HOSTILE, PICKLED, SINGLE, WEIGHT_WAYS, damage_text
+from fuzz_files import PICKLED, SINGLE, WEIGHT_WAYS, damage_text, hostile
 from outrider import LLM, SamplingParams
 from outrider.errors import InputError
 
@@ -78,7 +78,7 @@ def damage_object(held: dict[str, Any], keys: list[str], rng: random.Random) -> 
     if rng.random() < 0.2:
         held.pop(key, None)
     else:
-        held[key] = rng.choice(HOSTILE)
+        held[key] = hostile(rng)
     return f"{key} = {held.get(key, 'left out')!r}"
 
 
