@@ -170,7 +170,7 @@ async def others(url: str, seconds: float, rate: float) -> dict[str, Any]:
                 async with client.stream("POST", "/v1/completions", json=body) as response:
                     lines = response.aiter_lines()
                     first = await anext(lines)
-                    if response.status_code != 200 or "error" in first:
+                    if response.status_code != 200 or first.startswith('data: {"error"'):
                         failed[str(response.status_code)] += 1
                         continue
                     firsts.append(time.perf_counter() - start)

@@ -209,6 +209,7 @@ class ChatTemplate:
 
     def check(self, messages: Sequence[Message], remedy: str) -> None:
         """PromptError for what of a conversation the template would leave out. `remedy`: what its caller can do."""
+        last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
         for index, message in enumerate(messages):
             role, where = message["role"], f"messages.{index}"
             calls = bool(message.get("tool_calls"))
@@ -226,13 +227,9 @@ class ChatTemplate:
                     "the model's chat template shows a system message only where it is the first: put all in that one"
                 )
                 raise PromptError(said, where)
-            if role == "user" and index < len(messages) - 1 and self._turns_after(messages, index):
+            if role == "user" and index < last_user and not self.shows_history:
                 said = f"the model's chat template leaves out earlier turns of a conversation: {remedy}"
                 raise PromptError(said, where)
-
-    def _turns_after(self, messages: Sequence[Message], index: int) -> bool:
-        """Whether another turn of the user comes after a message, and the template would then leave it out."""
-        return any(later["role"] == "user" for later in messages[index + 1 :]) and not self.shows_history
 
     def check_arguments(self, given: Mapping[str, Any]) -> None:
         """PromptError for an argument that the template does not read, or that is not the caller's to set."""

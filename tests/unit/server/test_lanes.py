@@ -165,3 +165,14 @@ def test_what_is_wrong_with_a_huge_body_costs_little_to_say(what: str) -> None:
         parse(body, record).sampling() if record is CompletionRequest else parse(body, record)
     assert time.process_time() - start < allowed
     assert len(str(refused.value)) < 1000
+
+
+def test_a_conversation_costs_the_same_a_message_however_long_it_is(tokenizer: TokenizerService) -> None:
+    def seconds(count: int) -> float:
+        messages = [{"role": role, "content": "x"} for role in ("user", "assistant")] * (count // 2)
+        start = time.process_time()
+        asyncio.run(tokenizer.conversation(messages, num_bytes=SMALL + 1))
+        return time.process_time() - start
+
+    seconds(10)
+    assert seconds(40_000) < 20 * 3 * min(seconds(2000) for _ in range(3))
