@@ -83,7 +83,7 @@ def test_tokens_that_a_processor_masks_are_no_fault(path: Path, golden: list[lis
 
 
 @RUNNERS
-@pytest.mark.parametrize("way", ["alone"])
+@pytest.mark.parametrize("way", ["alone", "peagle"])
 def test_nan_in_one_weight_row_harms_only_those_who_read_it(
     path: Path, way: str, runner: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,7 +60,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
         return 0.0
     wide = theirs.double()
     gap = torch.where(same, 0, ours.double() - wide)
-    return float(gap.norm() / wide.norm())
+    return float(gap.norm() / wide.nan_to_num(0.0).norm())
 
 
 def close(ours: Any, theirs: Any, tolerance: float, narrow: float = 0.0) -> bool:

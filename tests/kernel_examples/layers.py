@@ -225,8 +225,23 @@ def rope_store(generator: torch.Generator, device: torch.device, wide: bool) -> 
                 "value_cache": caches[1],
             }
             yield example
+            yield {
+                **example,
+                "qkv": with_values_that_are_none(example["qkv"], torch.arange(1, tokens, 2), num_kv_heads, head_dim),
+            }
             nowhere = rows._replace(cache_slot=torch.full((tokens,), -1, device=device))
             yield {**example, "norms": HeadNorms(None, None, 1e-6), "rows": nowhere}
+
+
+def with_values_that_are_none(
+    qkv: torch.Tensor, spoilt: torch.Tensor, num_kv_heads: int, head_dim: int
+) -> torch.Tensor:
+    """A copy in which the values of some heads of the `spoilt` tokens [N] hold one NaN or inf."""
+    qkv = qkv.clone()
+    value = qkv[:, -num_kv_heads * head_dim :].unflatten(1, (num_kv_heads, head_dim))
+    value[spoilt[0::2], 0, head_dim - 1] = torch.nan
+    value[spoilt[1::2], num_kv_heads - 1, 1] = -torch.inf
+    return qkv
 
 
 def rope_attention_case(
@@ -306,6 +321,11 @@ def rope_attention(generator: torch.Generator, device: torch.device, wide: bool)
         activation = float32 if wide else cache
         yield rope_attention_case(generator, device, lengths, heads, activation, cache, norms, padding)
     yield rope_attention_case(generator, device, few, (4, 2, 64), float32, bfloat16)
+    for dtype in (bfloat16, float16, float32):
+        example = rope_attention_case(generator, device, many, (4, 2, 64), float32 if wide else dtype, dtype)
+        # what goes nowhere is in the cache already, as it was before
+        stored = (example["rows"].cache_slot >= 0).nonzero()[1::3, 0]
+        yield {**example, "qkv": with_values_that_are_none(example["qkv"], stored, 2, 64)}
 
 
 def scale_hidden(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:

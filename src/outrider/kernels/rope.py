@@ -9,6 +9,8 @@
 
 Element i of a head turns with element i + D/2 (the "rotate_half" form; Su et al., 2021). No two tokens share a slot. A
 bfloat16 cache holds keys and values rounded to the nearest, halves to even; on a CPU a cache is bfloat16 or float32.
+A value with a NaN or inf is stored as zeros, and its key as NaN. So queries that see the token get NaN, and no others:
+attention multiplies what a query does not see by 0.
 Returns the turned query [T, Hq, D].
 """
 
@@ -34,8 +36,9 @@ def rope_store_reference(
     if norms.k is not None:
         key = rms_norm_reference(key, norms.k, norms.eps)
     angles = rope[rows.positions].unsqueeze(1)
-    _store(_rotate(key, angles), key_cache, rows.cache_slot)
-    _store(value, value_cache, rows.cache_slot)
+    is_finite = value.to(value_cache.dtype).isfinite().all(dim=-1, keepdim=True)
+    _store(torch.where(is_finite, _rotate(key, angles), torch.nan), key_cache, rows.cache_slot)
+    _store(torch.where(is_finite, value, 0), value_cache, rows.cache_slot)
     return _rotate(query, angles)
 
 

@@ -51,6 +51,33 @@ def _turn(head: int, norm: int, norms: Norms, angles: int, out: int, head_dim: i
     _rotate_row(head, angles, out, head_dim // 2)
 
 
+_NOT_SIGN = np.int32(2**31 - 1)
+_INF, _ROUNDS_TO_INF = np.int32(0x7F800000), np.int32(0x7F7F8000)
+
+
+@compiled()
+def _hide_value(key: int, value: int, source: int, kind: int, head_dim: int) -> None:
+    """Where the value `source` holds a NaN or inf in its stored form: a key of NaN, and zeros for the value."""
+    bits = carray(pointer(source), (head_dim,), np.int32)
+    most = np.int32(0)
+    for i in range(head_dim):
+        most = np.int32(max(most, np.int32(bits[i] & _NOT_SIGN)))
+    if most < (_ROUNDS_TO_INF if kind == BFLOAT16 else _INF):
+        return
+    if kind == BFLOAT16:
+        narrow_key, narrow_value = (
+            carray(pointer(key), (head_dim,), np.int16),
+            carray(pointer(value), (head_dim,), np.int16),
+        )
+        narrow_key[:], narrow_value[:] = np.int16(0x7FC0), np.int16(0)
+    else:
+        wide_key, wide_value = (
+            carray(pointer(key), (head_dim,), np.int32),
+            carray(pointer(value), (head_dim,), np.int32),
+        )
+        wide_key[:], wide_value[:] = np.int32(0x7FC00000), np.int32(0)
+
+
 @task()
 def rope_tokens(
     tickets: int, qkv: int, norms: Norms, rope: int, rows: Rows, keys: int, values: int, heads: Heads, query: int
@@ -80,9 +107,11 @@ def rope_tokens(
                     _turn(key, norms.k, norms, angles, turned, head_dim)
                     _round_row(turned, keys + place * 2, head_dim)
                     _round_row(value, values + place * 2, head_dim)
+                    _hide_value(keys + place * 2, values + place * 2, value, cache_kind, head_dim)
                 else:
                     _turn(key, norms.k, norms, angles, keys + place * 4, head_dim)
                     copy_row(value, values + place * 4, head_dim)
+                    _hide_value(keys + place * 4, values + place * 4, value, cache_kind, head_dim)
     free(turned)
 
 

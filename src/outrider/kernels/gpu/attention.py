@@ -240,10 +240,10 @@ def _attention_kernel(
             top, weight, total, True, BLOCK_N, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
         )  # fmt: skip
 
-    some = tl.where(weight > 0, weight, 1.0)
+    some = tl.where(weight == 0, 1.0, weight)  # NaN stays
     if SPLIT:
         place += split.to(tl.int64) * num_tokens * num_kv_heads * GROUP
-        tl.store(log_weights + place, tl.where(weight > 0, top + tl.log2(some), float("-inf")), mask=owned)
+        tl.store(log_weights + place, tl.where(weight == 0, float("-inf"), top + tl.log2(some)), mask=owned)
     result = (total / some[:, None]).to(out.dtype.element_ty)
     tl.store(out + place[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
 

@@ -103,9 +103,13 @@ def own_step(
     given_value = tl.load(at + num_kv_heads * HEAD_DIM + column[None, :], mask=inside, other=0)
     cos, sin = load_angles(rope, position, known, HEAD_DIM, BLOCK_H)
     low, high = turn(given_low, given_high, k_low, k_high, cos, sin, eps, NORM, HEAD_DIM)
-    low = narrow(narrow(low, given_low.dtype).to(tl.float32), key_cache.dtype.element_ty)
-    high = narrow(narrow(high, given_low.dtype).to(tl.float32), key_cache.dtype.element_ty)
-    value = narrow(given_value.to(tl.float32), value_cache.dtype.element_ty)
+    value = narrow(given_value.to(tl.float32), value_cache.dtype.element_ty).to(tl.float32)
+    # see `kernels.rope`: NaN or inf times 0 is NaN
+    hidden = (tl.sum(value * 0.0, 1) != 0)[:, None]
+    value = narrow(tl.where(hidden, 0.0, value), value_cache.dtype.element_ty)
+    low = tl.where(hidden, float("nan"), narrow(low, given_low.dtype).to(tl.float32))
+    high = tl.where(hidden, float("nan"), narrow(high, given_low.dtype).to(tl.float32))
+    low, high = narrow(low, key_cache.dtype.element_ty), narrow(high, key_cache.dtype.element_ty)
 
     stored = ((own >= first_token) & (slot >= 0))[:, None]
     there = find_keys(slot // BLOCK_SIZE, slot, head, num_kv_heads, BLOCK_SIZE, HEAD_DIM)[:, None]

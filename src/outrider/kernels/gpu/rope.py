@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, jit, launch, narrow, next_power_of_2, overlaps, tl, wait
 from outrider.kernels.records import HeadNorms
 from outrider.tensors import PagedRows
 
@@ -22,6 +22,12 @@ def turn(low, high, norm_low, norm_high, cos, sin, eps, NORM: tl.constexpr, HEAD
         low = norm_low * (low * root)
         high = norm_high * (high * root)
     return low * cos - high * sin, high * cos + low * sin
+
+
+@jit
+def has_no_number(low, high):
+    """[N, 1], whether a row of float32 values [N, D / 2] twice holds a NaN or inf: times 0 those are NaN."""
+    return (tl.sum(low * 0.0 + high * 0.0, 1) != 0)[:, None]
 
 
 @jit
@@ -91,12 +97,23 @@ def _rope_store_kernel(
         kv_head = head - tl.where(is_value, num_heads + num_kv_heads, num_heads)
         place = (slot // BLOCK_SIZE * num_kv_heads + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
         there = place[:, None] * HEAD_DIM + column[None, :]
-        to_keys = inside & is_key[:, None]
-        tl.store(key_cache + there, turned_low.to(key_cache.dtype.element_ty), mask=to_keys)
-        tl.store(key_cache + there + half, turned_high.to(key_cache.dtype.element_ty), mask=to_keys)
-        to_values = inside & is_value[:, None]
-        tl.store(value_cache + there, given_low.to(value_cache.dtype.element_ty), mask=to_values)
-        tl.store(value_cache + there + half, given_high.to(value_cache.dtype.element_ty), mask=to_values)
+        to_keys, to_values = inside & is_key[:, None], inside & is_value[:, None]
+        its_value = qkv + (token * all_heads + head + num_kv_heads)[:, None] * HEAD_DIM + column[None, :]
+        v_low = tl.load(its_value, mask=to_keys, other=0)
+        v_high = tl.load(its_value + half, mask=to_keys, other=0)
+        v_low = tl.where(is_value[:, None], given_low, v_low).to(tl.float32)
+        v_high = tl.where(is_value[:, None], given_high, v_high).to(tl.float32)
+        v_low = narrow(v_low, value_cache.dtype.element_ty).to(tl.float32)
+        v_high = narrow(v_high, value_cache.dtype.element_ty).to(tl.float32)
+        hidden = has_no_number(v_low, v_high)
+        key_low = tl.where(hidden, float("nan"), turned_low.to(tl.float32))
+        key_high = tl.where(hidden, float("nan"), turned_high.to(tl.float32))
+        tl.store(key_cache + there, key_low.to(key_cache.dtype.element_ty), mask=to_keys)
+        tl.store(key_cache + there + half, key_high.to(key_cache.dtype.element_ty), mask=to_keys)
+        tl.store(value_cache + there, tl.where(hidden, 0.0, v_low).to(value_cache.dtype.element_ty), mask=to_values)
+        tl.store(
+            value_cache + there + half, tl.where(hidden, 0.0, v_high).to(value_cache.dtype.element_ty), mask=to_values
+        )
 
 
 def rope_store_gpu(

@@ -225,14 +225,14 @@ def _rope_attention_kernel(
                 total, NORM, GROUP, OWN, BLOCK_H, BLOCK_D, BLOCK_SIZE, HEAD_DIM,
             )  # fmt: skip
 
-    some = tl.where(weight > 0, weight, 1.0)
+    some = tl.where(weight == 0, 1.0, weight)  # NaN stays
     result = total / some[:, None]
     inside = owned[:, None] & (column < HEAD_DIM)[None, :]
     if not SPLIT or (TICKETS and splits == 1):
         tl.store(out + place[:, None] * HEAD_DIM + column[None, :], narrow(result, out.dtype.element_ty), mask=inside)
     else:
         left = place + split * num_heads
-        tl.store(log_weights + left, tl.where(weight > 0, top + tl.log2(some), float("-inf")), mask=owned)
+        tl.store(log_weights + left, tl.where(weight == 0, float("-inf"), top + tl.log2(some)), mask=owned)
         tl.store(partial + left[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
         if TICKETS:
             tl.debug_barrier()  # all threads have stored before one takes the ticket
