@@ -61,6 +61,8 @@ class Resolved:
     """What requests take that do not say otherwise."""
     facts: tuple[Fact, ...]
     """What was taken where several places of the checkpoint may say a thing."""
+    draft_positions: int | None = None
+    """Positions that the drafter has; None: as many as there are."""
 
     def served_by(self) -> Choice:
         """The runner that serves, and why not the others. RefusedError, with every reason, if none does."""
@@ -131,7 +133,9 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
     held = () if options.load_format == "dummy" else weights(checkpoint, model_config.tie_word_embeddings)
     facts = *model_config.facts, ends, fact_of_defaults, *held
     _say(facts, model_config.rope.note(memory.max_model_len))
-    return Resolved(options, directory, *answers, eos_token_ids, defaults, facts)
+    positions = footprint.num_positions
+    draft_positions = None if positions is None or positions >= memory.max_model_len else positions
+    return Resolved(options, directory, *answers, eos_token_ids, defaults, facts, draft_positions)
 
 
 def _say(facts: Sequence[Fact], rope: str | None) -> None:

@@ -40,6 +40,7 @@ class AcceptanceReport:
     drafted: int = 0  # tokens proposed and verified
     accepted: int = 0  # tokens that stood
     per_position: tuple[int, ...] = ()  # of `accepted`, by position in the round: the first entry is position 1
+    drafting_ended: str | None = None  # why a request gets no drafts any more, or never got any; None: it gets them
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -69,6 +70,7 @@ class AcceptanceReport:
             self.drafted + other.drafted,
             self.accepted + other.accepted,
             tuple(a + b for a, b in pairs),
+            self.drafting_ended or other.drafting_ended,
         )
 
     def since(self, earlier: AcceptanceReport) -> AcceptanceReport:
@@ -79,11 +81,12 @@ class AcceptanceReport:
             self.drafted - earlier.drafted,
             self.accepted - earlier.accepted,
             tuple(a - b for a, b in pairs),
+            self.drafting_ended,
         )
 
     def to_dict(self) -> dict[str, object]:
-        """The JSON shape of `--json` and of the server."""
-        return {
+        """The JSON shape of `--json` and of the server; `drafting_ended` is there if there is a reason."""
+        shape: dict[str, object] = {
             "drafts": self.drafts,
             "drafted": self.drafted,
             "accepted": self.accepted,
@@ -92,6 +95,7 @@ class AcceptanceReport:
             "ratios": list(self.ratios),
             "acceptance_length": self.length,
         }
+        return shape if self.drafting_ended is None else {**shape, "drafting_ended": self.drafting_ended}
 
 
 class RoundCounter(Protocol):
@@ -107,9 +111,10 @@ class AcceptanceTally:
     `num_drafts` is K, so that a report has K positions from the start; a wider round widens it.
     """
 
-    __slots__ = ("_drafted", "_rounds")
+    __slots__ = ("_drafted", "_rounds", "drafting_ended")
 
     def __init__(self, num_drafts: int = 0) -> None:
+        self.drafting_ended: str | None = None  # as in the report
         self._rounds = [0] * (num_drafts + 1)  # rounds by how many drafts stood
         self._drafted = 0
 
@@ -122,10 +127,10 @@ class AcceptanceTally:
         self._rounds[num_accepted] += 1
 
     @classmethod
-    def of(cls, drafted: int, rounds: Sequence[int]) -> AcceptanceTally:
+    def of(cls, drafted: int, rounds: Sequence[int], drafting_ended: str | None = None) -> AcceptanceTally:
         """A tally from the `counts` of another, which may be of another process."""
         tally = cls()
-        tally._drafted, tally._rounds = drafted, list(rounds)
+        tally._drafted, tally._rounds, tally.drafting_ended = drafted, list(rounds), drafting_ended
         return tally
 
     @property
@@ -136,4 +141,5 @@ class AcceptanceTally:
     def report(self) -> AcceptanceReport:
         """The counts so far."""
         at_least = list(accumulate(reversed(self._rounds)))[::-1]  # rounds in which at least i drafts stood
-        return AcceptanceReport(at_least[0], self._drafted, sum(at_least[1:]), tuple(at_least[1:]))
+        accepted = tuple(at_least[1:])
+        return AcceptanceReport(at_least[0], self._drafted, sum(accepted), accepted, self.drafting_ended)

@@ -104,6 +104,7 @@ class Footprint:
     workspace: int = 0
     weights_read: int = 0  # of the weights, what drafting one round reads: those of K passes are counted K times
     layers: tuple[LayerSpec, ...] = ()  # its decoder layers, for the choice of what runs them
+    num_positions: int | None = None  # that it has: it drafts nothing past them; None: as many as the target
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -92,6 +93,10 @@ class Engine:
         self._drafter_faults: DrafterFaults | None = None
         self.num_dropped = 0
         """Requests that ended other than in a step: by `finish`, `abort` or an interrupt."""
+        # A sequence one token longer than the drafter's positions is the last that it drafts for.
+        positions = self.resolved.draft_positions
+        self._last_drafted_length = sys.maxsize if positions is None else positions + 1
+        self._has_logged_end = False
         self.times = StepTimes()
         self.watchdog = Watchdog.of(self.resolved)
         """Holds acceptance against what is on record for the head, and warns when it falls."""
@@ -134,6 +139,7 @@ class Engine:
         self._busy = True
         try:
             self._scheduler.add(request)
+            self._end_drafting(request)
             self._requests[request_id] = request
             self._num_requests = number
         finally:
@@ -249,7 +255,9 @@ class Engine:
                 self._scheduler.stop_drafting()
         ran = clock()
         gained = [(delta, self._requests[delta.request_id]) for delta in self._scheduler.apply(flight.plan, result)]
-        for delta, _ in gained:
+        for delta, request in gained:
+            if len(request.tokens) > self._last_drafted_length:
+                self._end_drafting(request)
             if delta.finish_reason is not None:
                 del self._requests[delta.request_id]
             if delta.finish_reason is FinishReason.ERROR:
@@ -262,6 +270,23 @@ class Engine:
         times.run += ran - planned
         times.apply += clock() - ran
         return gained
+
+    def _end_drafting(self, request: Request) -> None:
+        """Writes down why a request gets no drafts any more, if that is so, and logs it of the first request."""
+        tally, last = request.acceptance, self._last_drafted_length
+        if not self._scheduler_options.sizes.num_drafts or tally.drafting_ended is not None:
+            return
+        if request.max_drafts == 0:
+            tally.drafting_ended = "the request asks for no drafts"
+        elif len(request.tokens) >= last:
+            has = "prompt has" if not request.num_output else "sequence has grown to"
+            tally.drafting_ended = (
+                f"the {has} {len(request.tokens)} tokens, and drafter {self.resolved.method} has {last - 1} positions"
+            )
+            if not self._has_logged_end:
+                self._has_logged_end = True
+                said = "request %s goes on without drafts: %s; of later requests their acceptance says so"
+                logger.warning(said, request.id, tally.drafting_ended)
 
     def _die(self, cause: Exception) -> None:
         """Forgets every request, so that their owners find out instead of waiting."""

@@ -193,6 +193,7 @@ class HeadDrafter(Drafter):
             workspace=rows * width * allocator.activation_dtype.itemsize + 3 * seqs * drafts * vocab * 4,
             weights_read=drafter.network.weights_read(1 if cls.parallel else drafts),
             layers=tuple(layer.spec for layer in drafter.network.layers),
+            num_positions=drafter.limit,
         )
 
     @classmethod

@@ -183,7 +183,7 @@ class EngineProcess:
         deltas = []
         for gained, request in self.engine.step():
             drafted, rounds = request.acceptance.counts
-            deltas.append(Delta(*gained, request.num_cached, drafted, rounds))
+            deltas.append(Delta(*gained, request.num_cached, drafted, rounds, request.acceptance.drafting_ended))
         return deltas
 
     def _snapshot(self, start: EngineStats) -> Snapshot:

@@ -114,6 +114,7 @@ class Delta(msgspec.Struct, array_like=True, frozen=True):
     num_cached: int
     drafted: int
     rounds: tuple[int, ...]
+    drafting_ended: str | None = None  # as in `AcceptanceReport`
 
     def tokens_gained(self) -> TokenDelta:
         """As the engine gave it."""
@@ -121,7 +122,7 @@ class Delta(msgspec.Struct, array_like=True, frozen=True):
 
     def tally(self) -> AcceptanceTally:
         """The request's acceptance up to here."""
-        return AcceptanceTally.of(self.drafted, self.rounds)
+        return AcceptanceTally.of(self.drafted, self.rounds, self.drafting_ended)
 
 
 class WatchedRates(msgspec.Struct, array_like=True, frozen=True):
