@@ -55,7 +55,7 @@ def test_json_shape() -> None:
         "ratios": [0.5],
         "acceptance_length": 2.5,
     }
-    assert [reason.value for reason in FinishReason] == ["stop", "length", "abort"]
+    assert [reason.value for reason in FinishReason] == ["stop", "length", "abort", "error"]
 
 
 def test_a_tally_crosses_processes_whole() -> None:
