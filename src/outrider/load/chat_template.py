@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from outrider.core.reading import Fact, Reader
+from outrider.core.reading import Fact, Reader, written_short
 from outrider.errors import CheckpointError, OptionError, PromptError, nearest, shortened
 from outrider.load.checkpoint import read_json
 
@@ -91,13 +91,13 @@ class ChatTemplate:
     @cached_property
     def variables(self) -> frozenset[str]:
         """Names that the template reads and does not set: arguments that a request may give."""
-        from jinja2 import TemplateError, meta
+        from jinja2 import meta
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         try:
             environment = _compile_jinja_template(self._source).environment
             names: set[str] = meta.find_undeclared_variables(environment.parse(self._source))
-        except TemplateError:
+        except Exception:  # whatever a template that cannot be read runs into; `write` says what it is
             return frozenset()
         return frozenset(names - environment.globals.keys())
 
@@ -302,10 +302,16 @@ class ChatTemplates:
     """The templates of a checkpoint, or the one given instead of them. Where there are several, one is for tools."""
 
     def __init__(self, tokenizer: Any, directory: Path, given: str | None = None) -> None:
-        """`given`: a template, the name of one of the checkpoint's, or the path of a file. OptionError for others."""
+        """`given`: a template, the name of one of the checkpoint's, or the path of a file. OptionError for others.
+
+        CheckpointError for a template of the checkpoint's that is no text.
+        """
         self._tokenizer, self._directory, self._given = tokenizer, directory, given
         own: Any = tokenizer.chat_template
         self._own: dict[str, str] = own if isinstance(own, dict) else {} if own is None else {"default": own}
+        for name, template in self._own.items():
+            if not isinstance(template, str):
+                raise CheckpointError(f"{_CONFIG}: chat_template {name} must be text: {written_short(template)}")
         self._place = "the checkpoint's"
         if given is not None:
             self._own, self._place = _named(given, self._own)

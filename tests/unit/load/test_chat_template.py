@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from fake_engine import HERMES_TEMPLATE, LLAMA_TEMPLATE, write_tokenizer
+from fake_engine import HERMES_TEMPLATE, LLAMA_TEMPLATE, fake_server, write_tokenizer
 from outrider.engine.conversation import encode_conversation
-from outrider.errors import OptionError, PromptError
+from outrider.errors import CheckpointError, OptionError, PromptError
 from outrider.load.chat_template import ChatTemplate
 from outrider.load.tokenizer import Tokenizer
 
@@ -199,6 +200,26 @@ def test_two_places(load: Any, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink()
     old = Tokenizer(tmp_path)
     assert written(old, USER) == "old<user>Hi" and old.chat_templates().fact().taken == "tokenizer_config.json"
+
+
+def test_a_template_that_is_no_text(load: Any, tmp_path: Path) -> None:
+    load(None)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": 5}))
+    with pytest.raises(CheckpointError, match="chat_template default must be text: 5"):
+        written(Tokenizer(tmp_path), USER)
+
+
+def test_a_server_s_template(tmp_path: Path) -> None:
+    path = write_tokenizer(tmp_path, NOTHING)
+    (tmp_path / "mine.jinja").write_text(PARTS)
+    with fake_server(path, None, None, str(tmp_path / "mine.jinja")) as (url, engine):
+        engine.says = ["Yes."]
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": USER})
+        assert answer.status_code == 200 and engine.prompts[-1] == "<user>Hi"
+    with fake_server(path) as (url, _):
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": USER})
+    assert answer.status_code == 400 and "--chat-template FILE" in answer.json()["error"]["message"]
 
 
 def test_what_was_found_is_a_fact(load: Any) -> None:
