@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -104,5 +105,10 @@ class Detokenizer:
 @lru_cache(maxsize=16)
 def special_in(stop: tuple[str, ...], tokenizer: Tokenizer) -> dict[int, str]:
     """The special tokens that occur in stop strings, by id: they count there though texts leave them out."""
-    written = "\0".join(stop)
-    return {token: text for text, token in tokenizer.special_tokens.items() if text and text in written}
+    written, special = "\0".join(stop), tokenizer.special_tokens
+    heads = "|".join(sorted({re.escape(text[:4]) for text in special if text}))
+    lengths = sorted({len(text) for text in special})
+    # not one search a token: a request may bring 2**18 characters, and a tokenizer have a thousand such tokens
+    starts = (match.start() for match in re.finditer(f"(?={heads})", written)) if heads else ()
+    parts = (written[start : start + length] for start in starts for length in lengths)
+    return {special[part]: part for part in parts if part in special}
