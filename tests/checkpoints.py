@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,24 @@ def run(llm: LLM, cases: Sequence[Case]) -> list[list[Result]]:
 def tokens(llm: LLM, case: Case) -> list[int]:
     """The tokens of a case run alone."""
     return run(llm, [case])[0][0][0]
+
+
+@contextmanager
+def drafter_failures() -> Iterator[list[str]]:
+    """What drafters of this process, or of its workers, fail with meanwhile: it is logged, and harms no request."""
+    failures: list[str] = []
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if hasattr(record, "failed_drafter"):
+                failures.append(logging.Formatter().format(record))
+
+    watch, logger = Watch(), logging.getLogger("outrider")
+    logger.addHandler(watch)
+    try:
+        yield failures
+    finally:
+        logger.removeHandler(watch)
 
 
 class Knowing(HostDrafter):

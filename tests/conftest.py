@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -99,17 +98,8 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def sound_drafters(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test in which a drafter fails, unless it is marked `failing_drafter`: drafting may not hide a bug."""
-    failures: list[str] = []
-
-    class Watch(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if hasattr(record, "failed_drafter"):
-                failures.append(logging.Formatter().format(record))
-
-    watch, logger = Watch(), logging.getLogger("outrider")
-    logger.addHandler(watch)
-    yield
-    logger.removeHandler(watch)
+    with checkpoints.drafter_failures() as failures:
+        yield
     if failures and request.node.get_closest_marker("failing_drafter") is None:
         pytest.fail("a drafter failed:\n" + "\n".join(failures))
 

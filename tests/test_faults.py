@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import Case, Right, plugin, program, prompt, run
+from checkpoints import Case, Right, drafter_failures, plugin, program, prompt, run
 from emulated import Emulated
 from outrider import (
     LLM,
@@ -35,6 +35,7 @@ from outrider import (
 )
 from outrider import config as config_module
 from outrider.draft.base import DraftOptions, TargetFacts
+from outrider.draft.ngram import Ngram
 from outrider.processing import SamplingField, Table
 from outrider.runner.eager import EagerRunner
 from outrider.tensors import Draft
@@ -384,6 +385,21 @@ def test_a_drafter_that_raises_costs_drafts_and_no_request(
         drafts = llm.acceptance().drafts
         assert run(llm, CHECKS) == expected
         assert (llm.acceptance().drafts == drafts) == stopped, "a drafter that was stopped drafts no more"
+
+
+@pytest.mark.failing_drafter
+def test_a_failure_of_a_drafter_of_ours_would_be_seen(
+    path: Path, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts are right all the same, so what fails a test is the watch in `conftest.py`."""
+
+    def broken(self: Ngram, context: DraftContext) -> Draft:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(Ngram, "propose", broken)
+    with drafter_failures() as failures, LLM(str(path), max_model_len=MAX_LEN, speculative_config=NGRAM) as llm:
+        assert run(llm, CHECKS) == expected
+    assert failures and "a bug" in failures[0] and "Traceback" in failures[0]
 
 
 def test_a_drafter_that_cannot_be_built_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,23 +20,23 @@ class FairLock:
     """
 
     def __init__(self) -> None:
-        self._queue, self._lock = threading.Lock(), threading.RLock()
+        self.queue, self.thread_lock = threading.Lock(), threading.RLock()
 
     def acquire(self) -> None:
         """Waits for the lock. One thread at a time stands at it, the others in the queue before it."""
-        if self._lock._is_owned():  # type: ignore[attr-defined]
-            self._lock.acquire()
+        if self.thread_lock._is_owned():  # type: ignore[attr-defined]
+            self.thread_lock.acquire()
         else:
-            with self._queue:
-                self._lock.acquire()
+            with self.queue:
+                self.thread_lock.acquire()
 
     def acquire_at_once(self) -> bool:
         """Takes the lock if no other thread has it; whether it did. Safe in a finalizer."""
-        return self._lock.acquire(blocking=False)
+        return self.thread_lock.acquire(blocking=False)
 
     def release(self) -> None:
         """Gives it back. RuntimeError if this thread does not have it."""
-        self._lock.release()
+        self.thread_lock.release()
 
 
 class _Shared(Protocol):
@@ -52,9 +52,13 @@ def in_turn(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
 
     @wraps(method)
     def call(self: S, /, *given: P.args, **named: P.kwargs) -> R:
-        lock = self.lock
+        turns = self.lock
+        lock = turns.thread_lock
+        if lock._is_owned():  # type: ignore[attr-defined]
+            return method(self, *given, **named)
         try:
-            lock.acquire()
+            with turns.queue:
+                lock.acquire()
             return method(self, *given, **named)
         finally:
             try:  # noqa: SIM105 - `suppress` would be a call before it

@@ -113,6 +113,7 @@ class InprocClient:
             if found is not None:  # else a request that was added to the engine directly
                 self._hand_out(*found, delta, request)
         if self.engine.num_dropped != self._num_dropped or not self.engine.has_work:
+            self.engine.check_usable()
             self._num_dropped = self.engine.num_dropped
             for _, completion in list(self.completions.values()):
                 if not self.engine.knows(completion.id):

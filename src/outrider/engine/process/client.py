@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,9 +96,12 @@ class Receiver(Protocol):
 
 
 async def _ended(process: SpawnProcess, seconds: float) -> bool:
-    """Whether the process ends within so many seconds. No thread waits for it: at exit none can be started."""
+    """Whether the process ends within so many seconds, even if another part of the program has waited for it.
+
+    No thread waits here: at exit none can be started.
+    """
     deadline = time.monotonic() + seconds
-    while process.is_alive():
+    while not wait([process.sentinel], 0):
         if time.monotonic() >= deadline:
             return False
         await asyncio.sleep(0.02)
