@@ -74,6 +74,14 @@ def test_every_flag_has_a_description() -> None:
     assert flags == []
 
 
+def test_every_field_of_a_request_has_a_description() -> None:
+    pytest.importorskip("fastapi")
+    import write_reference as reference
+
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", reference.fields_page().split("## Not offered")[0], re.MULTILINE)
+    assert len(rows) > 50 and [name for name, meaning in rows if not meaning.strip()] == []
+
+
 def test_an_option_without_a_description_is_found() -> None:
     from dataclasses import dataclass
 
@@ -237,27 +245,17 @@ def test_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pages_use_the_words_of_the_field(page: Path) -> None:
-    generated = prose.STILL_IN_SRC if page.name in prose.GENERATED else frozenset()
-    found = [(word, line) for word, line in prose.words_in(page.read_text()) if word not in generated]
-    assert found == [], [f"write {prose.WORDS[word]}" for word, _ in found]
+    assert [f"line {line}: {word}: write {prose.WORDS[word]}" for word, line in prose.words_in(page.read_text())] == []
 
 
-@pytest.fixture(scope="module")
-def words_of_sources() -> list[tuple[str, str]]:
-    """Words to replace in docstrings, comments and messages, each with where it is."""
-    return [
-        (word, f"{name_of(path)}:{line}: {word}: write {prose.WORDS[word]}")
+def test_sources_use_the_words_of_the_field() -> None:
+    """Docstrings, comments and messages."""
+    found = [
+        f"{name_of(path)}:{line}: {word}: write {prose.WORDS[word]}"
         for path in sorted((ROOT / "src").rglob("*.py"))
         for word, line in prose.words_in(prose.prose_of(path.read_text()))
     ]
-
-
-def test_sources_use_the_words_of_the_field(words_of_sources: list[tuple[str, str]]) -> None:
-    assert [where for word, where in words_of_sources if word not in prose.STILL_IN_SRC] == []
-
-
-def test_a_word_comes_off_the_list_once_src_is_free_of_it(words_of_sources: list[tuple[str, str]]) -> None:
-    assert {word for word, _ in words_of_sources} >= prose.STILL_IN_SRC
+    assert found == []
 
 
 def test_names_in_sources_are_those_of_the_field() -> None:

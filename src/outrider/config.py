@@ -202,7 +202,7 @@ def _ask(runner: str, parts: Sequence[Part]) -> Choice | RefusedError:
 
 
 def _plan(demand: Demand, verdict: Choice | RefusedError) -> MemoryPlan:
-    """The memory plan. What no runner serves is refused for that, and not for want of memory."""
+    """The memory plan. What no runner serves is refused for that, and not for lack of memory."""
     try:
         plan = plan_memory(demand)
     except CapacityError as error:

@@ -75,7 +75,7 @@ class EngineOptions:
         AUTO, "auto: requests take the sampling defaults of the checkpoint's generation_config.json; none: they do not"
     )
     seed: int = option(0, "seed of requests that bring none")
-    verifier: str = option("exact", "exact, rejection or synthetic; what each promises stands in its file")
+    verifier: str = option("exact", "exact, rejection or synthetic; each one's file says what it promises")
     logits_processors: Sequence[str] | None = option(
         None, "logits processors of your own, each as module:Class; requests ask for them in extra_args"
     )

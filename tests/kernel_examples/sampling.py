@@ -24,13 +24,13 @@ def divide_logits(generator: torch.Generator, device: torch.device, wide: bool) 
 def min_tokens_mask(generator: torch.Generator, device: torch.device, wide: bool) -> Iterable[Example]:
     for rows, size, width in ((1, 5, 1), (33, 70, 3), (7, 1031, 9)):
         slots = 4
-        barred = torch.randint(-1, size + 5, (slots, width), generator=generator)
+        banned = torch.randint(-1, size + 5, (slots, width), generator=generator)
         yield {
             "logits": torch.randn((rows, size), generator=generator).to(device),
             "slot": torch.randint(0, slots, (rows,), generator=generator).to(device),
             "position": torch.randint(0, 10, (rows,), generator=generator).to(device),
             "min_length": torch.randint(0, 10, (slots,), generator=generator).int().to(device),
-            "barred": barred.to(device),
+            "banned": banned.to(device),
         }
 
 

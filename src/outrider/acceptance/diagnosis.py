@@ -29,7 +29,7 @@ def suspect(
     """
     falls = [departure for departure in found if departure.fell]
     if not falls:
-        return "acceptance is higher than recorded: another model, head or prompt set; record it anew if it is meant"
+        return "acceptance is higher than recorded: another model, head or prompt set; record it again if it is meant"
     if not report.drafts:
         return "nothing was drafted: the drafter proposes nothing, or no round had room for its guesses"
     pairs = [(expected.rates[0], report.rates[0]), *zip(expected.ratios, report.ratios, strict=True)]

@@ -1,4 +1,4 @@
-"""How many drafts stand, position by position: runs a prompt set and tells how that compares with what is on record."""
+"""How many drafts are accepted at each position: runs a prompt set and compares with the record."""
 
 from __future__ import annotations
 

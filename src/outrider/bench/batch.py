@@ -80,7 +80,7 @@ def run_batch(
     steady: Steady | None = None
     while engine.has_work:
         gained = engine.step()
-        if not gained:  # a chunk of a prompt, or a step that is still under way
+        if not gained:  # a chunk of a prompt, or a step that is still in flight
             continue
         gains = [len(delta.tokens) for delta, _ in gained]
         ended = any(delta.finish_reason is not None for delta, _ in gained)

@@ -228,7 +228,7 @@ def _bar_tokens(sizes: Sizes) -> Case:
         "slot": slot,
         "position": of_logits_rows(sizes)["position"],
         "min_length": sizes.whole([2**30] * sizes.rows, torch.int32),
-        "barred": sizes.whole([[1, 2, -1, -1]] * sizes.rows),
+        "banned": sizes.whole([[1, 2, -1, -1]] * sizes.rows),
     }
     return Case(MIN_TOKENS_MASK, f"{len(logits)} rows", [given], 48 * len(logits))
 
@@ -240,7 +240,7 @@ def _divide_logits(sizes: Sizes) -> Case:
 
 
 def _truncate(sizes: Sizes) -> Case:
-    """Bounds that keep most of the law: the op works in place, and the next call is to find as much to do."""
+    """Bounds that keep most of the distribution: the op works in place, and the next call is to find as much to do."""
     rows = sizes.rows * (1 + sizes.num_drafts)
     logits = sizes.draw(rows, sizes.config.vocab_size, dtype=torch.float32, spread=4.0)
     given = {

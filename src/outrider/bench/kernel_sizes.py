@@ -49,7 +49,7 @@ class Sizes:
         return Allocator.on(self.device, self.dtype)
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None, spread: float = 1.0) -> Tensor:
-        """A random tensor, of the activations' type unless told."""
+        """A random tensor, of the activations' type unless another is given."""
         dtype = dtype or self.allocator.activation_dtype
         return (spread * torch.randn(shape, device=self.device)).to(dtype)
 

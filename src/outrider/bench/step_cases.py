@@ -114,7 +114,7 @@ def _draft_rows(sizes: Sizes) -> Case:
     return Case(DRAFT_ROWS, "", [given], 32 * (len(batch.input_ids) + sizes.rows * masks))
 
 
-def _temper(sizes: Sizes) -> Case:
+def _scale_hidden(sizes: Sizes) -> Case:
     slots = _slots(sizes)
     x = sizes.draw(sizes.rows * sizes.num_drafts, sizes.config.hidden_size)
     slot = torch.arange(sizes.rows, device=sizes.device).repeat_interleave(sizes.num_drafts)
@@ -172,7 +172,7 @@ def _embed(sizes: Sizes) -> Case:
     return Case(EMBED, "", [given], 2 * len(ids) * weight.shape[1] * weight.itemsize)
 
 
-def _decree(sizes: Sizes) -> Case:
+def _synthetic_accept(sizes: Sizes) -> Case:
     slots = _slots(sizes)
     batch = _batch(sizes, slots)
     given = {
@@ -201,14 +201,14 @@ def _single_rows(sizes: Sizes) -> Case:
 
 BOOKS = (
     _embed,
-    _decree,
+    _synthetic_accept,
     _single_rows,
     _assemble,
     _commit,
     _store_draft,
     _judge,
     _draft_rows,
-    _temper,
+    _scale_hidden,
     _gather_rows,
     _join_input,
     _noise_bits,

@@ -140,7 +140,7 @@ def _print(found: dict[str, Any]) -> None:
     for cache in found["caches"]:
         out.print(f"  {cache['what']}: {escape(str(cache['directory']))}, {cache['bytes'] / MIB:,.1f} MiB")
         if not cache["writable"]:
-            out.print("    [yellow]it cannot be written: what it would keep is made anew at each start[/]")
+            out.print("    [yellow]it cannot be written: what it would keep is made again at each start[/]")
     out.print("\n[bold]missing[/]" if found["missing"] else "\nnothing is missing")
     for one in found["missing"]:
         out.print(f"  {one['package']}, for {one['for']}: {escape(one['get'])}")

@@ -42,7 +42,7 @@ def serve(
     model: Model = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's clients expect it. Ends on SIGTERM or Ctrl-C, after what is under way."""
+    """Serve a model over HTTP, as OpenAI's clients expect it. Ends on SIGTERM or Ctrl-C, after the running requests."""
     with starting():
         from outrider.config import resolve
 
@@ -68,7 +68,7 @@ def serve(
             return
         drafts = f"drafting {facts.method}, {facts.num_speculative_tokens} tokens a round; " if facts.method else ""
         out.print(f"serving [bold]{escape(listening.model)}[/] on [bold green]{listening.url}[/]")
-        out.print(f"[dim]{drafts}runner {facts.runner}; Ctrl-C ends it after what is under way[/]")
+        out.print(f"[dim]{drafts}runner {facts.runner}; Ctrl-C ends it after the running requests[/]")
 
     for_people = not as_json and server.log_format == "text"
     if for_people:

@@ -30,7 +30,7 @@ class TokenDelta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AcceptanceReport:
-    """How many drafts stood, counted as vLLM counts them; reports add up.
+    """How many drafts were accepted, counted as vLLM counts them; reports add up.
 
     A draft is one row's step that verified at least one token. The first output token comes from the
     prompt's own step and counts no draft; the last step counts all it accepted, past the end too.
@@ -38,7 +38,7 @@ class AcceptanceReport:
 
     drafts: int = 0  # rounds
     drafted: int = 0  # tokens proposed and verified
-    accepted: int = 0  # tokens that stood
+    accepted: int = 0  # drafts that were accepted
     per_position: tuple[int, ...] = ()  # of `accepted`, by position in the round: the first entry is position 1
     drafting_ended: str | None = None  # why a request gets no drafts any more, or never got any; None: it gets them
 
@@ -115,7 +115,7 @@ class AcceptanceTally:
 
     def __init__(self, num_drafts: int = 0) -> None:
         self.drafting_ended: str | None = None  # as in the report
-        self._rounds = [0] * (num_drafts + 1)  # rounds by how many drafts stood
+        self._rounds = [0] * (num_drafts + 1)  # rounds by how many drafts were accepted
         self._drafted = 0
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
@@ -135,11 +135,11 @@ class AcceptanceTally:
 
     @property
     def counts(self) -> tuple[int, tuple[int, ...]]:
-        """Tokens drafted, and rounds by how many drafts stood."""
+        """Tokens drafted, and rounds by how many drafts were accepted."""
         return self._drafted, tuple(self._rounds)
 
     def report(self) -> AcceptanceReport:
         """The counts so far."""
-        at_least = list(accumulate(reversed(self._rounds)))[::-1]  # rounds in which at least i drafts stood
+        at_least = list(accumulate(reversed(self._rounds)))[::-1]  # rounds in which at least i were accepted
         accepted = tuple(at_least[1:])
         return AcceptanceReport(at_least[0], self._drafted, sum(accepted), accepted, self.drafting_ended)

@@ -1,7 +1,7 @@
 """Masks tokens that would end a request before its minimum length.
 
 Row l of the logits predicts the token at position[l] of the request in slot[l]. Where that is below min_length, every
-token of the slot's `barred` that is in the vocabulary gets -inf; -1 is padding. All other logits keep their bits.
+token of the slot's `banned` that is in the vocabulary gets -inf; -1 is padding. All other logits keep their bits.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def min_tokens_mask_reference(
     slot: Tensor,  # [L] int64
     position: Tensor,  # [L] int64
     min_length: Tensor,  # [S] int32
-    barred: Tensor,  # [S, N] int64
+    banned: Tensor,  # [S, N] int64
 ) -> Tensor:
     """`logits`."""
-    own = barred[slot]  # [L, N]
+    own = banned[slot]  # [L, N]
     early = (position < min_length[slot])[:, None]
     # The padding must be scattered somewhere; a minimum with +inf leaves that logit as it is.
     bars = early & (own >= 0) & (own < logits.shape[1])
@@ -34,5 +34,5 @@ MIN_TOKENS_MASK = Op(
     kernels=("cuda",),
     outputs=("logits",),
     tolerance=0.0,
-    why="logits are kept or barred, never changed",
+    why="logits are kept or banned, never changed",
 )

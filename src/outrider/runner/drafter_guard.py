@@ -159,7 +159,7 @@ class DrafterGuard:
             self.stopped = True
             logger.warning(
                 "drafting by %s has stopped after %d failures: requests go on without drafts until the engine is "
-                "built anew; correct the drafter",
+                "built again; correct the drafter",
                 name,
                 self._num_failures,
                 extra={"failed_drafter": name},

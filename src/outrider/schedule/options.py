@@ -13,7 +13,7 @@ class SchedulerOptions:
     """Sizes and limits, resolved. Checked when made: OptionError, or CapacityError if one sequence cannot fit.
 
     The pool must hold one sequence of `max_model_len`. Then every request that is taken can run to its end, alone if
-    it must, and none is cut short for want of memory.
+    it must, and none is cut short for lack of memory.
     """
 
     sizes: Sizes

@@ -176,7 +176,7 @@ async def _model(service: Service, request: Request) -> Response:
 
 
 async def _health(service: Service, request: Request) -> Response:
-    """200 while requests are taken, 503 when the engine is dead or started anew, or the server is going down."""
+    """200 while requests are taken, 503 when the engine is dead or restarting, or the server is going down."""
     service.client.check_alive()
     if service.status == "draining":
         return json_response(error_record(503, "the server is going down", code="draining"), 503)

@@ -41,7 +41,7 @@ class ServerOptions:
     )
     api_key: str | None = option(None, "key that clients must send; OUTRIDER_API_KEY and --api-key-file hide it better")
     api_key_file: str | None = option(None, "file of keys, one a line; each of them lets a client in")
-    max_waiting: int = option(256, "completions that may wait for a place to run; more are told to come back (429)")
+    max_waiting: int = option(256, "completions that may wait for a place to run; more are answered 429")
     max_body_bytes: int = option(4 << 20, "largest request body; a larger one is refused (413)")
     max_header_bytes: int = option(64 << 10, "largest head of a request; a larger one is refused (431)")
     max_connections: int = option(
@@ -49,19 +49,19 @@ class ServerOptions:
     )
     receive_timeout: float = option(30.0, "seconds in which a request must have come whole, or is refused (408)")
     send_timeout: float = option(30.0, "seconds after which a client that reads nothing of its answer is cut off")
-    drain_timeout: float = option(60.0, "seconds that requests under way have to end after SIGTERM")
+    drain_timeout: float = option(60.0, "seconds that running requests have to end after SIGTERM")
     engine_timeout: float = option(120.0, "seconds without a sign of life after which the engine counts as hung")
     root_path: str = option("", "path under which a proxy shows the server")
     allowed_origin: Sequence[str] | None = option(
         None,
         "origin whose pages a browser lets read answers (CORS), as https://example.org; * is every one; repeatable",
     )
-    ssl_certfile: str | None = option(None, "certificate chain (PEM); with it the server speaks HTTPS")
+    ssl_certfile: str | None = option(None, "certificate chain (PEM); with it the server answers HTTPS")
     ssl_keyfile: str | None = option(None, "private key of the certificate (PEM), if it is not in the same file")
     request_timeout: float | None = option(
         None, "most seconds a request may take, after which it ends with an error (408); left out: no limit"
     )
-    restart_engine: bool = option(False, "start the engine anew when it dies or hangs, instead of ending")
+    restart_engine: bool = option(False, "restart the engine when it dies or hangs, instead of ending")
     log_format: str = option("text", "text, or json: one JSON object a line")
     otlp_traces_endpoint: str | None = option(
         None, "URL to send OpenTelemetry traces to over HTTP, as http://localhost:4318/v1/traces"

@@ -185,7 +185,7 @@ class _Life:
             for connection in list(self.server.server_state.connections):
                 connection.transport.abort()  # or closing the listener waits for them, from Python 3.12 on
             return
-        logger.info("draining: %d completions are under way", self.service.client.num_in_flight)
+        logger.info("draining: %d completions are running", self.service.client.num_in_flight)
         self.service.draining = True
         self.server.should_exit = True
         asyncio.get_running_loop().call_later(self.drain_timeout, self._give_up)
@@ -210,7 +210,7 @@ class _Life:
         while (failed := self._num_failed) < MAX_RESTARTS:
             self._num_failed += 1
             await asyncio.sleep(BACKOFF_SECONDS * (2**failed - 1))
-            logger.warning("starting the engine anew, number %d of at most %d in a row", failed + 1, MAX_RESTARTS)
+            logger.warning("restarting the engine, number %d of at most %d in a row", failed + 1, MAX_RESTARTS)
             try:
                 facts = await client.restart()
             except EngineDeadError as error:

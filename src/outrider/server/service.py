@@ -125,7 +125,7 @@ class Service:
         under_way = self.client.num_in_flight + self._num_arriving
         if under_way + count > self._capacity:
             raise OverloadError(
-                f"{under_way} completions are under way, and at most {self._capacity} may be: try again later",
+                f"{under_way} completions are in flight, and at most {self._capacity} may be: try again later",
                 self.metrics.retry_after(),
             )
 

@@ -109,7 +109,7 @@ async def _ended(process: SpawnProcess, seconds: float) -> bool:
 
 
 class EngineClient:
-    """Starts the engine's process, and speaks with it from one event loop."""
+    """Starts the engine's process, and talks to it from one event loop."""
 
     def __init__(self, options: EngineOptions, timeout: float, log_format: str = "text") -> None:
         """`timeout`: seconds of silence after which the engine counts as hung. `start` does the work."""
@@ -150,7 +150,7 @@ class EngineClient:
         if self._unusable is not None:
             raise self._unusable
         if self.restarting:
-            said = "the engine failed and is being started anew: try again later"
+            said = "the engine failed and is being restarted: try again later"
             raise EngineRestartingError(said, retry_seconds(self._start_seconds))
         if self.cause_of_death is not None:
             raise EngineDeadError("the engine is dead, and runs no more requests") from self.cause_of_death
@@ -204,7 +204,7 @@ class EngineClient:
                 facts = await self.start()
         except Exception as error:
             said = f"it was not ready after {longest:.0f} seconds" if isinstance(error, TimeoutError) else error
-            self.cause_of_death = EngineDeadError(f"the engine could not be started anew: {said}")
+            self.cause_of_death = EngineDeadError(f"the engine could not be restarted: {said}")
             raise self.cause_of_death from error
         self.restarting = False
         return facts

@@ -34,7 +34,7 @@ class DiskCache(FunctionCache):  # type: ignore[misc]
             return super().load_overload(signature, target_context)
         except Exception as error:
             _warn(
-                f"compiled kernels in {self.cache_path} cannot be read, and are compiled anew ({_said(error)}): if "
+                f"compiled kernels in {self.cache_path} cannot be read, and are compiled again ({_said(error)}): if "
                 "this comes again, delete that directory's .nbi and .nbc files, or set NUMBA_CACHE_DIR to another one"
             )
         try:
@@ -50,7 +50,7 @@ class DiskCache(FunctionCache):  # type: ignore[misc]
         except Exception as error:
             self.disable()
             _warn(
-                f"compiled kernels cannot be kept in {self.cache_path}, and each process compiles them anew "
+                f"compiled kernels cannot be kept in {self.cache_path}, and each process compiles them again "
                 f"({_said(error)}): make room there, or set NUMBA_CACHE_DIR to a directory that can be written"
             )
 
@@ -65,7 +65,7 @@ def cache_of(function: Callable[..., Any], stamp: str) -> DiskCache | NullCache:
         of_user = UserWideCacheLocator(function, function.__code__.co_filename).get_cache_path()
         tried = ", ".join(str(path) for path in (*given, beside, of_user))
         _warn(
-            f"no directory for compiled kernels can be written ({tried}), and each process compiles them anew "
+            f"no directory for compiled kernels can be written ({tried}), and each process compiles them again "
             f"({_said(error)}): set NUMBA_CACHE_DIR to a directory that can"
         )
         return NullCache()

@@ -133,7 +133,7 @@ class Entry:
         key = cache._index_key(self._arguments, self._dispatcher.targetctx.codegen())
         try:
             return key in cache._cache_file._load_index()
-        except Exception:  # a damaged file: it is compiled anew
+        except Exception:  # a damaged file: it is compiled again
             return False
 
     @property

@@ -237,7 +237,7 @@ def _start(count: int) -> None:
 
 
 def _reset() -> None:
-    """Makes the pool anew: at the start, and in a forked process, which has none of its parent's threads."""
+    """Makes a new pool: at the start, and in a forked process, which has none of its parent's threads."""
     _helpers.clear()
     ctypes.memset(_ADDRESS, 0, 640)
     ctypes.c_int64.from_address(_ADDRESS + _GATE).value = _CLOSED

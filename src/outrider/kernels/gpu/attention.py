@@ -308,7 +308,7 @@ def attend(
     tiles: Tiles,
     splits: int,
 ) -> Tensor:
-    """`paged_attention` cut up as told: in one kernel, or with splits > 1 in two."""
+    """`paged_attention` cut up as given: in one kernel, or with splits > 1 in two."""
     query = query.contiguous()
     num_tokens, num_heads, head_dim = query.shape
     block_table, query_start, seq_lens = rows.block_table, rows.query_start, rows.seq_lens

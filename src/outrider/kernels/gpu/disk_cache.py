@@ -23,7 +23,7 @@ def writable(directory: str) -> str:
         made = tempfile.mkdtemp(prefix="outrider-triton-")
         atexit.register(shutil.rmtree, made, ignore_errors=True)
         logger.warning(
-            "Triton's cache %s cannot be written, and each process compiles its kernels anew (%s): set "
+            "Triton's cache %s cannot be written, and each process compiles its kernels again (%s): set "
             "TRITON_CACHE_DIR to a directory that can",
             directory,
             error,

@@ -14,7 +14,7 @@ def _min_tokens_mask_kernel(
     slot,
     position,
     min_length,
-    barred,
+    banned,
     stride,
     size,
     width,
@@ -27,22 +27,22 @@ def _min_tokens_mask_kernel(
     wait(PDL)
     owner = tl.load(slot + row)
     if tl.load(position + row) < tl.load(min_length + owner):
-        token = tl.load(barred + owner * width + column, mask=column < width, other=-1)
+        token = tl.load(banned + owner * width + column, mask=column < width, other=-1)
         tl.store(logits + row * stride + token, -float("inf"), mask=(token >= 0) & (token < size))
 
 
-def min_tokens_mask_gpu(logits: Tensor, slot: Tensor, position: Tensor, min_length: Tensor, barred: Tensor) -> Tensor:
+def min_tokens_mask_gpu(logits: Tensor, slot: Tensor, position: Tensor, min_length: Tensor, banned: Tensor) -> Tensor:
     """`min_tokens_mask_reference` in one kernel."""
     assert logits.stride(1) == 1 and slot.is_contiguous() and position.is_contiguous()
-    assert min_length.is_contiguous() and barred.is_contiguous()
-    assert logits.dtype == torch.float32 and slot.dtype == position.dtype == barred.dtype == torch.int64
-    width, overlap = barred.shape[1], overlaps(logits)
+    assert min_length.is_contiguous() and banned.is_contiguous()
+    assert logits.dtype == torch.float32 and slot.dtype == position.dtype == banned.dtype == torch.int64
+    width, overlap = banned.shape[1], overlaps(logits)
     _min_tokens_mask_kernel[(logits.shape[0],)](
         logits,
         slot,
         position,
         min_length,
-        barred,
+        banned,
         logits.stride(0),
         logits.shape[1],
         width,

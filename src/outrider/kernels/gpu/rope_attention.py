@@ -2,7 +2,7 @@
 
 See `kernels.rope_attention`. Tiles of query tokens are those of `gpu.attention`. Every program turns its tile's queries
 itself, which is little work. A row's earlier keys lie in the cache; those of its query tokens do not yet, since another
-program may be about to write them: whoever needs them makes them anew, rounded as they will be stored. One program a
+program may be about to write them: each program computes them again, rounded as they will be stored. One program a
 tile and key head does, and stores those of the tile's own tokens.
 
 Keys are shared out a step of BLOCK_N at a time, the query tokens' being one more step: of N programs that have work,
@@ -14,7 +14,7 @@ second kernel does, since one program would read for longer than that takes to s
 
 A recorded graph starts as many programs as the longest row may need. Those without work leave at once: what they would
 hold is needed by the kernel behind this one, which loads weights while keys are read, and memory has little else to do.
-For the same reason they first ask for some of those weights, if told which they are; where keys are many all programs
+For the same reason they first ask for some of those weights, if given which they are; where keys are many all programs
 have work, and none of that happens.
 
 A step's time is that of a chain of loads, each of which needs what the one before it brought. So all that is known to
@@ -73,7 +73,7 @@ def is_short(num_tokens: int, num_rows: int, group: int, num_kv_heads: int, proc
     """Whether this kernel is for such a step: a tile holds a row of the mean length, and all rows run at once.
 
     Rows that wait for others to end had better be the two kernels', which need fewer registers. A long row among many
-    short ones is not told from them, and is slower than it might be; the graph runner runs those in steps of their own.
+    short ones is not kept apart, and is slower than it might be; the graph runner runs those in steps of their own.
     """
     if not num_tokens or num_rows * num_kv_heads > 2 * processors:
         return False
@@ -263,7 +263,7 @@ def rope_attend(
     ahead: bool = False,
     next_weight: Tensor | None = None,
 ) -> Tensor:
-    """`rope_attention` cut up as told.
+    """`rope_attention` cut up as given.
 
     `ahead`: what does not come from the kernel in front may be read before that has ended: it came late (`few_rows`).
     `next_weight`: what the kernel behind this one will read first, if that is known.

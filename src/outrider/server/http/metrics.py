@@ -138,7 +138,7 @@ class _EngineCollector(Collector):
         yield self._gauge("kv_cache_usage_perc", "Share of key/value blocks in use, 0 to 1.", snapshot.cache_usage)
         yield self._count("prefix_cache_queries", "Prompt tokens looked up.", snapshot.prefix_queries)
         yield self._count("prefix_cache_hits", "Prompt tokens found in the cache.", snapshot.prefix_hits)
-        yield self._count("num_preemptions", "Completions put back for want of blocks.", snapshot.num_preemptions)
+        yield self._count("num_preemptions", "Completions put back for lack of blocks.", snapshot.num_preemptions)
         yield self._count("engine_steps", "Steps of the engine.", snapshot.num_steps)
 
     def _speculation(self, snapshot: Snapshot) -> Iterator[Any]:
@@ -169,7 +169,7 @@ class _EngineCollector(Collector):
         )
         labels = ["model_name", "temperature", "position"]
         expected = GaugeMetricFamily(PREFIX + "watchdog_expected_rate", "Acceptance rate on record.", labels=labels)
-        measured = GaugeMetricFamily(PREFIX + "watchdog_measured_rate", "Acceptance rate of late.", labels=labels)
+        measured = GaugeMetricFamily(PREFIX + "watchdog_measured_rate", "Recent acceptance rate.", labels=labels)
         for one in snapshot.watched:
             for family, rates in ((expected, one.expected), (measured, one.measured)):
                 for position, rate in enumerate(rates, start=1):

@@ -52,7 +52,7 @@ Includable = Literal[
 
 
 class ReasoningOptions(Record):
-    """How much a model is to reason, and what of it is to be told."""
+    """How much a model is to reason, and what of it the answer shows."""
 
     effort: Effort | None = hint("a chat template that reads reasoning_effort is given it")
     summary: Summary | None = hint("reasoning is given as it is")
@@ -87,12 +87,16 @@ class ResponsesRequest(Sampling):
     }
 
     input: Annotated[
-        Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})
+        Any,
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}),
+        Field(description="text, or a list of messages and items of earlier answers"),
     ]
     instructions: str | None = Field(None, description="a system message before the input")
-    max_output_tokens: int | None = Field(None, ge=1)
-    tools: Annotated[list[Annotated[FunctionTool, AFunction]], FIRST_FAULT] | None = None
-    tool_choice: ToolChoice = None
+    max_output_tokens: int | None = Field(None, ge=1, description="most tokens of the answer")
+    tools: Annotated[list[Annotated[FunctionTool, AFunction]], FIRST_FAULT] | None = Field(
+        None, description="functions that the model may call"
+    )
+    tool_choice: ToolChoice = Field(None, description="none: the model is shown no tools")
     parallel_tool_calls: bool | None = Field(None, description="false: what follows the first call is left out")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="arguments that the chat template reads")
     include: list[Includable] | None = hint("an answer holds all that there is")

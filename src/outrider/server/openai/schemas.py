@@ -118,7 +118,7 @@ class PromptCacheOptions(Record):
 class Sampling(Record):
     """What all kinds of completion take; null is as if left out."""
 
-    model: str | None = None
+    model: str | None = Field(None, description="the served model's name; left out: the one there is")
     temperature: float | None = _field(TEMPERATURE)
     top_p: float | None = _field(TOP_P)
     top_k: int | None = _field(TOP_K)
@@ -129,7 +129,7 @@ class Sampling(Record):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    stream: bool | None = None
+    stream: bool | None = Field(None, description="whether the text comes in events, as it is made")
     speculative: Speculative | None = None
     vllm_xargs: dict[str, Any] | None = Field(None, description="parameters of the server's own logits processors")
     user: str | None = hint()
@@ -204,11 +204,13 @@ class CompletionRequest(Sampled):
 class ChatRequest(Sampled):
     """The body of `/v1/chat/completions`."""
 
-    messages: Conversation
-    tools: Annotated[list[Annotated[Tool, AFunction]], FIRST_FAULT] | None = None
-    tool_choice: ToolChoice = None
+    messages: Conversation = Field(description="the conversation so far, oldest first")
+    tools: Annotated[list[Annotated[Tool, AFunction]], FIRST_FAULT] | None = Field(
+        None, description="functions that the model may call"
+    )
+    tool_choice: ToolChoice = Field(None, description="none: the model is shown no tools")
     parallel_tool_calls: bool | None = Field(None, description="false: what follows the first call is left out")
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="most tokens of the answer, as max_tokens")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="arguments that the chat template reads")
     add_generation_prompt: bool | None = Field(None, description="false: the template begins no reply")
     continue_final_message: bool | None = Field(
@@ -246,18 +248,18 @@ class ChatRequest(Sampled):
 class TokenizeRequest(Record):
     """The body of `/tokenize`: a text, or a conversation under the model's chat template."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: Conversation = None
+    model: str | None = Field(None, description="the served model's name; left out: the one there is")
+    prompt: str | None = Field(None, description="text to tokenize")
+    messages: Conversation = Field(None, description="a conversation to tokenize, in place of a prompt")
     add_special_tokens: bool | None = Field(None, description="with a prompt; true if left out")
-    return_token_strs: bool | None = None
+    return_token_strs: bool | None = Field(None, description="the text of each token beside its id")
 
 
 class DetokenizeRequest(Record):
     """The body of `/detokenize`."""
 
-    model: str | None = None
-    tokens: Annotated[list[int], FIRST_FAULT]
+    model: str | None = Field(None, description="the served model's name; left out: the one there is")
+    tokens: Annotated[list[int], FIRST_FAULT] = Field(description="token ids to turn into text")
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:

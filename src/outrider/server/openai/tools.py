@@ -17,8 +17,8 @@ from outrider.server.openai.record import Record
 class Function(Record):
     """A function that the model may call."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="what the model calls it by")
+    description: str | None = Field(None, description="when to call it, for the model")
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
     strict: bool | None = hint("nothing holds the model to the schema yet, so check the arguments of calls")
 
@@ -38,14 +38,14 @@ AFunction = BeforeValidator(_only_functions)
 class Tool(Record):
     """A function, as chat completions take it."""
 
-    type: Literal["function"]
-    function: Function
+    type: Literal["function"] = Field(description="function, as no other is offered")
+    function: Function = Field(description="what may be called")
 
 
 class FunctionTool(Function):
     """A function, as responses take it. Tools of OpenAI's own are not offered."""
 
-    type: Literal["function"]
+    type: Literal["function"] = Field(description="function, as no other is offered")
 
 
 ToolChoice = Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})]
