@@ -133,7 +133,6 @@ def test_a_dead_link_is_found() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_that_are_named_are_there(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text().split(PLANNED)[0], flags=re.MULTILINE | re.DOTALL)
-    text = text if page.parent.name != "journal" else ""
     named = re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|sh|json|md))`", text)
     places = [ROOT, ROOT / "src" / "outrider", ROOT / "benchmarks", ROOT / "tests"]
     assert [one for one in named if not any((place / one).exists() for place in places)] == [], "no such file"

@@ -99,11 +99,7 @@ class Figures:
 
 def pages() -> list[Path]:
     """What a person writes and a reader reads."""
-    written = [
-        path
-        for path in sorted((ROOT / "docs").rglob("*.md"))
-        if path.name not in GENERATED and path.parent.name != "journal"
-    ]
+    written = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in GENERATED]
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("STYLE.md")), *written]
 
 
