@@ -21,6 +21,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "test_*_api.py": SERVING,
     "test_cli.py": SERVING,
     "test_clients.py": SERVING,
+    "test_drafting_ended.py": SERVING,
+    "test_explain.py": SERVING,
     "test_fuzz_requests.py": SERVING,
     "test_hints_and_round_trips.py": (*SERVING, "hypothesis"),
     "test_lossless.py": ("hypothesis",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import pickle
 import signal
@@ -68,6 +69,9 @@ def run(options: EngineOptions, address: str, log_format: str = "text") -> None:
         engine = build(options, socket)
         with contextlib.closing(engine):
             _warm_up(engine)
+            # What is here stays. A full collection would look through all of it in the middle of a step.
+            gc.collect()
+            gc.freeze()
             EngineProcess(engine, socket).serve()
     except Exception as error:
         if isinstance(error, EngineDeadError) or not isinstance(error, OutriderError):
