@@ -201,6 +201,7 @@ def check_error(sent: Sent, reply: Reply) -> None:
         given = json.loads(sent.body.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         given = {}
+    given = given if isinstance(given, dict) else {}
     record = RECORDS.get(sent.path.partition("?")[0])
     known = {*given, *(record.model_fields if record is not None else ()), "X-Request-Timeout", "n"}
     begins = param.removesuffix("...")

@@ -44,6 +44,18 @@ SMALL: dict[str, tuple[str, bytes, str | None, str]] = {
     "a token past the vocabulary": ("/detokenize", b'{"tokens": [0, 9999]}', "tokens", "token id 9999 is outside"),
     "no UTF-8": (TEXT, b'{"prompt": "\xff"}', None, "the body is not JSON: no UTF-8 from byte 0 on"),
     "deep": (TEXT, b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", None, "the body is nested more than 64 deep"),
+    "too many tokens of a chat": (
+        CHAT,
+        b'{"messages": [{"role": "user", "content": "x"}], "max_completion_tokens": 9223372036854775808}',
+        "max_completion_tokens",
+        "max_completion_tokens is too large",
+    ),
+    "too many tokens of a response": (
+        RESPONSES,
+        b'{"input": "x", "max_output_tokens": 9223372036854775808}',
+        "max_output_tokens",
+        "max_output_tokens is too large",
+    ),
     "a parameter that nothing reads": (TEXT, b'{"prompt": "x", "vllm_xargs": {"type": 1}}', "vllm_xargs.type", "type"),
 }
 

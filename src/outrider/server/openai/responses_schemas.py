@@ -15,7 +15,7 @@ from outrider.errors import FieldError, PromptError
 from outrider.load.chat_template import PARTS, in_form, text_of
 from outrider.server.openai.hints import Effort, Summary, hint
 from outrider.server.openai.record import FIRST_FAULT, NOTHING, Record
-from outrider.server.openai.schemas import Sampling
+from outrider.server.openai.schemas import Sampling, called
 from outrider.server.openai.tools import AFunction, FunctionTool, ToolChoice, shown_tools
 
 _TEXT_FORMATS: tuple[dict[str, Any], ...] = ({}, {"format": None}, {"format": {"type": "text"}})
@@ -105,7 +105,8 @@ class ResponsesRequest(Sampling):
 
     def sampling(self, **defaults: Any) -> SamplingParams:
         """As for any; an answer may be as long as there is room for unless `max_output_tokens` says less."""
-        return super().sampling(**{"max_tokens": self.max_output_tokens, **defaults})
+        with called("max_tokens", "max_output_tokens"):
+            return super().sampling(**{"max_tokens": self.max_output_tokens, **defaults})
 
     def check(self) -> None:
         """What no field shows by itself."""

@@ -6,7 +6,8 @@ An unknown field, one of the wrong type and one that asks for what the engine la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
@@ -21,7 +22,7 @@ from outrider.core.sampling_fields import (
     SamplingField,
 )
 from outrider.engine.conversation import ROLES
-from outrider.errors import FieldError
+from outrider.errors import FieldError, SamplingError
 from outrider.server.openai.hints import Effort, ServiceTier, hint
 from outrider.server.openai.record import FIRST_FAULT, Record
 from outrider.server.openai.tools import AFunction, Tool, ToolChoice, shown_tools
@@ -201,6 +202,17 @@ class CompletionRequest(Sampled):
     echo: bool | None = Field(None, description="the prompt's text before the completion's")
 
 
+@contextmanager
+def called(name: str, here: str) -> Iterator[None]:
+    """Around what reads a sampling parameter that a request calls otherwise: a refusal of it has the request's name."""
+    try:
+        yield
+    except SamplingError as error:
+        if error.field != name:
+            raise
+        raise SamplingError(str(error).replace(name, here, 1), here) from None
+
+
 class ChatRequest(Sampled):
     """The body of `/v1/chat/completions`."""
 
@@ -228,7 +240,8 @@ class ChatRequest(Sampled):
                     "max_completion_tokens",
                 )
             defaults["max_tokens"] = longest
-        return super().sampling(**{"max_tokens": None, **defaults})
+        with called("max_tokens", "max_tokens" if longest is None else "max_completion_tokens"):
+            return super().sampling(**{"max_tokens": None, **defaults})
 
     def shown_tools(self) -> list[dict[str, Any]]:
         """The tools that the model is shown, as its chat template takes them."""
