@@ -61,8 +61,12 @@ class Rope:
             return
         refusal = self.scaling.refusal(self.theta, head_dim)
         if refusal is None:
-            angles = self.scaling.frequencies(self.theta, head_dim, longest) * longest
-            if not angles.isfinite().all() or not 0 < self.scaling.attention_factor < math.inf:
+            try:
+                angles = self.scaling.frequencies(self.theta, head_dim, longest) * longest
+                is_finite = bool(angles.isfinite().all()) and 0 < self.scaling.attention_factor < math.inf
+            except OverflowError:
+                is_finite = False
+            if not is_finite:
                 refusal = "makes no finite angles: one of its values is too large, or too near to 0"
         if refusal is not None:
             raise CheckpointError(f"config.json: rope scaling {refusal}; correct it there")

@@ -193,7 +193,9 @@ class YarnScaling(Scaling):
         else:
             sharpening = cls._sharpen(factor)
         fast, slow = (given.number(key, 0.0, low=0.0) for key in ("beta_fast", "beta_slow"))
-        return cls(factor, original, sharpening, fast or 32.0, slow or 1.0, given.flag("truncate", True))
+        # null is false to transformers, and a key that is not there true
+        truncate = given.flag("truncate", "truncate" not in given.values)
+        return cls(factor, original, sharpening, fast or 32.0, slow or 1.0, truncate)
 
     @staticmethod
     def _sharpen(factor: float, mscale: float = 1.0) -> float:

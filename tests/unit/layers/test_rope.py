@@ -42,6 +42,7 @@ SCALED: dict[str, dict[str, Any]] = {
     "yarn with mscale": {"rope_type": "yarn", "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 1.0},
     "yarn with one mscale": {"rope_type": "yarn", "factor": 40.0, "mscale": 0.707},
     "yarn of other turns": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+    "yarn with a truncate of null": {"rope_type": "yarn", "factor": 4.0, "truncate": None},
     "yarn of one turn": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 1, "truncate": False},
     "longrope": {
         "rope_type": "longrope",
@@ -249,6 +250,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "rope_parameters.full_attention gives a kind of layer its own rope",
     ),
     "a part of each head": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    "dynamic past all numbers": ({"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}}, "no finite angles"),
     "too many positions": ({"rope_scaling": {**YARN, "factor": 1e9}}, "makes 32000000000 positions"),
 }
 
