@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from checkpoints import Case, prompt, run
+from checkpoints import Case, plugin, prompt, run
 from emulated import Emulated
 from heads import drafting, tiny_head
-from outrider import LLM, SamplingParams
+from outrider import LLM, HostDrafter, SamplingParams
 from outrider import config as config_module
 from outrider.core.output import AcceptanceReport, AcceptanceTally
 from outrider.engine.process.messages import Delta
@@ -76,3 +76,21 @@ def test_the_reason_crosses_processes_and_adds_up() -> None:
     assert (AcceptanceReport() + delta.tally().report()).drafting_ended == "why"
     assert delta.tally().report().to_dict()["drafting_ended"] == "why"
     assert AcceptanceTally.of(3, (1, 0)).report().drafting_ended is None
+
+
+class Failing(HostDrafter):
+    """A user's drafter with a fault of its own."""
+
+    name = "failing"
+
+    def guess(self, tokens: list[int]) -> list[int]:
+        raise ValueError("a fault of its own")
+
+
+@pytest.mark.failing_drafter
+def test_a_drafter_that_was_stopped_is_the_reason(tiny: Callable[..., Path]) -> None:
+    with LLM(str(tiny("qwen3")), device="cpu", speculative_config=plugin(Failing)) as llm:
+        plain = SamplingParams(max_tokens=12, ignore_eos=True, detokenize=False)
+        during, after = (llm.generate([prompt(9, 1)], plain)[0] for _ in range(2))
+    for output in (during, after):
+        assert output.acceptance.drafting_ended == "drafter failing has stopped after 3 failures: see the log"

@@ -250,9 +250,12 @@ class Engine:
         result = flight.pending.result()
         self._in_flight.popleft()
         if result.drafter is not None:
+            had_stopped = self._drafter_faults is not None and self._drafter_faults.stopped
             self._drafter_faults = result.drafter
-            if result.drafter.stopped:
+            if result.drafter.stopped and not had_stopped:
                 self._scheduler.stop_drafting()
+                for request in self._requests.values():
+                    self._end_drafting(request)
         ran = clock()
         gained = [(delta, self._requests[delta.request_id]) for delta in self._scheduler.apply(flight.plan, result)]
         for delta, request in gained:
@@ -278,6 +281,9 @@ class Engine:
             return
         if request.max_drafts == 0:
             tally.drafting_ended = "the request asks for no drafts"
+        elif (faults := self._drafter_faults) is not None and faults.stopped:
+            method = self.resolved.method
+            tally.drafting_ended = f"drafter {method} has stopped after {faults.num_failures} failures: see the log"
         elif len(request.tokens) >= last:
             has = "prompt has" if not request.num_output else "sequence has grown to"
             tally.drafting_ended = (
