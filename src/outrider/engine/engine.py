@@ -93,9 +93,7 @@ class Engine:
         self._drafter_faults: DrafterFaults | None = None
         self.num_dropped = 0
         """Requests that ended other than in a step: by `finish`, `abort` or an interrupt."""
-        # A sequence one token longer than the drafter's positions is the last that it drafts for.
-        positions = self.resolved.draft_positions
-        self._last_drafted_length = sys.maxsize if positions is None else positions + 1
+        self._last_drafted_length, self._draft_bound = self._drafting_ends()
         self._has_logged_end = False
         self.times = StepTimes()
         self.watchdog = Watchdog.of(self.resolved)
@@ -274,6 +272,15 @@ class Engine:
         times.apply += clock() - ran
         return gained
 
+    def _drafting_ends(self) -> tuple[int, str]:
+        """The longest sequence that drafts are made for, and what sets that bound."""
+        positions, limit = self.resolved.draft_positions, self._scheduler_options.draft_limit
+        # the row of the newest token needs no position of the drafter's own
+        last = sys.maxsize if positions is None else positions + 1
+        if limit is not None and limit - 1 < last:
+            return limit - 1, f"speculative_config sets max_model_len {limit}"
+        return last, f"drafter {self.resolved.method} has {positions} positions"
+
     def _end_drafting(self, request: Request) -> None:
         """Writes down why a request gets no drafts any more, if that is so, and logs it of the first request."""
         tally, last = request.acceptance, self._last_drafted_length
@@ -286,9 +293,7 @@ class Engine:
             tally.drafting_ended = f"drafter {method} has stopped after {faults.num_failures} failures: see the log"
         elif len(request.tokens) >= last:
             has = "prompt has" if not request.num_output else "sequence has grown to"
-            tally.drafting_ended = (
-                f"the {has} {len(request.tokens)} tokens, and drafter {self.resolved.method} has {last - 1} positions"
-            )
+            tally.drafting_ended = f"the {has} {len(request.tokens)} tokens, and {self._draft_bound}"
             if not self._has_logged_end:
                 self._has_logged_end = True
                 said = "request %s goes on without drafts: %s; of later requests their acceptance says so"

@@ -68,3 +68,6 @@ def test_drafting_ends_at_the_drafts_max_model_len(tiny: Callable[..., Path]) ->
     some = run(max_model_len=len(prompt) + 12)
     assert 0 < some.acceptance.drafted < free.acceptance.drafted
     assert some.outputs[0].token_ids == free.outputs[0].token_ids
+    assert free.acceptance.drafting_ended is None
+    assert none.acceptance.drafting_ended == "the prompt has 16 tokens, and speculative_config sets max_model_len 16"
+    assert str(some.acceptance.drafting_ended).endswith("tokens, and speculative_config sets max_model_len 28")
