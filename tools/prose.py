@@ -72,7 +72,9 @@ NAMES = frozenset(
         "tap",
         "tapped",
         "taps",
+        "tell",
         "temper",
+        "told",
     }
 )
 """Words that no name in `src` may hold: parts of names between underscores or capitals."""

@@ -110,7 +110,7 @@ def resolve(options: EngineOptions, progress: Callable[[int, int], None] | None 
         drafter=footprint,
         processors=processors,
         programs=verdict.runner.footprint(capture) if isinstance(verdict, Choice) else 0,
-        in_place=parts[0].needs == {Feature.CUDA},
+        inplace=parts[0].needs == {Feature.CUDA},
         cache_bytes=options.kv_cache_memory,
         utilization=options.gpu_memory_utilization,
     )

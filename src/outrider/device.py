@@ -41,7 +41,7 @@ def device_part(device: torch.device) -> Part:
         return Part(name, frozenset({Feature.CPU}))
     needs = {Feature.CUDA}
     capability = torch.cuda.get_device_capability(device)
-    if capability < op.LEAST_CAPABILITY:
+    if capability < op.MIN_CAPABILITY:
         name = "{} of compute capability {}.{}".format(name, *capability)
         needs.add(Feature.OLD_CUDA)
     if not op.HAS_TRITON:

@@ -38,7 +38,7 @@ def measure(
     Each prompt has a seed of its own, from the engine's, so that a run does not depend on those before it.
     """
     first = llm.engine.resolved.options.seed
-    seeded = [replace(sampling, seed=(first + place) % 2**63) for place in range(len(prompts.texts))]
+    seeded = [replace(sampling, seed=(first + index) % 2**63) for index in range(len(prompts.texts))]
     outputs = llm.generate(list(prompts.texts), seeded, progress=progress)
     for output in outputs:
         output.raise_for_error()
@@ -115,12 +115,12 @@ def summary(runs: Sequence[Comparison]) -> dict[str, Any]:
 
     `passed` is false if any run departed, else None if any had nothing to be compared with; `departures` are all runs'.
     """
-    told = [run.to_dict() for run in runs]
+    records = [run.to_dict() for run in runs]
     verdicts = [run.passed for run in runs]
     return {
-        **told[0],
+        **records[0],
         "passed": False if False in verdicts else None if None in verdicts else True,
-        "departures": [departure for run in told for departure in run["departures"]],
-        "suspect": next((run["suspect"] for run in told if run["suspect"]), None),
-        "runs": told,
+        "departures": [departure for run in records for departure in run["departures"]],
+        "suspect": next((run["suspect"] for run in records if run["suspect"]), None),
+        "runs": records,
     }

@@ -42,7 +42,7 @@ def _seconds(call: Callable[[], Tensor], device: torch.device, repeats: int) -> 
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     times: list[float] = []
-    for place in range(repeats + 2):
+    for repeat in range(repeats + 2):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
@@ -54,6 +54,6 @@ def _seconds(call: Callable[[], Tensor], device: torch.device, repeats: int) -> 
             begun = time.perf_counter()
             call()
             spent = time.perf_counter() - begun
-        if place >= 2:
+        if repeat >= 2:
             times.append(spent)
     return times

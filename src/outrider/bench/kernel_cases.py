@@ -28,7 +28,7 @@ from outrider.tensors import PagedRows, Purpose
 
 def cases(sizes: Sizes) -> Iterator[partial[Case]]:
     """Makers of all cases, each to be called when its turn comes: their tensors fill a device together."""
-    hidden, wide = sizes.config.hidden_size, sizes.config.intermediate_size
+    hidden, intermediate = sizes.config.hidden_size, sizes.config.intermediate_size
     query = sizes.config.num_heads * sizes.config.head_dim
     both = query + 2 * sizes.config.num_kv_heads * sizes.config.head_dim
     for plain in (_rms_norm, _add_rms_norm, _silu_mul):
@@ -36,8 +36,8 @@ def cases(sizes: Sizes) -> Iterator[partial[Case]]:
     shapes = {
         "qkv": (both, hidden),
         "out": (hidden, query),
-        "gate_up": (2 * wide, hidden),
-        "down": (hidden, wide),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
         "lm_head": (sizes.config.vocab_size, hidden),
     }
     for name, (outputs, inputs) in shapes.items():
@@ -173,7 +173,7 @@ def _rope_attention(sizes: Sizes, name: str, num_query: int) -> Case:
 
 
 def _decoder_layer(sizes: Sizes) -> Case:
-    config, hidden, wide = sizes.config, sizes.config.hidden_size, sizes.config.intermediate_size
+    config, hidden, intermediate = sizes.config, sizes.config.hidden_size, sizes.config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     rows, norms = _paged(sizes, sizes.rows, 1, sizes.context), _head_norms(sizes)
     shapes = {
@@ -181,8 +181,8 @@ def _decoder_layer(sizes: Sizes) -> Case:
         "qkv": (query + 2 * key, hidden),
         "out": (hidden, query),
         "post_norm": (hidden,),
-        "gate_up": (2 * wide, hidden),
-        "down": (hidden, wide),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
     }
     stored = sum(torch.Size(shape).numel() for shape in shapes.values()) * sizes.dtype.itemsize
     given = {
@@ -201,7 +201,7 @@ def _decoder_layer(sizes: Sizes) -> Case:
     blocks = rows.block_table.numel()
     copies = [{**given, "weights": weights(), **_caches(sizes, blocks)} for _ in range(num_copies(stored))]
     cache = 2 * sizes.rows * sizes.context * key * sizes.allocator.cache_dtype.itemsize
-    operations = 2 * sizes.rows * (hidden * (2 * query + 2 * key + 3 * wide) + 2 * sizes.context * query)
+    operations = 2 * sizes.rows * (hidden * (2 * query + 2 * key + 3 * intermediate) + 2 * sizes.context * query)
     return Case(DECODER_LAYER, "", copies, stored + cache, operations)
 
 

@@ -14,7 +14,7 @@ from outrider.layers.parameter import Allocator
 from outrider.models.config import ModelConfig
 
 BLOCK_SIZE = 16
-COLD, MOST_COPIES = 128 << 20, 32
+COLD, MAX_COPIES = 128 << 20, 32
 """Bytes of weights or cache that calls go round before one comes again, so that no cache still holds it; and how many
 copies are made for that at most."""
 
@@ -70,4 +70,4 @@ def num_bytes(*tensors: Tensor | None) -> int:
 
 def num_copies(size: int) -> int:
     """How often to make weights of so many bytes."""
-    return min(max(-(-COLD // size), 1), MOST_COPIES)
+    return min(max(-(-COLD // size), 1), MAX_COPIES)

@@ -63,8 +63,8 @@ def bench_kernels(
     """Rows for every op and number of sequences. An op that fails is a row with the error, and the rest go on."""
     bandwidth, rate = read_bandwidth(device), matmul_rate(device, activation_dtype(device, dtype))
     found: list[KernelRow] = []
-    for place, count in enumerate(rows):
-        sizes = Sizes(config, count, num_drafts, context, 0 if place else prefill, device, dtype)
+    for index, count in enumerate(rows):
+        sizes = Sizes(config, count, num_drafts, context, 0 if index else prefill, device, dtype)
         for row in _rows(sizes, bandwidth, rate, set(only)):
             found.append(row)
             if progress is not None:
@@ -145,8 +145,8 @@ def _said(error: Exception) -> str:
 def _time(function: Callable[..., Any], copies: Sequence[dict[str, Any]], device: torch.device) -> tuple[float, bool]:
     """Seconds of a call, and whether calls were recorded in a graph."""
 
-    def call(place: int) -> None:
-        function(**copies[place % len(copies)])
+    def call(number: int) -> None:
+        function(**copies[number % len(copies)])
 
     if device.type != "cuda":
         return _time_on_host(call), False
@@ -161,8 +161,8 @@ def _time(function: Callable[..., Any], copies: Sequence[dict[str, Any]], device
         calls = -(-CALLS // len(copies)) * len(copies)
 
         def once() -> None:
-            for place in range(calls):
-                call(place)
+            for number in range(calls):
+                call(number)
 
         if _reads_on_host(call):
             return time_on_device(once) / calls, False

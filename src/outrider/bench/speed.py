@@ -223,13 +223,13 @@ def memory(llm: LLM, free_before: int) -> dict[str, Any]:
     """
     plan = llm.engine.resolved.runner.memory
     device = llm.engine.resolved.runner.device
-    told: dict[str, Any] = {"plan": plan.to_dict(), "used": None, "beside_weights_and_cache": None}
-    told["recorded"] = llm.engine.worker_stats().recorded
+    record: dict[str, Any] = {"plan": plan.to_dict(), "used": None, "beside_weights_and_cache": None}
+    record["recorded"] = llm.engine.worker_stats().recorded
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        told["used"] = free_before - free_memory(device)
-        told["beside_weights_and_cache"] = told["used"] - plan.weights - plan.cache
-    return told
+        record["used"] = free_before - free_memory(device)
+        record["beside_weights_and_cache"] = record["used"] - plan.weights - plan.cache
+    return record
 
 
 def give_back(device: torch.device) -> None:

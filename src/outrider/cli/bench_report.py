@@ -13,7 +13,7 @@ from outrider.cli.common import out, say_if_unfaithful, table
 from outrider.core.sizes import MIB
 
 BAR = 40
-_WIDE = Console(highlight=False, soft_wrap=True, width=180)
+_FIXED_WIDTH = Console(highlight=False, soft_wrap=True, width=180)
 
 
 def print_speed(result: Mapping[str, Any]) -> None:
@@ -116,7 +116,7 @@ def _print_rows(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
 
 def _print_table(made: Table) -> None:
     """With every figure whole, also where the output is no terminal and would be taken for a narrow one."""
-    (out if out.is_terminal else _WIDE).print(made)
+    (out if out.is_terminal else _FIXED_WIDTH).print(made)
 
 
 def _gap_share(parts: Mapping[str, float]) -> float | None:

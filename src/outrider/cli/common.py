@@ -224,6 +224,6 @@ def describe_drafting(resolved: Resolved) -> str:
 def table(title: str, *headings: str, numbers: bool = True) -> Table:
     """A plain table; the first column is left-aligned, the others are too if they are not numbers."""
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for place, heading in enumerate(headings):
-        made.add_column(heading, justify="right" if place and numbers else "left")
+    for column, heading in enumerate(headings):
+        made.add_column(heading, justify="right" if column and numbers else "left")
     return made

@@ -91,8 +91,8 @@ def to_markdown(cells: Sequence[Cell]) -> str:
     lines = [heading, ["---"] * len(heading), *([part, *row] for part, row in rows.items())]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     footnotes = "\n".join(
-        f"[^{place}]: runner {note.runner} lacks {note.feature}: {note.reason}."
-        for place, note in enumerate(notes, start=1)
+        f"[^{number}]: runner {note.runner} lacks {note.feature}: {note.reason}."
+        for number, note in enumerate(notes, start=1)
     )
     return f"{_INTRODUCTION}\n{table}\n\n{footnotes}\n"
 

@@ -140,6 +140,6 @@ class AcceptanceTally:
 
     def report(self) -> AcceptanceReport:
         """The counts so far."""
-        at_least = list(accumulate(reversed(self._rounds)))[::-1]  # rounds in which at least i were accepted
-        accepted = tuple(at_least[1:])
-        return AcceptanceReport(at_least[0], self._drafted, sum(accepted), accepted, self.drafting_ended)
+        reached = list(accumulate(reversed(self._rounds)))[::-1]  # rounds in which at least i were accepted
+        accepted = tuple(reached[1:])
+        return AcceptanceReport(reached[0], self._drafted, sum(accepted), accepted, self.drafting_ended)

@@ -31,7 +31,7 @@ class Fact:
 
     def __str__(self) -> str:
         taken = "none" if self.taken in (None, [], {}) else self.taken
-        said = "; ".join(f"{place}: {shortened(str(value))}" for place, value in self.said.items())
+        said = "; ".join(f"{source}: {shortened(str(value))}" for source, value in self.said.items())
         return f"{self.name} {shortened(str(taken))}{f' ({said})' if said else ''}"
 
 
@@ -44,7 +44,7 @@ class Reader:
     """
 
     values: Mapping[str, Any]
-    place: str = "config.json"
+    file: str = "config.json"
     prefix: str = field(default="", kw_only=True)  # of keys in messages, for a nested object
 
     def has(self, key: str) -> bool:
@@ -105,7 +105,7 @@ class Reader:
         value = self._given(key, {})
         if not isinstance(value, Mapping):
             raise self.error(key, value, "an object")
-        return Reader(value, self.place, prefix=f"{key}.")
+        return Reader(value, self.file, prefix=f"{key}.")
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """None, one or several token ids; here they are always several."""
@@ -118,14 +118,14 @@ class Reader:
     def error(self, key: str, value: Any, wanted: str) -> CheckpointError:
         """What is wrong with a value, and what to do about it."""
         written = written_short(value)
-        return CheckpointError(f"{self.place}: {self.prefix}{key} must be {wanted}: {written}; correct it there")
+        return CheckpointError(f"{self.file}: {self.prefix}{key} must be {wanted}: {written}; correct it there")
 
     def _given(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
         if value is None:
             value = default
         if value is None:
-            raise CheckpointError(f"{self.place} lacks {self.prefix}{key}: add it")
+            raise CheckpointError(f"{self.file} lacks {self.prefix}{key}: add it")
         return value
 
 

@@ -10,15 +10,15 @@ from outrider.core.sampling import SamplingParams
 from outrider.errors import PromptError
 
 
-def check_prompt_length(num_tokens: int, limit: int, at_least: bool = False) -> None:
+def check_prompt_length(num_tokens: int, limit: int, is_lower_bound: bool = False) -> None:
     """Raises PromptError for a prompt that is empty, or leaves no room for output within `limit`, max_model_len.
 
-    `at_least`: the prompt may have more tokens than the number says.
+    `is_lower_bound`: the prompt may have more tokens than the number says.
     """
-    if not num_tokens and not at_least:
+    if not num_tokens and not is_lower_bound:
         raise PromptError("the prompt is empty: give at least one token")
     if num_tokens >= limit:
-        count = f"at least {num_tokens}" if at_least else str(num_tokens)
+        count = f"at least {num_tokens}" if is_lower_bound else str(num_tokens)
         raise PromptError(
             f"the prompt has {count} tokens, which leaves no room for output within max_model_len {limit}: "
             f"shorten it to at most {limit - 1}"

@@ -22,15 +22,13 @@ FOLDERS = {"cpu": "cpu", "cuda": "gpu"}
 HAS_TRITON = find_spec("triton") is not None
 """Whether GPU kernels can run: without Triton the references serve a GPU too."""
 
-LEAST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 """Of a GPU that the kernels are for: what came before has no bfloat16."""
 
 
 def triton_serves(device: torch.device) -> bool:
     """Whether GPU kernels run on a CUDA device; where there is none they may be interpreted."""
-    return HAS_TRITON and (
-        not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
-    )
+    return HAS_TRITON and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY)
 
 
 @cache

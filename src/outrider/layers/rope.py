@@ -17,7 +17,7 @@ from outrider.layers.rope_scaling import SCALINGS, Scaling, frequencies
 DEFAULT_THETA = 10_000.0
 """The base of the frequencies where no place says it."""
 
-PLACES = ("rope_scaling", "rope_parameters")
+_ROPE_KEYS = ("rope_scaling", "rope_parameters")
 """Where a config describes rotary embedding. The first that says anything is taken, as transformers takes it."""
 
 
@@ -34,9 +34,9 @@ class Rope:
     def from_config(cls, config: Mapping[str, Any]) -> Rope:
         """Reads both spellings: `rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`."""
         outer = Reader(config)
-        said = {place: outer.inner(place) for place in PLACES}
-        place = next((place for place in PLACES if said[place].values), PLACES[0])
-        given = said[place]
+        said = {rope_key: outer.inner(rope_key) for rope_key in _ROPE_KEYS}
+        rope_key = next((rope_key for rope_key in _ROPE_KEYS if said[rope_key].values), _ROPE_KEYS[0])
+        given = said[rope_key]
         kind = _kind(given)
         theta = given.number("rope_theta", outer.number("rope_theta", DEFAULT_THETA, low=1.0), low=1.0)
         scaling = None
@@ -46,8 +46,8 @@ class Rope:
             key = "original_max_position_embeddings"
             beside = {key: config[key]} if outer.has(key) and key in made.READS else {}
             scaling = made.read(Reader({**given.values, **beside}, prefix=given.prefix), length)
-        notes = [*_unread(given, made), *_overruled(outer, said, place, theta)]
-        seen = {f"config.json's {one}": dict(said[one].values) for one in PLACES if said[one].values}
+        notes = [*_unread(given, made), *_overruled(outer, said, rope_key, theta)]
+        seen = {f"config.json's {one}": dict(said[one].values) for one in _ROPE_KEYS if said[one].values}
         if outer.has("rope_theta"):
             seen["config.json's rope_theta"] = config["rope_theta"]
         return cls(theta, scaling, Fact("rope", f"{kind}, theta {theta:g}", seen, "; ".join(notes) or None))
@@ -122,16 +122,18 @@ def _unread(given: Reader, made: type[Scaling] | None) -> list[str]:
     return [f"{given.prefix}{', '.join(unread)} is read by no rope scaling of this kind"] if unread else []
 
 
-def _overruled(outer: Reader, said: Mapping[str, Reader], place: str, theta: float) -> list[str]:
+def _overruled(outer: Reader, said: Mapping[str, Reader], rope_key: str, theta: float) -> list[str]:
     """What another place says otherwise."""
     notes = []
-    given, other = said[place], said[PLACES[1 - PLACES.index(place)]]
+    given, other = said[rope_key], said[_ROPE_KEYS[1 - _ROPE_KEYS.index(rope_key)]]
     if given.has("type") and given.text("type") != given.text("rope_type", given.text("type")):
         notes.append(f"{given.prefix}rope_type is taken, and type is not")
     if other.values and dict(other.values) != dict(given.values):
-        notes.append(f"{place} is taken before {other.prefix.removesuffix('.')}, as transformers does")
+        notes.append(f"{rope_key} is taken before {other.prefix.removesuffix('.')}, as transformers does")
     thetas = {one.number("rope_theta", low=1.0) for one in (given, other, outer) if one.has("rope_theta")}
     if thetas - {theta}:
-        places = f"{place} says" if given.has("rope_theta") else "the config's top level says or, saying none, leaves"
-        notes.append(f"rope_theta is {theta:g}, as {places} it: write the right one into {place}")
+        source = (
+            f"{rope_key} says" if given.has("rope_theta") else "the config's top level says or, saying none, leaves"
+        )
+        notes.append(f"rope_theta is {theta:g}, as {source} it: write the right one into {rope_key}")
     return notes

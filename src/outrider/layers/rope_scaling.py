@@ -183,7 +183,7 @@ class YarnScaling(Scaling):
     def read(cls, given: Reader, length: int) -> Self:
         original = _original(given, length)
         if "factor" not in given.values:
-            raise CheckpointError(f"{given.place} lacks {given.prefix}factor: add it")
+            raise CheckpointError(f"{given.file} lacks {given.prefix}factor: add it")
         factor = _factor(given) if given.has("factor") else length / original
         mscale, mscale_all_dim = (given.number(key, 0.0, low=0.0) for key in ("mscale", "mscale_all_dim"))
         if given.has("attention_factor"):

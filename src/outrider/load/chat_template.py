@@ -312,9 +312,9 @@ class ChatTemplates:
         for name, template in self._own.items():
             if not isinstance(template, str):
                 raise CheckpointError(f"{_CONFIG}: chat_template {name} must be text: {written_short(template)}")
-        self._place = "the checkpoint's"
+        self._origin = "the checkpoint's"
         if given is not None:
-            self._own, self._place = _named(given, self._own)
+            self._own, self._origin = _named(given, self._own)
         self._made: dict[str, ChatTemplate] = {}
 
     def of(self, with_tools: bool, remedy: str) -> ChatTemplate:
@@ -352,9 +352,9 @@ class ChatTemplates:
 
     def fact(self) -> Fact:
         """Which template is taken, of what places, and what it shows."""
-        said = {} if self._given is not None else places(self._directory)
-        taken = self._place if self._given is not None else next(iter(said), None)
-        shown: dict[str, Any] = {place: f"{len(template)} characters" for place, template in said.items()}
+        said = {} if self._given is not None else templates_by_file(self._directory)
+        taken = self._origin if self._given is not None else next(iter(said), None)
+        shown: dict[str, Any] = {file: f"{len(template)} characters" for file, template in said.items()}
         for name in sorted(self._own) if len(self._own) > 1 else ():
             shown[f"template {name}"] = "for requests with tools" if name == "tool_use" else "taken where it is named"
         if "default" in self._own:
@@ -378,7 +378,7 @@ def _named(given: str, own: Mapping[str, str]) -> tuple[dict[str, str], str]:
         raise OptionError(said) from None
 
 
-def places(directory: Path) -> dict[str, str]:
+def templates_by_file(directory: Path) -> dict[str, str]:
     """What each place of a checkpoint says of the template, the one that transformers takes first."""
     found: dict[str, str] = {}
     files = [path for path in (directory / JINJA_FILE, *sorted((directory / _MORE).glob("*.jinja"))) if path.is_file()]

@@ -30,7 +30,7 @@ def end_of_text(directory: Path, config: Mapping[str, Any], vocab_size: int) -> 
     """
     said: dict[str, Sequence[int]] = {}
     notes = []
-    for place, ids in (
+    for file, ids in (
         ("config.json", Reader(config).token_ids("eos_token_id")),
         (
             GENERATION_CONFIG,
@@ -38,13 +38,13 @@ def end_of_text(directory: Path, config: Mapping[str, Any], vocab_size: int) -> 
         ),
     ):
         if ids:
-            said[place] = ids
-    for place, written in _named_ends(directory):
+            said[file] = ids
+    for file, written in _named_ends(directory):
         token = _token_id(directory, written)
         if token is None:
-            notes.append(f"{place} names {written!r}, which is no token of the vocabulary")
+            notes.append(f"{file} names {written!r}, which is no token of the vocabulary")
         else:
-            said[place] = (*said.get(place, ()), token)
+            said[file] = (*said.get(file, ()), token)
     union = list(dict.fromkeys(token for ids in said.values() for token in ids))
     taken = tuple(token for token in union if token < vocab_size)
     if len(taken) < len(union):
@@ -54,8 +54,8 @@ def end_of_text(directory: Path, config: Mapping[str, Any], vocab_size: int) -> 
         raise CheckpointError(
             f"{directory} names {len(taken)} end-of-text tokens: at most {MAX_STOP_IDS} are supported"
         )
-    places = {place: list(ids) for place, ids in said.items()}
-    return taken, Fact("end of text", list(taken), places, "; ".join(notes) or None)
+    by_file = {file: list(ids) for file, ids in said.items()}
+    return taken, Fact("end of text", list(taken), by_file, "; ".join(notes) or None)
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -65,15 +65,15 @@ def _optional(path: Path) -> dict[str, Any]:
 def _named_ends(directory: Path) -> list[tuple[str, str]]:
     """The tokens that the tokenizer's files name as an end, with the file."""
     found: list[tuple[str, str]] = []
-    for place in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-        held = Reader(_optional(directory / place), place)
+    for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        held = Reader(_optional(directory / file), file)
         for key in ("eos_token", "eot_token"):
             value = held.values.get(key)
             if value is None:
                 continue
             written = held.inner(key).text("content") if isinstance(value, Mapping) else held.text(key)
-            if (place, written) not in found:
-                found.append((place, written))
+            if (file, written) not in found:
+                found.append((file, written))
     return found
 
 

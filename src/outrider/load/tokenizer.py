@@ -92,7 +92,7 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise PromptError("the text holds half of a surrogate pair, which is no character") from None
         if limit is not None and self._bytes_per_token is not None:
-            check_prompt_length(-(-num_bytes // self._bytes_per_token), limit, at_least=True)
+            check_prompt_length(-(-num_bytes // self._bytes_per_token), limit, is_lower_bound=True)
         try:
             # `encode` would keep Python's lock, and make the offsets of every token
             (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)

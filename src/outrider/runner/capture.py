@@ -24,10 +24,10 @@ class CaptureOptions:
         num_drafts: Sequence[int] | None,
         time_parts: bool,
         max_num_seqs: int,
-        most_drafts: int,
+        max_drafts: int,
     ) -> Self:
         """The options from what a user asked for; OptionError names what cannot be."""
-        return cls(_sizes(sizes, max_num_seqs), _num_drafts(num_drafts, most_drafts), time_parts)
+        return cls(_sizes(sizes, max_num_seqs), _num_drafts(num_drafts, max_drafts), time_parts)
 
 
 def _sizes(wanted: Sequence[int] | None, max_num_seqs: int) -> tuple[int, ...]:
@@ -46,11 +46,12 @@ def _sizes(wanted: Sequence[int] | None, max_num_seqs: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def _num_drafts(wanted: Sequence[int] | None, most: int) -> tuple[int, ...]:
+def _num_drafts(wanted: Sequence[int] | None, max_drafts: int) -> tuple[int, ...]:
     """What was asked for, and K, without which a step that verifies all drafts would have no recorded program."""
-    counts = {*(wanted or ()), most}
-    if min(counts) < 0 or max(counts) > most:
+    counts = {*(wanted or ()), max_drafts}
+    if min(counts) < 0 or max(counts) > max_drafts:
         raise OptionError(
-            f"capture_drafts must be numbers of drafts from 0 to num_speculative_tokens {most}: {list(wanted or ())}"
+            f"capture_drafts must be numbers of drafts from 0 to num_speculative_tokens {max_drafts}: "
+            f"{list(wanted or ())}"
         )
     return tuple(sorted(counts))

@@ -36,7 +36,7 @@ class Demand:
     drafter: Footprint
     processors: tuple[LogitsProcessor, ...]
     programs: int  # bytes that the runner itself will hold
-    in_place: bool  # whether kernels change logits where they stand; torch's make copies
+    inplace: bool  # whether kernels change logits where they stand; torch's make copies
     cache_bytes: int | None  # None: what the device has left, no more than all sequences could fill
     utilization: float  # share of a GPU's free memory to use
 
@@ -119,7 +119,7 @@ def _workspace(demand: Demand, activation: torch.dtype) -> int:
     width = 4 * config.hidden_size + 3 * max(config.intermediate_size, config.num_heads * config.head_dim)
     activations = sizes.max_num_batched_tokens * width * activation.itemsize
     # logits; where nothing is in place, what processors make of them and noise too; probabilities of both models
-    copies = (1 if demand.in_place else 3) + (5 if demand.weighs_probabilities else 0)
+    copies = (1 if demand.inplace else 3) + (5 if demand.weighs_probabilities else 0)
     copies += sum(processor.num_copies for processor in demand.processors)
     logits = copies * min(slots * (sizes.num_drafts + 1), sizes.max_num_batched_tokens) * config.vocab_size * 4
     history = slots * sizes.max_model_len * 8

@@ -143,8 +143,8 @@ class RequestQueues:
         return f"{request.cache_salt}\0without drafts" if apart else request.cache_salt
 
     def _max_drafts(self, request: Request) -> int:
-        most = self.options.sizes.num_drafts if self.drafting else 0
-        return most if request.max_drafts is None else min(most, request.max_drafts)
+        limit = self.options.sizes.num_drafts if self.drafting else 0
+        return limit if request.max_drafts is None else min(limit, request.max_drafts)
 
     def _vacate(self, running: RunningRequest) -> None:
         self.cache.free(running.table)

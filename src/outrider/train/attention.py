@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from outrider.train.functional import wide
+from outrider.train.functional import upcast
 
 BLOCK = 128
 """Elements a side of a block that flex attention runs or skips."""
 
-Place = tuple[Tensor, Tensor, Tensor]
+Labels = tuple[Tensor, Tensor, Tensor]
 """document, anchor, depth of elements."""
 
 
-def may_attend(query: Place, key: Place) -> Tensor:
+def may_attend(query: Labels, key: Labels) -> Tensor:
     """The rule, for labels of shapes that broadcast."""
     (document, anchor, depth), (key_document, key_anchor, key_depth) = query, key
     context = (key_depth == 0) & (anchor >= key_anchor)
@@ -48,10 +48,10 @@ def build_mask(document: Tensor, anchor: Tensor, depth: Tensor) -> Mask:
     """From labels [B, N]. On a GPU N must be a multiple of BLOCK."""
     if document.device.type == "cuda":
         return Mask(None, block_mask(document, anchor, depth))
-    places = (document, anchor, depth)
+    labels = (document, anchor, depth)
     query = document.unsqueeze(2), anchor.unsqueeze(2), depth.unsqueeze(2)
     key = document.unsqueeze(1), anchor.unsqueeze(1), depth.unsqueeze(1)
-    assert all(place.dim() == 2 for place in places)
+    assert all(label.dim() == 2 for label in labels)
     return Mask(may_attend(query, key).unsqueeze(1), None)
 
 
@@ -115,7 +115,7 @@ class Attention:
             return out, more.lse
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = wide(q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
+        scores = upcast(q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~mask.dense, -torch.inf)
         return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
@@ -128,8 +128,8 @@ def join_chain(q: Tensor, out: Tensor, weight: Tensor, keys: Tensor, values: Ten
     """
     batch, num_kv_heads, num_elements, head_dim = keys.shape[1:]
     shape = (batch, num_kv_heads, -1, num_elements)
-    grouped = wide(q).view(*shape, head_dim)
-    scores = (grouped * wide(keys).unsqueeze(3)).sum(-1) * head_dim**-0.5  # [S, B, Hkv, G, N]
+    grouped = upcast(q).view(*shape, head_dim)
+    scores = (grouped * upcast(keys).unsqueeze(3)).sum(-1) * head_dim**-0.5  # [S, B, Hkv, G, N]
     shares = torch.cat((weight.view(1, *shape), scores)).softmax(0).unsqueeze(-1)
-    joined = shares[0] * out.view(*shape, head_dim) + (shares[1:] * wide(values).unsqueeze(3)).sum(0)
+    joined = shares[0] * out.view(*shape, head_dim) + (shares[1:] * upcast(values).unsqueeze(3)).sum(0)
     return joined.view(q.shape).to(q.dtype)

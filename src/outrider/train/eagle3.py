@@ -53,8 +53,8 @@ class Eagle3(Objective):
 
     def run(self, batch: Batch, truth: Truth, elements: Elements, weights: Tensor, backward: bool) -> Tensor:
         head, length = self.head, batch.tokens.shape[1]
-        dtype, place = truth.features.dtype, every_anchor(batch)
-        chain = _Chain(self, build_mask(batch.document, place, torch.zeros_like(place)))
+        dtype, anchor = truth.features.dtype, every_anchor(batch)
+        chain = _Chain(self, build_mask(batch.document, anchor, torch.zeros_like(anchor)))
         hidden, outputs = head.project(truth.features), []
         for step in range(self.num_depths):
             following = batch.tokens.roll(-1 - step, 1)

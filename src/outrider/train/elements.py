@@ -41,7 +41,7 @@ def label(batch: Batch, drafted: Tensor, anchors: Sequence[Tensor]) -> Elements:
     for chosen in anchors:
         start.append(start[-1] + chosen.shape[1])
     depth = torch.cat([torch.full_like(chosen, index) for index, chosen in enumerate(anchors)], dim=1)
-    place = (anchor + depth + 1).clamp(max=length - 1)
+    drafted_at = (anchor + depth + 1).clamp(max=length - 1)
     document = batch.document.gather(1, anchor)
     follows = batch.remaining.gather(1, anchor) >= depth + 1
     past_prompt = batch.untrained.gather(1, anchor) <= depth + 1
@@ -50,8 +50,8 @@ def label(batch: Batch, drafted: Tensor, anchors: Sequence[Tensor]) -> Elements:
         depth=depth,
         document=document,
         position=batch.position.gather(1, anchor) + depth,
-        row=place + length * torch.arange(num_rows, device=anchor.device).unsqueeze(1),
-        trained=follows & past_prompt & (document != EMPTY) & drafted.gather(1, place),
+        row=drafted_at + length * torch.arange(num_rows, device=anchor.device).unsqueeze(1),
+        trained=follows & past_prompt & (document != EMPTY) & drafted.gather(1, drafted_at),
         start=tuple(start),
     )
 
@@ -95,6 +95,6 @@ def segment_bounds(num_strata: int, num_segments: int, deeper: float) -> list[in
     edges = [(1 - shrink ** (index + 1)) / (1 - shrink**num_segments) for index in range(num_segments)]
     bounds = [0]
     for index, edge in enumerate(edges):
-        least, most = bounds[-1] + 1, num_strata - (num_segments - index - 1)
-        bounds.append(min(max(round(edge * num_strata), least), most))
+        lowest, highest = bounds[-1] + 1, num_strata - (num_segments - index - 1)
+        bounds.append(min(max(round(edge * num_strata), lowest), highest))
     return bounds

@@ -23,7 +23,7 @@ def compiler(wanted: bool) -> Callable[[Function], Function]:
     return lambda function: torch.compile(function, dynamic=False)
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """At least float32: norms and rotation are computed there."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -36,14 +36,14 @@ def multiply(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / rms(x) over the last dimension, in x's type."""
-    y = wide(x)
+    y = upcast(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * weight.to(y.dtype)).to(x.dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """heads [B, H, N, D] turned by angles [B, 1, N, D/2]; element i turns with element i + D/2."""
-    low, high = wide(heads).chunk(2, dim=-1)
+    low, high = upcast(heads).chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(heads.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outrider.train.functional import Function, compiler, wide
+from outrider.train.functional import Function, compiler, upcast
 
 CHUNK_BYTES = 1 << 28
 """Maximum size of the logits of a chunk."""
@@ -23,7 +23,7 @@ def _chunk(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Divergence [m], agreement of the most likely tokens [m], and the gradients of sum(scale * divergence)."""
-    logits, target = wide(F.linear(hidden, weight)), wide(wanted[row])
+    logits, target = upcast(F.linear(hidden, weight)), upcast(wanted[row])
     log_q, log_p = logits.log_softmax(-1), target.log_softmax(-1)
     p = log_p.exp()
     divergence = (p * (log_p - log_q)).sum(-1)
@@ -49,8 +49,8 @@ class _Divergence(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         cast = weight.to(hidden.dtype)
-        most = max(1, CHUNK_BYTES // (4 * len(weight)))
-        size = -(-len(hidden) // -(-len(hidden) // most))
+        max_rows = max(1, CHUNK_BYTES // (4 * len(weight)))
+        size = -(-len(hidden) // -(-len(hidden) // max_rows))
         divergence, agrees, gradients = [], [], []
         weight_gradient = torch.zeros_like(weight) if with_gradient else None
         for start in range(0, len(hidden), size):

@@ -62,17 +62,17 @@ class Packing:
         length, count = self.length[low:high], last - first
         row = np.repeat(np.arange(count), np.diff(self.row_start[first : last + 1]))
         inside = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        place = np.repeat(row * self.max_length + self.offset[low:high], length) + inside
+        index = np.repeat(row * self.max_length + self.offset[low:high], length) + inside
         found = np.zeros((5, count * self.max_length), dtype=np.int32)
         found[1] = EMPTY
-        found[0, place] = self.tokens[np.repeat(self.source[low:high], length) + inside]
+        found[0, index] = self.tokens[np.repeat(self.source[low:high], length) + inside]
         number = np.arange(high - low) - np.repeat(
             self.row_start[first:last] - low, np.diff(self.row_start[first : last + 1])
         )
-        found[1, place] = np.repeat(number, length)
-        found[2, place] = inside
-        found[3, place] = np.repeat(length - 1, length) - inside
-        found[4, place] = np.maximum(np.repeat(self.prompt[low:high] - 1, length) - inside, 0)
+        found[1, index] = np.repeat(number, length)
+        found[2, index] = inside
+        found[3, index] = np.repeat(length - 1, length) - inside
+        found[4, index] = np.maximum(np.repeat(self.prompt[low:high] - 1, length) - inside, 0)
         return found.reshape(5, count, self.max_length)
 
 
@@ -83,7 +83,7 @@ def pack(documents: Documents, max_length: int, seed: int, epoch: int) -> Packin
     cut = (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_length
     length = np.minimum(documents.length[document] - cut, max_length)
     order = np.random.default_rng((seed, epoch)).permutation(len(document))
-    row, offset = _place(length[order], max_length)
+    row, offset = _fit(length[order], max_length)
     by_row = np.lexsort((offset, row))
     order, row, offset = order[by_row], row[by_row], offset[by_row]
     return Packing(
@@ -97,7 +97,7 @@ def pack(documents: Documents, max_length: int, seed: int, epoch: int) -> Packin
     )
 
 
-def _place(lengths: NDArray[np.int64], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _fit(lengths: NDArray[np.int64], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The row and the offset of every piece: the fullest open row that has room, else a new one for the fullest."""
     row, offset = np.empty_like(lengths), np.empty_like(lengths)
     space = np.full(OPEN_ROWS, max_length, dtype=np.int64)  # left in each open row

@@ -113,10 +113,10 @@ class PEagle(Objective):
         masked = head.embed(self._mask_token, dtype), head.project(head.mask_hidden.to(dtype))
         embeds = torch.cat((head.embed(following, dtype), masked[0].expand(rows, num_masked, -1)), dim=1)
         hidden = torch.cat((head.project(features), masked[1].expand(rows, num_masked, -1)), dim=1)
-        place = [x[:, segment.index] for x in (elements.document, elements.anchor, elements.depth, elements.position)]
-        document = place[0].masked_fill(segment.padding, EMPTY + 1)
-        mask = build_mask(document, place[1], place[2])
-        x = head.run(embeds, hidden, angles(self._rope, place[3]), lambda _, q, k, v: self._attention(q, k, v, mask))
+        labels = [x[:, segment.index] for x in (elements.document, elements.anchor, elements.depth, elements.position)]
+        document = labels[0].masked_fill(segment.padding, EMPTY + 1)
+        mask = build_mask(document, labels[1], labels[2])
+        x = head.run(embeds, hidden, angles(self._rope, labels[3]), lambda _, q, k, v: self._attention(q, k, v, mask))
         return self.loss(x[:, segment.own], truth, elements, segment.index[segment.own], weights)
 
     def _split(self, num_strata: int, device: torch.device) -> list[_Segment]:

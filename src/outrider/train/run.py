@@ -89,7 +89,7 @@ def _train(
     if options.generate_only:
         return {"on_policy": str(out / ON_POLICY), "documents": len(documents), "tokens": len(documents.tokens)}
     special = {*described.eos_token_ids, *_special_tokens(directory)}
-    vocabulary = DraftVocabulary.most_frequent(documents, described.vocab_size, options.draft_vocab_size, special)
+    vocabulary = DraftVocabulary.by_frequency(documents, described.vocab_size, options.draft_vocab_size, special)
     compiled = options.compile and world.device.type == "cuda"
     teacher = Teacher(directory, options.max_length, options.feature_layers, world.device, compiled)
     head = Head(head_config(options, method, teacher, vocabulary, mask_token_id), vocabulary, compiled)

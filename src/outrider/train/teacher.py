@@ -84,8 +84,8 @@ class Teacher:
     @torch.no_grad()
     def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features [B, L, 3H], layer by layer side by side, and hidden states [B, L, H] after the final norm."""
-        place = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-        mask = build_mask(batch.document, place, torch.zeros_like(place))
+        anchor = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+        mask = build_mask(batch.document, anchor, torch.zeros_like(anchor))
         return self._run(batch, mask)
 
     def _run(self, batch: Batch, mask: Mask) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ class DraftVocabulary:
     vocab_size: int  # the target's
 
     @classmethod
-    def most_frequent(
+    def by_frequency(
         cls,
         documents: Documents,
         vocab_size: int,

@@ -179,7 +179,7 @@ def test_the_draft_vocabulary_is_the_most_frequent(size: int) -> None:
     counts = {9: 5, 2: 3, 4: 3, 7: 3, 0: 1, 8: 1, 5: 1}
     tokens = np.array([token for token, count in counts.items() for _ in range(count)], dtype=np.int32)
     documents = Documents(tokens, np.array([0, len(tokens)]), np.zeros(1, dtype=np.int32))
-    vocabulary = DraftVocabulary.most_frequent(documents, 10, size, always=())
+    vocabulary = DraftVocabulary.by_frequency(documents, 10, size, always=())
     assert vocabulary.tokens.tolist() == sorted([9, 2, 4, 7, 0, 5, 8][:size]), "ties go to the lower id"
     offset, contains = vocabulary.offset, vocabulary.contains
     for draft, target in enumerate(vocabulary.tokens.tolist()):
@@ -190,5 +190,5 @@ def test_the_draft_vocabulary_is_the_most_frequent(size: int) -> None:
 def test_special_tokens_that_appear_can_be_drafted() -> None:
     tokens = np.array([1, 1, 1, 2, 2, 6], dtype=np.int32)
     documents = Documents(tokens, np.array([0, 6]), np.zeros(1, dtype=np.int32))
-    assert DraftVocabulary.most_frequent(documents, 8, 2, always=(6, 7)).tokens.tolist() == [1, 6]
-    assert DraftVocabulary.most_frequent(documents, 8, None, always=()).is_full
+    assert DraftVocabulary.by_frequency(documents, 8, 2, always=(6, 7)).tokens.tolist() == [1, 6]
+    assert DraftVocabulary.by_frequency(documents, 8, None, always=()).is_full

@@ -40,10 +40,10 @@ class HeadNetwork:
     """Parameters are NaN until `slots()` is filled; what the checkpoint lacks is borrowed of the target."""
 
     def __init__(self, config: HeadConfig, max_len: int, allocator: Allocator) -> None:
-        layer, wide = config.layer, config.num_aux_layers * config.target_hidden_size
+        layer, aux_size = config.layer, config.num_aux_layers * config.target_hidden_size
         self.config = config
-        self.fc = Linear(wide, {"fc": layer.hidden_size}, config.fc_bias, allocator)
-        self.input_norm = RMSNorm(wide, layer.rms_norm_eps, allocator) if config.norm_before_fc else None
+        self.fc = Linear(aux_size, {"fc": layer.hidden_size}, config.fc_bias, allocator)
+        self.input_norm = RMSNorm(aux_size, layer.rms_norm_eps, allocator) if config.norm_before_fc else None
         self.aux_norms = [
             RMSNorm(config.target_hidden_size, layer.rms_norm_eps, allocator)
             for _ in range(config.num_aux_layers if config.fc_norm else 0)
@@ -51,7 +51,7 @@ class HeadNetwork:
         self.layers = DecoderStack(layer_specs(config), allocator)
         self.norm = RMSNorm(layer.hidden_size, layer.rms_norm_eps, allocator)
         self.rope = layer.rope.table(max_len, layer.head_dim, allocator.device)
-        self.mask_hidden = allocator.parameter(1, 1, wide) if config.parallel else None
+        self.mask_hidden = allocator.parameter(1, 1, aux_size) if config.parallel else None
         self.embedding = Embedding(layer.vocab_size, layer.hidden_size, allocator) if config.own_embedding else None
         self.head = Head(config.draft_vocab_size, layer.hidden_size, allocator, None) if config.own_head else None
         self._dtype = allocator.dtype

@@ -30,16 +30,16 @@ class ThinkParser:
         self._buffer += text
         while self._buffer and self._step():
             pass
-        return self._told()
+        return self._take()
 
     def finish(self) -> tuple[str, str]:
         """What is left when no more text comes."""
         is_reasoning = self._step in (self._reasoning_start, self._inside)
         (self._reasoning if is_reasoning else self._content).append(self._buffer)
         self._buffer = ""
-        return self._told()
+        return self._take()
 
-    def _told(self) -> tuple[str, str]:
+    def _take(self) -> tuple[str, str]:
         reasoning, content = "".join(self._reasoning), "".join(self._content)
         self._reasoning.clear()
         self._content.clear()

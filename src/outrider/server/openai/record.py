@@ -102,7 +102,7 @@ def parse(body: bytes, record: type[Asked]) -> Asked:
     try:
         asked = record.model_validate(given)
     except ValidationError as error:
-        raise _told(error) from None
+        raise _field_error(error) from None
     note_hints(asked)
     return asked
 
@@ -140,7 +140,7 @@ _WORDS = {
 """pydantic's kinds of complaint, in JSON's terms."""
 
 
-def _told(error: ValidationError) -> FieldError:
+def _field_error(error: ValidationError) -> FieldError:
     """The first of pydantic's complaints, in our words."""
     first = error.errors(include_url=False)[0]
     name = shortened(".".join(str(part) for part in first["loc"]))

@@ -31,7 +31,7 @@ async def respond(service: Service, request: Request) -> Response:
         asked = parse(body, ResponsesRequest)
         return asked, asked.messages(), asked.shown_tools(), asked.rendering()
 
-    asked, (messages, places), tools, rendering = await service.read(request, read)
+    asked, (messages, fields), tools, rendering = await service.read(request, read)
     limits = {"limit": service.facts.max_model_len, "num_bytes": len(await request.body())}
 
     async def prompts() -> Prompts:
@@ -41,7 +41,7 @@ async def respond(service: Service, request: Request) -> Response:
     try:
         generation = await begin(service, request, asked, prompts(), **defaults)
     except PromptError as error:
-        raise PromptError(str(error), _place(error.field, places)) from None
+        raise PromptError(str(error), _request_field(error.field, fields)) from None
     (reply,) = reply_parsers(service.tokenizer, generation, tools, asked.parallel_tool_calls)
     record = {"id": f"resp_{request.state.request_id}", **_record(service, asked, generation)}
     answer = _Answer(record, service, generation, reply)
@@ -49,13 +49,13 @@ async def respond(service: Service, request: Request) -> Response:
     return await ended(service, request, generation, events, answer.whole, answer.failed)
 
 
-def _place(field: str | None, places: Sequence[str]) -> str:
+def _request_field(field: str | None, fields: Sequence[str]) -> str:
     """The field of the request that a field of its messages comes from."""
     whole, _, rest = (field or "messages").partition(".")
     if whole != "messages":
         return field or "input"
     number, _, name = rest.partition(".")
-    return f"{places[int(number)]}{'.call_id' if name == 'tool_call_id' else ''}" if number else "input"
+    return f"{fields[int(number)]}{'.call_id' if name == 'tool_call_id' else ''}" if number else "input"
 
 
 def _record(service: Service, asked: ResponsesRequest, generation: AsyncGeneration) -> dict[str, Any]:

@@ -134,16 +134,16 @@ class ResponsesRequest(Sampling):
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
-        places = ["instructions"] * len(messages)
+        fields = ["instructions"] * len(messages)
         if isinstance(self.input, str):
-            return [*messages, {"role": "user", "content": self.input}], [*places, "input"]
+            return [*messages, {"role": "user", "content": self.input}], [*fields, "input"]
         if not isinstance(self.input, list) or not self.input:
             raise PromptError("input must be text, or a list of items that is not empty", "input")
         for index, item in enumerate(self.input):
             where = f"input.{index}"
             _add(messages, item, where)
-            places += [where] * (len(messages) - len(places))
-        return [{"content": "", **message} for message in messages], places
+            fields += [where] * (len(messages) - len(fields))
+        return [{"content": "", **message} for message in messages], fields
 
 
 def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:

@@ -99,7 +99,7 @@ class ToolCallParser(ABC):
 
     def finish(self) -> list[str | ToolCall]:
         """What is left when no more text comes: a call cut short is text."""
-        self._tell(len(self._buffer))
+        self._emit(len(self._buffer))
         found, self._found = self._found, []
         return found
 
@@ -116,7 +116,7 @@ class ToolCallParser(ABC):
         end, self._scan = self._scan.at, None
         call = self._call(self._buffer[self._start : end]) if whole else None
         if call is None:
-            self._tell(end)
+            self._emit(end)
             self._failed()
         else:
             self._found.append(call)
@@ -131,7 +131,7 @@ class ToolCallParser(ABC):
         self._scan = _ObjectScan(start)
         return True
 
-    def _tell(self, end: int) -> None:
+    def _emit(self, end: int) -> None:
         """Text up to `end` is text."""
         if end:
             self._found.append(self._buffer[:end])
@@ -196,9 +196,9 @@ class HermesParser(ToolCallParser):
             self._is_after = self._closes = False
         at = self._buffer.find(self._OPEN)
         if at >= 0:
-            self._tell(len(self._buffer[:at].rstrip()))
+            self._emit(len(self._buffer[:at].rstrip()))
             return self._begin(self._buffer.index(self._OPEN) + len(self._OPEN))
-        self._tell(len(self._buffer[: len(self._buffer) - partial(self._buffer, self._OPEN)].rstrip()))
+        self._emit(len(self._buffer[: len(self._buffer) - partial(self._buffer, self._OPEN)].rstrip()))
         return False
 
     def _called(self) -> None:
@@ -227,7 +227,7 @@ class LlamaParser(ToolCallParser):
 
     def _seek(self) -> bool:
         if self._is_text:
-            self._tell(len(self._buffer))
+            self._emit(len(self._buffer))
             return False
         if self.num_calls:
             self._buffer = self._buffer.lstrip()
