@@ -254,7 +254,7 @@ class _Hasty(HermesParser):
     def _seek(self) -> bool:
         found = super()._seek()
         if not found:
-            self._tell(len(self._buffer))
+            self._emit(len(self._buffer))
         return found
 
 
