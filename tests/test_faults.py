@@ -36,7 +36,7 @@ from outrider import (
 from outrider import config as config_module
 from outrider.draft.base import DraftOptions, TargetFacts
 from outrider.draft.ngram import Ngram
-from outrider.processing import SamplingField, Table
+from outrider.processing import Column, SamplingField, Table
 from outrider.runner.eager import EagerRunner
 from outrider.tensors import Draft
 
@@ -469,53 +469,67 @@ class Fragile(LogitsProcessor):
     name = "fragile"
     fields = (SamplingField("fragile", float, 0.0, "how much it favours token 5"),)
     tables = (Table("favour", torch.float32),)
+    columns = (Column("favoured", 1, torch.float32),)
     fails_in: ClassVar[str] = ""
     when: ClassVar[int] = 1
+
+    serving: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.calls = 0
 
-    def call(self, method: str) -> bool:
-        self.calls += method == Fragile.fails_in.partition(" ")[0] and self.serving
-        return bool(self.calls) and self.calls == Fragile.when and method == Fragile.fails_in.partition(" ")[0]
-
-    serving: ClassVar[bool] = False
-
-    def fail(self, method: str) -> None:
-        if self.call(method):
+    def fault(self, method: str) -> str:
+        """How the result of this call is to be wrong, "" for not at all. LookupError if the call is to fail."""
+        named, _, how = Fragile.fails_in.partition(" ")
+        if named != method or not self.serving:
+            return ""
+        self.calls += 1
+        if self.calls != Fragile.when:
+            return ""
+        if not how:
             raise LookupError(f"lost in {method}")
+        return how
 
     def wanted(self, sampling: SamplingParams) -> bool:
         if super().wanted(sampling):
-            self.fail("wanted")
+            self.fault("wanted")
         return super().wanted(sampling)
 
     def admit(self, admission: Any) -> Any:
-        if Fragile.fails_in.startswith("admit ") and self.call("admit"):
-            return {"favour": {3: "x"}} if Fragile.fails_in.endswith("value") else None
-        self.fail("admit")
-        return {"favour": 50.0}
+        given = {"nothing": None, "value": {"favour": {3: "x"}}}
+        return given.get(self.fault("admit"), {"favour": 50.0})
 
-    def __call__(self, logits: Tensor, batch: Any, slots: Any, state: Any) -> Tensor:
+    def __call__(self, logits: Tensor, batch: Any, slots: Any, state: Any) -> Any:
         logits[:, 5] += state["favour"].index_select(0, batch.logits_slot)
-        if Fragile.fails_in.startswith("__call__ ") and self.call("__call__"):
-            return logits[:, :-1] if Fragile.fails_in.endswith("narrow") else None  # type: ignore[return-value]
-        self.fail("__call__")
-        return logits
+        given = {
+            "nothing": None,
+            "narrow": logits[:, :-1],
+            "elsewhere": logits.to("meta"),
+            "by columns": logits.t().contiguous().t(),
+        }
+        return given.get(self.fault("__call__"), logits)
 
     def commit(self, *given: Any) -> None:
-        self.fail("commit")
+        self.fault("commit")
+
+    def report(self, logits: Tensor, batch: Any, verdict: Any) -> Any:
+        values = torch.ones((*verdict.tokens.shape, 1))
+        given = {"nothing": None, "narrow": {"favoured": values[:, 1:]}, "without": {}}
+        return given.get(self.fault("report"), {"favoured": values})
 
     def release(self, slot: int) -> None:
-        self.fail("release")
+        self.fault("release")
 
 
-METHODS = ("admit", "admit nothing", "admit value", "__call__", "__call__ narrow", "__call__ nothing", "commit")
+CALLS = ("__call__", "__call__ narrow", "__call__ nothing", "__call__ elsewhere")
+METHODS = ("admit", "admit nothing", "admit value", *CALLS, "commit")
+GOOD = ("", "__call__ by columns")
+REPORTS = ("report", "report narrow", "report without", "report nothing")
 
 
 @RUNNERS
 @pytest.mark.parametrize("when", [1, 2])
-@pytest.mark.parametrize("fails_in", [*METHODS, "release", "wanted", ""])
+@pytest.mark.parametrize("fails_in", [*METHODS, *REPORTS, "release", "wanted", *GOOD])
 def test_a_logits_processor_that_fails_ends_the_requests_that_want_it(
     path: Path,
     expected: Any,
@@ -525,7 +539,7 @@ def test_a_logits_processor_that_fails_ends_the_requests_that_want_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Others have their tokens, and the next requests that want it are served. "" fails nowhere."""
+    """Others have their tokens, and the next requests that want it are served. Those of GOOD fail nowhere."""
     monkeypatch.setattr(config_module, "RUNNERS", (runner,))
     for name, value in (("fails_in", fails_in), ("when", when), ("serving", False)):
         monkeypatch.setattr(Fragile, name, value)
@@ -544,7 +558,7 @@ def test_a_logits_processor_that_fails_ends_the_requests_that_want_it(
     for tokens, _, reason, _ in harmed:
         assert reason == "error" and tokens == [5] * len(tokens) and len(tokens) < 9
     said = [one for one in caplog.records if "logits processor fragile failed in" in one.getMessage()]
-    assert len(said) == (fails_in != "") and all(one.exc_info for one in said)
+    assert len(said) == (fails_in not in GOOD) and all(one.exc_info for one in said)
 
 
 def die(llm: LLM) -> EngineDeadError:

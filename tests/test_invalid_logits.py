@@ -60,7 +60,7 @@ def golden(path: Path) -> list[list[int]]:
 def test_a_request_without_a_token_to_draw_ends_and_the_others_go_on(
     path: Path, golden: list[list[int]], way: str, spoiler: str, runner: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kind D, 7. The verifier sees the same of one row whatever the drafter: it ends after the same tokens."""
+    """The verifier sees the same of one row whatever the drafter: it ends after the same tokens."""
     monkeypatch.setattr(config_module, "RUNNERS", (runner,))
     check_spoilt_beside_good(path, golden, spoiler, **WAYS[way])
 

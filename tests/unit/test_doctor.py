@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -61,3 +63,24 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert doctor._described("x", tmp_path / "new" / "deep")["writable"]
     assert not doctor._described("x", tmp_path / "file" / "inside")["writable"]
     assert not doctor._described("x", None)["writable"]
+
+
+def test_a_cache_that_may_not_be_looked_into_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the home of another user. Root may look into everything, so the refusal is made here."""
+    hidden = str(tmp_path / "home")
+
+    def refuse(of: Callable[..., Any]) -> Callable[..., Any]:
+        def refusing(path: Any, *given: Any, **named: Any) -> Any:
+            if str(path).startswith(hidden):
+                raise PermissionError(path)
+            return of(path, *given, **named)
+
+        return refusing
+
+    for name in ("stat", "lstat", "scandir"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    with pytest.raises(PermissionError):
+        os.stat(hidden)
+    (tmp_path / "one").write_text("x" * 7)
+    assert doctor._described("x", Path(hidden) / "cache")["bytes"] == 0
+    assert doctor._described("x", tmp_path)["bytes"] == 7

@@ -55,7 +55,8 @@ def test_help_stands_in_groups_that_fit(
     assert shown == help_of(command, "--help", capsys=capsys, monkeypatch=monkeypatch)
     assert all(len(line) <= 80 for line in shown.splitlines())
     groups = {"serve": ("Engine", "Drafting", "Server"), "generate": ("Engine", "Drafting", "Sampling")}
-    assert all(f"{group} options" in shown for group in groups.get(command, ()))
+    own = ("Training",) if command == "train" else ("Engine", "Drafting")
+    assert all(f"{group} options" in shown for group in groups.get(command, own))
 
 
 def test_bench_alone_shows_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def _thaw() -> None:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Around imports and loading: what is made here stays, so the garbage collector neither looks now nor later.
+    """Around imports and loading: what is made here stays, so the garbage collector never looks at it.
 
     Importing torch makes 300,000 objects, and looking through them again and again is a quarter of the time it takes.
     """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,14 +101,23 @@ def _caches() -> Iterator[tuple[str, Path | None]]:
 def _described(what: str, directory: Path | None) -> dict[str, Any]:
     if directory is None:
         return {"what": what, "directory": None, "bytes": 0, "writable": False}
-    sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
-    exists = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    exists = next(parent for parent in (directory, *directory.parents) if os.path.exists(parent))
     return {
         "what": what,
         "directory": str(directory),
-        "bytes": sum(sizes),
-        "writable": exists.is_dir() and os.access(exists, os.W_OK),
+        "bytes": sum(_sizes(directory)),
+        "writable": os.path.isdir(exists) and os.access(exists, os.W_OK),
     }
+
+
+def _sizes(directory: Path) -> Iterator[int]:
+    """Of the files below, as far as this user may look, and without what another process deletes meanwhile."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                found = os.lstat(os.path.join(folder, name))
+                if stat.S_ISREG(found.st_mode):
+                    yield found.st_size
 
 
 def _missing(has_gpu: bool) -> Iterator[dict[str, str]]:

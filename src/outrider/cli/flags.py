@@ -77,7 +77,10 @@ _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def whole_number(given: str | int) -> int:
-    """A number as 4096, 32k (32,000), 32K (32,768), 1GB or 1GiB (2**30). As in vLLM, K, M, G, T alone are binary."""
+    """A number as 4096, 32k (32,000), 32K (32,768), 1GB (10**9) or 1GiB (2**30).
+
+    As in vLLM, a capital K, M, G or T alone is binary.
+    """
     text = str(given).strip()
     found = _NUMBER.fullmatch(text)
     if found is None:
@@ -87,7 +90,9 @@ def whole_number(given: str | int) -> int:
     is_binary = bool(binary) or (unit is not None and unit.isupper() and not text.lower().endswith("b"))
     value = Fraction(number.replace("_", "")) * (1024 if is_binary else 1000) ** power
     if value.denominator != 1:
-        raise typer.BadParameter(f"{text} is not a whole number")
+        raise typer.BadParameter(
+            f"{text} is {float(value):g}, which is not a whole number: give one without a fraction"
+        )
     return int(value)
 
 

@@ -20,9 +20,9 @@ from outrider.core.sampling import SamplingParams
 from outrider.train.options import TrainOptions
 
 
-@with_flags(TrainOptions, "options", skip=("model",))
+@with_flags(TrainOptions, "training", skip=("model",))
 def train(
-    options: TrainOptions,
+    training: TrainOptions,
     model: Model = None,
     accept_prompts: Annotated[
         int, typer.Option(min=0, help="held-out code prompts on which acceptance is recorded beside the head; 0: none")
@@ -33,13 +33,13 @@ def train(
     from outrider.train import run
 
     silent = as_json or env.process()[0] > 0
-    with counting("continuations", quiet=silent or options.on_policy is None) as count, _training(silent) as report:
-        figures = run.train(replace(options, model=model), report, count)
+    with counting("continuations", quiet=silent or training.on_policy is None) as count, _training(silent) as report:
+        figures = run.train(replace(training, model=model), report, count)
     if env.process()[0] > 0:
         return
     if accept_prompts and "head" in figures:
         with counting("prompts", quiet=as_json) as count:
-            figures["acceptance"] = _record_acceptance(replace(options, model=model), accept_prompts, count)
+            figures["acceptance"] = _record_acceptance(replace(training, model=model), accept_prompts, count)
     if as_json:
         print_json(figures)
     else:

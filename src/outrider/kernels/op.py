@@ -63,7 +63,7 @@ class Op(Generic[P, R]):
         device = torch.device(device)
         if device.type not in self.kernels or (device.type == "cuda" and not triton_serves(device)):
             return self.reference
-        return self._found.get(device.type) or self.kernel(device.type)
+        return self.kernel(device.type)
 
     def kernel(self, device_type: str) -> Callable[P, R]:
         """The kernel declared for "cpu" or "cuda", whether or not such a device is there."""

@@ -123,7 +123,7 @@ class DrafterGuard:
         bad |= wrong[:, None]
         logits = draft.logits if self.keeps_logits else None
         if logits is not None:
-            logits = torch.where(bad[..., None], self._certain, logits)
+            logits = torch.where(bad[..., None], self._certain, logits).contiguous()
         return Draft(torch.where(bad, 0, draft.tokens), torch.where(wrong, 0, length), logits)
 
     def _check(self, what: str, found: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -58,16 +58,14 @@ class GuardedProcessor(LogitsProcessor):
         return {FAILED: math.nan}
 
     def __call__(self, logits: Tensor, batch: StepBatch, slots: Slots, state: State) -> Tensor:
-        changed = logits
         try:
             changed = self._processor(logits, batch, slots, state)
-            if not isinstance(changed, Tensor) or (changed.shape, changed.dtype) != (logits.shape, logits.dtype):
-                found = f"{changed.dtype} {list(changed.shape)}" if isinstance(changed, Tensor) else type(changed)
-                changed = logits
-                raise OptionError(f"it must return {logits.dtype} {list(logits.shape)}: {found}")
+            _check("it must return", changed, logits.shape, logits.dtype, logits.device)
+            changed = changed.contiguous()  # rows that share memory could not be changed apart
         except Exception as error:
             self._take("__call__", error)
             self._fail(state)
+            changed = logits
         changed[:, 0] += state[FAILED].index_select(0, batch.logits_slot)
         return changed
 
@@ -80,7 +78,12 @@ class GuardedProcessor(LogitsProcessor):
 
     def report(self, logits: Tensor, batch: StepBatch, verdict: Verdict) -> Mapping[str, Tensor]:
         try:
-            return self._processor.report(logits, batch, verdict)
+            values = self._processor.report(logits, batch, verdict)
+            for column in self.columns:
+                shape = (*verdict.tokens.shape, column.width)
+                found = values[column.name]
+                _check(f"column {column.name} of its report must be", found, shape, column.dtype, logits.device)
+            return values
         except Exception as error:
             self._take("report", error)
             return {}
@@ -111,6 +114,16 @@ class GuardedProcessor(LogitsProcessor):
             exc_info=error,
         )
         self._has_failed = True
+
+
+def _check(what: str, found: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """OptionError unless it is such a tensor."""
+    said: object = type(found).__name__
+    if isinstance(found, Tensor):
+        if (tuple(found.shape), found.dtype, found.device) == (tuple(shape), dtype, device):
+            return
+        said = f"{found.dtype} {list(found.shape)} on {found.device}"
+    raise OptionError(f"{what} {dtype} {list(shape)} on {device}: {said}")
 
 
 def guarded(processors: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:

@@ -67,7 +67,7 @@ NUMBERS_THAT_ARE_NONE = {
 @pytest.mark.parametrize("bad", NUMBERS_THAT_ARE_NONE)
 @IMPLEMENTATIONS
 def test_a_row_without_a_finite_largest_logit_gives_no_token(draw, bad: str, column: int) -> None:
-    """Kind D, 7: wherever it stands, with noise or without, with ids or without; other rows give their tokens."""
+    """Wherever it stands, with noise or without, with ids or without; other rows give their tokens."""
     temperature = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     logits = torch.randn((6, 3000), generator=torch.Generator().manual_seed(4))
     logits[0, 7] = logits[2, 7] = torch.finfo(torch.float32).max

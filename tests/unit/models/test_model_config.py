@@ -173,7 +173,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("named", "wrong"), WRONG, ids=lambda value: value if isinstance(value, str) else str(value))
 def test_a_value_that_can_never_be_right_is_refused(config: dict[str, Any], named: str, wrong: dict[str, Any]) -> None:
-    """Kind D, 7: by its key and its value, before any weight is read."""
+    """The message has its key and its value, and comes before any weight is read."""
     with pytest.raises(CheckpointError, match=named):
         ModelConfig.from_dict({**config, **wrong})
 
