@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,10 +139,11 @@ TEMPLATE_ARGUMENTS = [
 
 @pytest.mark.parametrize("name", TEMPLATE_ARGUMENTS)
 def test_template_arguments_that_are_not_the_caller_s(llm: LLM, name: str) -> None:
+    ask = partial(llm.chat, [{"role": "user", "content": "hi"}], chat_template="{{ messages[0].content }}")
     with pytest.raises(PromptError, match=f"chat_template_kwargs holds {name}, "):
-        llm.chat([{"role": "user", "content": "hi"}], chat_template_kwargs={name: True})
+        ask(chat_template_kwargs={name: True})
     with pytest.raises(PromptError, match="chat_template_kwargs must be a record"):
-        llm.chat([{"role": "user", "content": "hi"}], chat_template_kwargs=name)  # type: ignore[arg-type]
+        ask(chat_template_kwargs=name)  # type: ignore[arg-type]
 
 
 def test_a_long_prompt_is_not_printed_for_one_wrong_token(llm: LLM) -> None:
