@@ -1,6 +1,6 @@
 """The decode table of one GPU: models x drafting methods x concurrencies, beside what vLLM 0.26 gave there.
 
-    python benchmarks/gpu_decode_table.py --output benchmarks/results/gpu_decode.json
+    python benchmarks/gpu_decode_table.py --output my_decode.json
     python benchmarks/gpu_decode_table.py --device cpu --models tiny --steps 10 --concurrency 1,4   (a rehearsal)
 
 Random weights of the public shapes in `benchmarks/shapes`, prompts of 128 random tokens, 512 new ones, greedy, drafts

@@ -1,6 +1,6 @@
 """Where the time of decoder layers goes on a GPU: all of a model in one CUDA graph, whole and with a part left out.
 
-    python benchmarks/layers_gpu.py --output benchmarks/results/gpu_layers.json
+    python benchmarks/layers_gpu.py --output my_layers.json
     python benchmarks/layers_gpu.py --model qwen3-0.6b --steps 1x1,1x8 --context 4096
 
 Kernels overlap: each loads weights while the one in front ends, so what a kernel takes alone says little about a step.

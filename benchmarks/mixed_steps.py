@@ -1,6 +1,6 @@
 """What prompts cost the requests that decode when they arrive, with prompt tokens beside decodes bounded and not.
 
-    python benchmarks/mixed_steps.py --output benchmarks/results/gpu_mixed_steps.json
+    python benchmarks/mixed_steps.py --output my_mixed_steps.json
     python benchmarks/mixed_steps.py --prompts 8 --prompt-len 1024
     python benchmarks/mixed_steps.py --device cpu --model tiny --prompt-len 1024 --bounds 128,2048   (a rehearsal)
 

@@ -1,6 +1,6 @@
 """The products of a model's decoder layers at few rows: this project's kernels beside cuBLAS, on a GPU.
 
-    python benchmarks/products_gpu.py --output benchmarks/results/gpu_products.json
+    python benchmarks/products_gpu.py --output my_products.json
     python benchmarks/products_gpu.py --models qwen3-0.6b --rows 8 --sweep
 
 All layers run one behind the other in a CUDA graph, each with random weights of its own, so that none come from a
