@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -38,6 +39,8 @@ class Detokenizer:
         self._head = ""  # of the text; what was handed out since follows, then the rest
         self._streamed: list[str] = []
         self._rest = ""
+        # A stream's reader may ask for the text while another thread hands out what came.
+        self._moving = threading.RLock()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams) -> Detokenizer:
@@ -48,9 +51,10 @@ class Detokenizer:
     @property
     def text(self) -> str:
         """All text so far."""
-        self._head = "".join((self._head, *self._streamed))
-        self._streamed.clear()
-        return self._head + self._shown(self._rest)
+        with self._moving:
+            self._head = "".join((self._head, *self._streamed))
+            self._streamed.clear()
+            return self._head + self._shown(self._rest)
 
     def names(self, token: int) -> bool:
         """Whether a special token is a stop string by itself."""
@@ -88,11 +92,12 @@ class Detokenizer:
         """Text not handed out before. What may yet become a stop string is held back until `finished`."""
         num_held = 0 if finished or self._search is None else self._search.num_held
         end = len(self._rest) - num_held
-        fresh, self._rest = self._shown(self._rest[:end]), self._rest[end:]
-        if self._gaps:
-            self._gaps = [(max(0, start - end), stop - end) for start, stop in self._gaps if stop > end]
-        if fresh:
-            self._streamed.append(fresh)
+        with self._moving:
+            fresh, self._rest = self._shown(self._rest[:end]), self._rest[end:]
+            if self._gaps:
+                self._gaps = [(max(0, start - end), stop - end) for start, stop in self._gaps if stop > end]
+            if fresh:
+                self._streamed.append(fresh)
         return fresh
 
     def _shown(self, text: str) -> str:

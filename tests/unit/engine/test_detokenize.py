@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -128,3 +129,28 @@ def test_a_token_costs_the_same_however_long_the_text_is(tokenizer: Tokenizer) -
 
     short, long = min(seconds(10_000) for _ in range(3)), seconds(200_000)
     assert long < 20 * 3 * short
+
+
+def test_text_that_is_read_while_more_is_handed_out_is_whole(tokenizer: Tokenizer) -> None:
+    found = detokenizer(tokenizer)
+    first, *others = tokenizer.encode("some text")
+
+    def hand_out() -> None:
+        for token in others:
+            found.append(token)
+            found.stream(finished=False)
+
+    other = threading.Thread(target=hand_out)
+
+    class Interrupted(list[str]):
+        def clear(self) -> None:
+            other.start()
+            other.join(0.2)
+            super().clear()
+
+    found.append(first)
+    found._streamed = Interrupted([found.stream(finished=False)])
+    assert "some text".startswith(found.text)
+    other.join()
+    found._streamed = list(found._streamed)
+    assert found.text == "some text"
