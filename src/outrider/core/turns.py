@@ -20,7 +20,8 @@ class FairLock:
     """
 
     def __init__(self) -> None:
-        self.queue, self.thread_lock = threading.Lock(), threading.RLock()
+        # Both re-entrant: a signal's handler may ask for a turn while its own thread waits for one.
+        self.queue, self.thread_lock = threading.RLock(), threading.RLock()
 
     def acquire(self) -> None:
         """Waits for the lock. One thread at a time stands at it, the others in the queue before it."""

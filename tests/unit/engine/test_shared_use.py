@@ -24,7 +24,7 @@ from torch import Tensor
 
 from checkpoints import Case, prompt, run
 from outrider import LLM, EngineDeadError, LogitsProcessor, SamplingParams
-from outrider.core.turns import FairLock
+from outrider.core.turns import FairLock, in_turn
 from outrider.errors import EngineBusyError, EngineClosedError
 from outrider.processing import SamplingField
 from outrider.workers.messages import Ask, Call
@@ -461,3 +461,67 @@ def test_locks_are_given_in_order() -> None:
     for one in threads:
         one.join()
     assert order == [0, 1]
+
+
+def test_a_signals_handler_may_ask_while_its_thread_waits() -> None:
+    class Shared:
+        lock = FairLock()
+
+        @in_turn
+        def ask(self) -> str:
+            return "answered"
+
+    shared, answers, taken = Shared(), [], threading.Event()
+
+    def hold() -> None:
+        shared.lock.acquire()
+        taken.set()
+        time.sleep(0.5)
+        shared.lock.release()
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError("the handler waits for its own thread")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGALRM)}
+    signal.signal(signal.SIGUSR1, lambda *_: answers.append(shared.ask()))
+    signal.signal(signal.SIGALRM, give_up)
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    signal.alarm(20)
+    try:
+        assert shared.ask() == "answered" and answers == ["answered"]
+    finally:
+        signal.alarm(0)
+        holder.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_what_waits_for_a_process_ends_with_it(path: Path) -> None:
+    llm = serve(path, **WAYS["process"])
+    client: Any = llm._client
+    generation = llm._start([(None, prompt(5))], [LONG], keeps_pieces=True)
+    while not generation.finished:
+        client.step(generation)
+        generation.inbox.pieces.clear()
+    generation.inbox.ended.clear()
+    finished = threading.Thread(target=client.step, args=(generation,), daemon=True)
+    finished.start()
+    finished.join(30)
+    assert not finished.is_alive(), "a generation that has ended was waited for"
+    ends: list[type[BaseException]] = []
+
+    def wait() -> None:
+        try:
+            client._call(asyncio.sleep(600))
+        except EngineDeadError as error:
+            ends.append(type(error))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    llm.close()
+    waiting.join(30)
+    wait()
+    assert ends == [EngineClosedError] * 2

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, NamedTuple, TypeVar
 
 from outrider.acceptance.watchdog import WatchState
@@ -88,10 +89,16 @@ class SyncEngineClient:
         self.sampling_defaults = facts.sampling_defaults
 
     def _call(self, work: Coroutine[Any, Any, Made]) -> Made:
-        """Runs it on the client's thread. An interrupt cancels it there."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Runs it on the client's thread. An interrupt cancels it there. EngineClosedError if `close` ends it."""
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop is closed
+            work.close()
+            raise EngineClosedError from None
         try:
             return future.result()
+        except CancelledError:
+            raise EngineClosedError from None
         except BaseException:
             future.cancel()
             raise
@@ -140,6 +147,8 @@ class SyncEngineClient:
             return
         self.check_usable()
         while not self._inbox:
+            if generation.finished:  # another thread has taken what came of it
+                return
             self._filled.wait()
             self._filled.clear()
             self.check_usable()
@@ -232,8 +241,17 @@ def _close_at_exit() -> None:
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     try:
         loop.run_forever()
+        loop.run_until_complete(_cancel_others())
     finally:
         loop.close()
+
+
+async def _cancel_others() -> None:
+    """Ends every other task of the loop, so that no thread waits for one that cannot go on."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _end(client: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
