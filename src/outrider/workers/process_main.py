@@ -71,8 +71,11 @@ def _serve(connection: Connection, replies: Replies) -> None:
         replies.queue.put(Built)
         while True:
             message = _receive(connection)
-            if isinstance(message, Quit) or replies.failed:
+            if isinstance(message, Quit):
                 return
+            if replies.failed:
+                replies.queue.join()  # what failed may be on its way yet, and the process ends with this thread
+                raise SystemExit(1)
             if isinstance(message, StepPlan):
                 replies.queue.put(worker.submit(message).result)
             else:

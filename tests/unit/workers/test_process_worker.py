@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from outrider.models.qwen3 import Qwen3
 from outrider.options import EngineOptions
 from outrider.parallel.mesh import Mesh
 from outrider.tensors import StepBatch
+from outrider.workers import process_main
 from outrider.workers.messages import Failed
 from outrider.workers.process import ProcessWorker
 
@@ -235,6 +237,25 @@ def test_the_field_of_an_input_error_crosses() -> None:
     failed = Failed.of(SamplingError("too large", "top_p"))
     error = rebuilt(failed.error, failed.message, failed.field)
     assert isinstance(error, SamplingError) and error.field == "top_p"
+
+
+def test_what_failed_is_sent_before_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    replies, sent = process_main.Replies(), threading.Event()
+
+    def send() -> None:
+        replies.queue.get()
+        time.sleep(0.2)
+        sent.set()
+        replies.queue.task_done()
+
+    monkeypatch.setattr(process_main, "_receive", lambda connection: None)
+    monkeypatch.setattr(process_main, "_build", lambda message, replies: contextlib.nullcontext())
+    monkeypatch.setattr(contextlib, "closing", lambda worker: worker)
+    replies.failed = True
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(SystemExit):
+        process_main._serve(None, replies)  # type: ignore[arg-type]
+    assert sent.is_set()
 
 
 def test_a_worker_that_is_forgotten_ends(path: Path) -> None:
