@@ -9,6 +9,7 @@ from typing import Any
 
 from outrider.core.option import option_names, wrong_types
 from outrider.core.plugin import import_class
+from outrider.core.reading import written_short
 from outrider.draft.base import Drafter, DraftOptions, Match, Mismatch
 from outrider.draft.eagle.eagle3 import Eagle3
 from outrider.draft.eagle.peagle import PEagle
@@ -44,7 +45,7 @@ def find_drafter(method: str) -> type[Drafter]:
         return METHODS[method]
     if ":" not in method:
         raise OptionError(
-            f"unknown drafting method: {method} ({nearest(method, METHODS)}, or module:Class for your own)"
+            f"unknown drafting method: {shortened(method)} ({nearest(method, METHODS)}, or module:Class for your own)"
         )
     facts = ("name", "needs")
     return import_class("drafter", method, Drafter, "outrider.Drafter", facts)  # type: ignore[type-abstract]
@@ -62,7 +63,9 @@ def parse_speculative_config(
     if config is None:
         return NoDrafter, NoDrafter.Options()
     if not isinstance(config, Mapping):
-        raise OptionError(f'speculative_config must map options to values, as {{"method": "ngram"}}: {config!r}')
+        raise OptionError(
+            f'speculative_config must map options to values, as {{"method": "ngram"}}: {written_short(config)}'
+        )
     given = dict(config)
     if isinstance(given.get("model"), os.PathLike):
         given["model"] = os.fspath(given["model"])
@@ -76,7 +79,7 @@ def parse_speculative_config(
         return resolve_options(named, given)
     if method is not None or not isinstance(given.get("model"), str):
         raise OptionError(
-            f"speculative_config needs a method: {method!r} ({nearest('', METHODS)}, or module:Class), "
+            f"speculative_config needs a method: {written_short(method)} ({nearest('', METHODS)}, or module:Class), "
             "or the model of a draft head"
         )
     return resolve_options(None, given)
@@ -107,7 +110,7 @@ def resolve_options(named: type[Drafter] | None, given: Mapping[str, Any]) -> tu
             raise OptionError(f"speculative_config: {drafter.name} has no option {shortened(key)} ({close}{listed})")
     options = drafter.Options(**given, **derived)
     for name, value, wanted in wrong_types(options):
-        raise OptionError(f"speculative_config: {name} must be {wanted}: {value!r}")
+        raise OptionError(f"speculative_config: {name} must be {wanted}: {written_short(value)}")
     return drafter, options
 
 
@@ -151,7 +154,7 @@ def _unknown(checkpoint: Checkpoint, named: type[Drafter] | None) -> str:
     wants = {method.name: method.wants for method in (*METHODS.values(), named) if method is not None and method.wants}
     kind = checkpoint.config.get("speculators_model_type")
     if kind is not None:
-        what = f"draft heads of type {kind} are not supported: {nearest(str(kind), wants)}"
+        what = f"draft heads of type {shortened(str(kind))} are not supported: {nearest(str(kind), wants)}"
     elif _is_language_model(checkpoint):
         what = f"{checkpoint.directory} is not a draft head: its config.json is a language model's"
     else:

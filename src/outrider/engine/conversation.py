@@ -218,8 +218,8 @@ def conversation_text(
     """The text of messages under the model's chat template, or under the one given.
 
     `remedy`: what the caller can do where no template serves. `arguments` must be read by the template; of `wishes`, it
-    is given those that it reads. PromptError for what the template would leave out or
-    refuses; OptionError for a `chat_template` that cannot be read.
+    is given those that it reads. PromptError for what the template would leave out or refuses; OptionError for a
+    `chat_template` that cannot be read.
     """
     template = tokenizer.chat_templates(chat_template).of(bool(tools), remedy)
     plain = plain_conversation(messages, takes_records)

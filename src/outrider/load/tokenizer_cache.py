@@ -68,8 +68,12 @@ class TokenizerCache:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # another process may read it: it appears whole or not at all
             with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False) as written:
-                json.dump(kept, written)
-            os.replace(written.name, self.file)
+                try:
+                    json.dump(kept, written)
+                    written.flush()
+                    os.replace(written.name, self.file)
+                finally:
+                    Path(written.name).unlink(missing_ok=True)
         except OSError as error:
             logger.debug("tokenizer cache %s is not written: %s", self.file, error)
 

@@ -168,7 +168,7 @@ class DrafterGuard:
 
 @contextmanager
 def building(drafter: str) -> Iterator[None]:
-    """OptionError for what a drafter raises while it is made, other than errors of ours and want of memory."""
+    """OptionError for what a drafter raises while it is made, other than errors of ours and lack of memory."""
     try:
         yield
     except (OutriderError, torch.OutOfMemoryError):

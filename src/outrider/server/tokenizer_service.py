@@ -15,7 +15,7 @@ from outrider.engine.process.messages import Facts
 from outrider.engine.prompts import as_conversations, as_prompts, as_token_ids, check_token_ids
 from outrider.errors import PromptError
 from outrider.load.tokenizer import Tokenizer
-from outrider.server.lanes import SMALL, Lane, Lanes
+from outrider.server.lanes import SMALL, Lanes
 from outrider.server.openai.output_parsers import OutputParsers
 
 logger = logging.getLogger("outrider")
@@ -55,13 +55,11 @@ class TokenizerService:
         """Does Python work over so many bytes of a request: here and now if they are few."""
         if num_bytes <= SMALL:
             return work()
-        return await self._run(self._lanes.reading, work)
+        return await self._lanes.reading.run(work)
 
     async def encode(self, text: str, add_special_tokens: bool = True, limit: int | None = None) -> list[int]:
         """Token ids of a text. PromptError for `limit` of them or more."""
-        return await self._run(
-            self._lanes.encoding(len(text)), lambda: self._encoder.encode(text, add_special_tokens, limit)
-        )
+        return await self._lanes.encoding(len(text)).run(lambda: self._encoder.encode(text, add_special_tokens, limit))
 
     async def prompts(
         self,
@@ -77,7 +75,7 @@ class TokenizerService:
         `with_texts`: token ids come with their text too. `num_bytes`: of the request.
         """
         lane = self._lanes.encoding(0) if num_bytes <= SMALL else self._lanes.reading
-        listed = await self._run(lane, lambda: self._listed(given, facts, check_count, with_texts))
+        listed = await lane.run(lambda: self._listed(given, facts, check_count, with_texts))
         prompts: list[tuple[str | None, list[int]]] = []
         for text, ids in listed:
             if ids is None:
@@ -117,7 +115,7 @@ class TokenizerService:
                 check_token_ids(ids, vocab_size)
             return [self._encoder.context(ids, skip_special_tokens) for ids in prompts]
 
-        return await self._run(self._lanes.encoding(sum(map(len, prompts))), check)
+        return await self._lanes.encoding(sum(map(len, prompts))).run(check)
 
     async def conversation(
         self, messages: Any, *, limit: int | None = None, num_bytes: int = 0, **how: Any
@@ -136,11 +134,11 @@ class TokenizerService:
             return conversation_text(self._encoder, messages, remedy=CHAT_REMEDY, chat_template=template, **how)
 
         lane = self._lanes.encoding(0) if num_bytes <= SMALL else self._lanes.reading
-        return await self.encode(await self._run(lane, text), add_special_tokens=False, limit=limit)
+        return await self.encode(await lane.run(text), add_special_tokens=False, limit=limit)
 
     async def decode(self, ids: Sequence[int], vocab_size: int) -> str:
         """The text of token ids, special tokens included. PromptError for one outside the model's vocabulary."""
-        return await self._run(self._lanes.encoding(len(ids)), lambda: self._decoded(ids, vocab_size))
+        return await self._lanes.encoding(len(ids)).run(lambda: self._decoded(ids, vocab_size))
 
     def _decoded(self, ids: Sequence[int], vocab_size: int) -> str:
         check_token_ids(ids, vocab_size)
@@ -148,19 +146,13 @@ class TokenizerService:
 
     async def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as the vocabulary has it."""
-        return await self._run(
-            self._lanes.encoding(len(ids)), lambda: list(self._encoder.wrapped.convert_ids_to_tokens(list(ids)))
+        return await self._lanes.encoding(len(ids)).run(
+            lambda: list(self._encoder.wrapped.convert_ids_to_tokens(list(ids)))
         )
 
     def detokenizer(self, context: Sequence[int], params: SamplingParams) -> Detokenizer:
         """What turns a completion's tokens to text. `context`: of its prompt."""
         return Detokenizer.of(self.decoder, context, params)
-
-    async def _run(self, lane: Lane, work: Callable[[], Made]) -> Made:
-        try:
-            return await lane.run(work)
-        except UnicodeEncodeError:
-            raise PromptError("the text holds half of a surrogate pair, which is no character") from None
 
     def close(self) -> None:
         """Ends the threads."""

@@ -32,7 +32,6 @@ MAX_PIPELINED = 16
 MIN_READ = 1 << 16
 """Bytes of an answer that a client must take in `send_timeout`, if so many wait for it."""
 
-
 LINGER_SECONDS = 2.0
 """How long a refused client may go on sending: an answer is lost to clients whose connection ends under them."""
 
