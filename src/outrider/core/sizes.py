@@ -36,9 +36,11 @@ class Sizes:
         return -(-self.max_model_len // self.block_size)
 
 
-def check_whole(name: str, value: object, lowest: int) -> None:
-    """OptionError unless the value is a whole number of `lowest` or more, and less than 2**63."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise OptionError(f"{name} must be a whole number of {lowest} or more: {written_short(value)}")
+def check_whole(name: str, value: object, lowest: int, highest: int | None = None) -> None:
+    """OptionError unless the value is a whole number within bounds. Left out, `highest` is what 63 bits hold."""
+    bounds = f"of {lowest} or more" if highest is None else f"from {lowest} to {highest}"
+    beyond = highest is not None and isinstance(value, int) and value > highest
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest or beyond:
+        raise OptionError(f"{name} must be a whole number {bounds}: {written_short(value)}")
     if value >= 2**63:
         raise OptionError(f"{name} is too large: {written_short(value)}; give less than 2**63")

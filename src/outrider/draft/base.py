@@ -14,8 +14,7 @@ from torch import Tensor
 from outrider.cache.layout import CacheLayout, LayerCache
 from outrider.capability import Feature, Part
 from outrider.core.option import option
-from outrider.core.sizes import Sizes
-from outrider.errors import OptionError
+from outrider.core.sizes import Sizes, check_whole
 from outrider.layers.embedding import Embedding, Head
 from outrider.layers.spec import LayerSpec
 from outrider.load.checkpoint import Checkpoint
@@ -41,11 +40,7 @@ class DraftOptions:
 
     def check_whole(self, name: str, lowest: int, highest: int | None = None) -> None:
         """OptionError unless the option is a whole number within bounds."""
-        value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < lowest or (highest is not None and value > highest):
-            bounds = f"{lowest} or more" if highest is None else f"from {lowest} to {highest}"
-            raise OptionError(f"{name} must be a whole number, {bounds}: {value!r}")
+        check_whole(name, getattr(self, name), lowest, highest)
 
 
 @dataclass(frozen=True, slots=True)

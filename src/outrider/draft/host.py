@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from outrider.capability import Feature
+from outrider.core.reading import written_short
 from outrider.draft.base import DraftContext, Drafter
 from outrider.errors import OptionError
 from outrider.tensors import Draft
@@ -57,7 +58,8 @@ class HostDrafter(Drafter):
         try:
             guesses = [operator.index(token) for token in list(given)[: self.num_drafts]]
         except TypeError:
-            raise OptionError(f"drafter {type(self).__name__} must guess whole numbers: {given!r}") from None
+            shown = written_short(given)
+            raise OptionError(f"drafter {type(self).__name__} must guess whole numbers: {shown}") from None
         wrong = [token for token in guesses if not 0 <= token < self.target.vocab_size]
         if wrong:
             raise OptionError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outrider.core.option import option, wrong_types
+from outrider.core.reading import written_short
 from outrider.engine.process.logs import LOG_FORMATS
 from outrider.errors import OptionError
 
@@ -69,13 +70,13 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for name, value, wanted in wrong_types(self):
-            raise OptionError(f"{name} must be {wanted}: {value!r}")
+            raise OptionError(f"{name} must be {wanted}: {written_short(value)}")
         if not 0 <= self.port <= 65535:
             raise OptionError(f"port must be a number from 0 to 65535: {self.port}")
         for name, known in (("tool_call_parser", TOOL_CALL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise OptionError(f"{name} must be {' or '.join(known)}: {value!r}")
+                raise OptionError(f"{name} must be {' or '.join(known)}: {written_short(value)}")
         if self.max_waiting < 0:
             raise OptionError(f"max_waiting must be a whole number of 0 or more: {self.max_waiting}")
         for name, low in (("max_body_bytes", 1), ("max_header_bytes", 1024), ("max_connections", 1)):
@@ -85,21 +86,23 @@ class ServerOptions:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise OptionError(f"{name} must be a number of seconds above 0: {getattr(self, name)}")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
-            raise OptionError(f"root_path must begin with a slash, and not end with one: {self.root_path!r}")
+            raise OptionError(
+                f"root_path must begin with a slash, and not end with one: {written_short(self.root_path)}"
+            )
         for origin in self.allowed_origin or ():
             written = _ORIGIN.fullmatch(origin)
             if origin != "*" and (written is None or written.group("scheme", "port") in _OWN_PORTS):
                 raise OptionError(
                     "allowed_origin must be as a browser writes it, https://example.org or http://localhost:5173: in"
-                    f" lower case, without a path, a wildcard or the scheme's own port; or *: {origin!r}"
+                    f" lower case, without a path, a wildcard or the scheme's own port; or *: {written_short(origin)}"
                 )
         if self.log_format not in LOG_FORMATS:
-            raise OptionError(f"log_format must be one of {', '.join(LOG_FORMATS)}: {self.log_format!r}")
+            raise OptionError(f"log_format must be one of {', '.join(LOG_FORMATS)}: {written_short(self.log_format)}")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise OptionError("ssl_keyfile needs ssl_certfile: give the certificate too")
         url = self.otlp_traces_endpoint
         if url is not None and not url.startswith(("http://", "https://")):
-            raise OptionError(f"otlp_traces_endpoint must be an http or https URL: {url!r}")
+            raise OptionError(f"otlp_traces_endpoint must be an http or https URL: {written_short(url)}")
 
     def check_certificate(self) -> None:
         """OptionError if TLS is asked for with files that hold no usable certificate and key."""

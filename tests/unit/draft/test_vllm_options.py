@@ -39,7 +39,7 @@ def test_keys_of_vllm(key: str) -> None:
         ({"draft_tensor_parallel_size": True}, "draft_tensor_parallel_size True is not offered"),
         ({"speculative_disable_by_batch_size": 4}, "speculative_disable_by_batch_size is called disable_by_batch_size"),
         ({"speculative_max_model_len": 4}, "speculative_max_model_len is called max_model_len here"),
-        ({"max_model_len": 0}, "max_model_len must be a whole number, 1 or more: 0"),
+        ({"max_model_len": 0}, "max_model_len must be a whole number of 1 or more: 0"),
         ({"max_model_len": "4"}, "max_model_len must be"),
         ({"lookup_max": 4}, r"no option lookup_max \(did you mean prompt_lookup_max\? known: max_model_len, num_spec"),
         ({"zzz": 4}, r"no option zzz \(known: max_model_len, num_speculative_tokens, prompt_lookup_max"),
