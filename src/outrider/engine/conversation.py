@@ -79,7 +79,7 @@ def plain_conversation(messages: Sequence[Mapping[str, Any]], takes_records: boo
 
 def _answer(message: Mapping[str, Any], where: str, takes_records: bool) -> Message:
     content, refusal = message.get("content"), message.get("refusal")
-    if refusal not in EMPTY and content is None:
+    if refusal not in EMPTY and content in EMPTY:
         content = text_at(refusal, f"{where}.refusal")  # an answer all the same, and the only text there is
     made: Message = {"role": "assistant"}
     made["content"] = "" if content is None else content_of(content, f"{where}.content", ("text", "refusal"))

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from fake_engine import HERMES_TEMPLATE, LLAMA_TEMPLATE, fake_server, write_tokenizer
-from outrider.engine.conversation import encode_conversation
+from outrider.engine.conversation import encode_conversation, plain_conversation
 from outrider.errors import CheckpointError, OptionError, PromptError
 from outrider.load.chat_template import ChatTemplate
 from outrider.load.tokenizer import Tokenizer
@@ -280,3 +280,9 @@ def test_a_reply_that_is_not_begun(load: Any) -> None:
     assert written(tokenizer, USER, add_generation_prompt=False).endswith("<|user|>Hi")
     assert tokenizer.chat_templates().fact().said["beginning of the reply"] == "written"
     assert load(PLAIN).chat_templates().fact().said["beginning of the reply"] == "left to the model"
+
+
+@pytest.mark.parametrize("content", [None, "", []])
+def test_a_refusal_is_the_answer_where_there_is_no_other(content: Any) -> None:
+    answer = {"role": "assistant", "content": content, "refusal": "I cannot."}
+    assert plain_conversation([{"role": "user", "content": "Hi"}, answer])[1]["content"] == "I cannot."
