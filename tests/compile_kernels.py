@@ -72,7 +72,7 @@ def products(shapes: tuple[tuple[int, int, bool], ...]) -> None:
             x, weight = torch.empty(rows, inputs), torch.empty((1 + gate) * outputs, inputs, dtype=torch.bfloat16)
             out = torch.empty(rows, outputs, dtype=torch.bfloat16)
             few_rows(x.bfloat16(), weight, out, gate=gate, tickets=tickets)
-    linear_gpu(torch.empty(8, 4096, dtype=torch.bfloat16), torch.empty(32000, 4096, dtype=torch.bfloat16), wide=True)
+    linear_gpu(torch.empty(8, 4096, dtype=torch.bfloat16), torch.empty(32000, 4096, dtype=torch.bfloat16), upcast=True)
 
 
 def main(capability: int = 90) -> None:

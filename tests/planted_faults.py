@@ -83,10 +83,10 @@ FAULTS = (
     # edges of the CPU kernels
     cpu("accept_drafts", "while gained < owned - 1:", "while gained < owned:"),
     cpu("commit", "smaller(count[row], max_len - length[slot])", "count[row]"),
-    cpu("draft_rows", "place < accepted else num_query", "place <= accepted else num_query"),
+    cpu("draft_rows", "offset < accepted else num_query", "offset <= accepted else num_query"),
     cpu("gather_rows", "index[row] < known", "index[row] <= known"),
     cpu("linear", "smaller(start + share, outputs)", "smaller(start + share, outputs - 1)"),
-    cpu("ngram_lookup", "run < longest and run < place", "run < longest and run <= place", file="ngram"),
+    cpu("ngram_lookup", "run < longest and run < copy_end", "run < longest and run <= copy_end", file="ngram"),
     cpu(
         "paged_attention",
         "(first + part + i) // group + 1 - begin",
@@ -108,10 +108,10 @@ FAULTS = (
         "offset = slots[token] // block_size, (slots[token] + 1) % block_size",
         file="rope",
     ),
-    cpu("gumbel_argmax", "if most > best:", "if most >= best:", file="sample"),
+    cpu("gumbel_argmax", "if block_max > best:", "if block_max >= best:", file="sample"),
     cpu("scale_hidden", "np.float32(1) if own[row] == 0", "np.float32(1) if own[row] != 0"),
     cpu("assemble", "if past < 0 or width == 0:", "if past <= 0 or width == 0:", file="step_inputs"),
-    cpu("truncate", "while counts[place] < k:", "while counts[place] <= k:"),
+    cpu("truncate", "while counts[bin_index] < k:", "while counts[bin_index] <= k:"),
     # rules of the engine: one per room
     Fault(
         "verify/rejection.py", "(target - guessed).clamp(min=0).log()", "target.log()", ("tests/test_verification.py",)

@@ -157,7 +157,7 @@ def test_logits_are_not_rounded_to_the_weights_type(device: str) -> None:
     for rows in (1, 3):
         x = draw(rows, 256, seed=0, dtype=torch.bfloat16, device=device)
         weight = draw(33, 256, seed=1, dtype=torch.bfloat16, device=device)
-        logits = LINEAR.kernel("cuda")(x, weight, wide=True)
+        logits = LINEAR.kernel("cuda")(x, weight, upcast=True)
         assert logits.dtype == torch.float32 and distance(logits, x.double() @ weight.double().T) < 1e-6
 
 

@@ -63,10 +63,12 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float(gap.norm() / wide.nan_to_num(0.0).norm())
 
 
-def close(ours: Any, theirs: Any, tolerance: float, narrow: float = 0.0) -> bool:
-    """`narrow`: the tolerance for numbers of 16 bits, where it is more."""
+def close(ours: Any, theirs: Any, tolerance: float, tolerance_16bit: float = 0.0) -> bool:
+    """`tolerance_16bit`: the tolerance for numbers of 16 bits, where it is more."""
     pairs = list(zip(leaves(ours), leaves(theirs), strict=True))
-    return all(distance(a, b) <= (tolerance if b.element_size() > 2 else max(tolerance, narrow)) for a, b in pairs)
+    return all(
+        distance(a, b) <= (tolerance if b.element_size() > 2 else max(tolerance, tolerance_16bit)) for a, b in pairs
+    )
 
 
 @pytest.fixture
@@ -126,8 +128,8 @@ def test_kernel_agrees_with_reference(op: Op[..., Any], device: str, limit: int 
             expected = None
         written = [(ours[name], theirs[name]) for name in op.outputs]
         for a, b in [(found, expected), *written]:
-            narrow = op.narrow if op.tolerance else 0.0
-            assert close(a, b, op.tolerance, narrow), {k: getattr(v, "shape", v) for k, v in example.items()}
+            tolerance_16bit = op.tolerance_16bit if op.tolerance else 0.0
+            assert close(a, b, op.tolerance, tolerance_16bit), {k: getattr(v, "shape", v) for k, v in example.items()}
         for name in set(example) - set(op.outputs):
             assert close(ours[name], example[name], 0), f"{name} was written"
         count += 1
@@ -327,7 +329,7 @@ def test_attention_of_a_gpu_with_every_group_of_heads(
     case = attention_case(lengths, (2 * group, 2), head_dim, seed=group, cache=dtype)
     case = absurd_past_rows(case | {"query": 3 * case["query"].to(dtype)})
     expected = paged_attention_reference(**finite(case))
-    assert close(attention_on(device)(**case), expected, PAGED_ATTENTION.tolerance, PAGED_ATTENTION.narrow)
+    assert close(attention_on(device)(**case), expected, PAGED_ATTENTION.tolerance, PAGED_ATTENTION.tolerance_16bit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -345,7 +347,7 @@ def test_attention_of_a_gpu_over_a_long_context(
     case = attention_case(lengths, (4, 1), 128, cache=dtype)
     case = absurd_past_rows(case | {"query": 3 * case["query"].to(dtype)})
     expected = paged_attention_reference(**finite(case))
-    assert close(attention_on(device)(**case), expected, PAGED_ATTENTION.tolerance, PAGED_ATTENTION.narrow)
+    assert close(attention_on(device)(**case), expected, PAGED_ATTENTION.tolerance, PAGED_ATTENTION.tolerance_16bit)
 
 
 def finite(case: dict[str, Any]) -> dict[str, Any]:

@@ -101,11 +101,11 @@ def accept_drafts(generator: torch.Generator, device: torch.device, wide: bool) 
         logits_start = torch.tensor([0, *owned]).cumsum(0).int()
         choice = torch.randint(-1, 2, (sum(owned) + padding,), generator=generator)
         drafts = torch.randint(0, 2, (len(owned), width), generator=generator)
-        stands = torch.randint(0, 2, (sum(owned) + padding,), generator=generator).bool()
-        for test in (None, stands.to(device)):
+        is_accepted = torch.randint(0, 2, (sum(owned) + padding,), generator=generator).bool()
+        for test in (None, is_accepted.to(device)):
             yield {
                 "choice": choice.to(device),
-                "stands": test,
+                "is_accepted": test,
                 "logits_start": logits_start.to(device),
                 "draft_tokens": drafts.to(device),
             }

@@ -11,7 +11,7 @@ from outrider.kernels.sample import NO_TOKEN
 
 def accept_drafts_reference(
     choice: Tensor,  # [L] int64, the token to take at each row of logits if no draft is accepted there, or NO_TOKEN
-    stands: Tensor | None,  # [L] bool, whether the draft there is accepted; None: iff it equals the choice
+    is_accepted: Tensor | None,  # [L] bool, whether the draft there is accepted; None: iff it equals the choice
     logits_start: Tensor,  # [B+1] int32
     draft_tokens: Tensor,  # [B, K] int64
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,9 +26,9 @@ def accept_drafts_reference(
     num_drafts = logits_start.diff()[:, None] - 1
     index = (logits_start[:-1, None] + column).clamp(max=choice.shape[0])
     own = torch.nn.functional.pad(choice, (0, 1), value=-1)[index]
-    padded = None if stands is None else torch.nn.functional.pad(stands, (0, 1))
-    stand = own[:, :-1] == draft_tokens if padded is None else padded[index[:, :-1]]
-    accepted = (stand & (own[:, :-1] != NO_TOKEN) & (column[:-1] < num_drafts)).cumprod(dim=1).sum(dim=1, keepdim=True)
+    padded = None if is_accepted is None else torch.nn.functional.pad(is_accepted, (0, 1))
+    passed = own[:, :-1] == draft_tokens if padded is None else padded[index[:, :-1]]
+    accepted = (passed & (own[:, :-1] != NO_TOKEN) & (column[:-1] < num_drafts)).cumprod(dim=1).sum(dim=1, keepdim=True)
     count = torch.where(num_drafts >= 0, accepted + 1, 0)
     drafts = torch.nn.functional.pad(draft_tokens, (0, 1))
     tokens = torch.where(column < accepted, drafts, own.clamp(min=0))

@@ -32,8 +32,8 @@ def paged_attention_reference(
     token = torch.arange(len(query), device=query.device, dtype=torch.int32)
     row = torch.searchsorted(query_start[1:].contiguous(), token, right=True).clamp(max=num_rows - 1)
     position = seq_lens[row] - query_start[row + 1] + token
-    place = torch.arange(max_blocks * block_size, device=query.device)
-    seen = (place <= position.unsqueeze(1)) & (token < query_start[-1]).unsqueeze(1)
+    key_position = torch.arange(max_blocks * block_size, device=query.device)
+    seen = (key_position <= position.unsqueeze(1)) & (token < query_start[-1]).unsqueeze(1)
     parts = []
     for begin in range(0, len(query), _QUERIES_AT_ONCE):
         part = slice(begin, begin + _QUERIES_AT_ONCE)

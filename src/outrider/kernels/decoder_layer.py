@@ -99,7 +99,7 @@ DECODER_LAYER = Op(
     decoder_layer_reference,
     outputs=("residual", "key_cache", "value_cache"),
     tolerance=1e-3,
-    narrow=2e-2,
+    tolerance_16bit=2e-2,
     why="four products deep, a key between two bfloat16 may be rounded to either, and the interpreter cuts some off",
 )
 

@@ -28,14 +28,14 @@ def ngram_lookup_reference(
     history = tokens[slot]  # [B, max_len]
     end = length[slot].long()[:, None]
     max_len = history.shape[1]
-    place = torch.arange(max_len, device=tokens.device)[None, :]  # a copy ends before `place`
+    copy_end = torch.arange(max_len, device=tokens.device)[None, :]  # a copy ends before `copy_end`
     run = torch.zeros_like(history)
-    unbroken = (place >= 1) & (place < end)
+    unbroken = (copy_end >= 1) & (copy_end < end)
     for i in range(longest):
         last = history.gather(1, (end - 1 - i).clamp(min=0))
-        unbroken = unbroken & (place > i) & (history.roll(i + 1, dims=1) == last)
+        unbroken = unbroken & (copy_end > i) & (history.roll(i + 1, dims=1) == last)
         run = run + unbroken
-    score = torch.where(run >= shortest, run * max_len + place, -1)
+    score = torch.where(run >= shortest, run * max_len + copy_end, -1)
     best, copy = score.max(dim=1, keepdim=True)
     found = (best >= 0) & (logits_start.diff()[:, None] > 0)
     period = (end - copy).clamp(min=1)

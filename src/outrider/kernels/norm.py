@@ -13,8 +13,8 @@ from outrider.kernels.op import Op
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    upcast = x.float()
+    normed = upcast * torch.rsqrt(upcast.square().mean(-1, keepdim=True) + eps)
     return (weight.float() * normed).to(x.dtype)
 
 

@@ -54,7 +54,7 @@ class Op(Generic[P, R]):
     kernels: tuple[str, ...] = ("cpu", "cuda")
     outputs: tuple[str, ...] = ()  # arguments written in place, compared beside what is returned
     tolerance: float = 1e-5  # largest ||kernel - reference|| / ||reference|| in float32; rounding to less adds to it
-    narrow: float = 5e-3  # the same where numbers are of 16 bits: two units in the last place, most by less
+    tolerance_16bit: float = 5e-3  # the same where numbers are of 16 bits: two units in the last place, most by less
     why: str = ""  # the reason for a tolerance other than float32 rounding
     _found: dict[str, Callable[P, R]] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -56,9 +56,9 @@ def copy_aux_hidden(
     if features is None:
         return
     width = residual.shape[1]
-    for place, aux_layer in enumerate(aux_layers):
+    for index, aux_layer in enumerate(aux_layers):
         if aux_layer == layer:
-            out = features[:, place * width : (place + 1) * width]
+            out = features[:, index * width : (index + 1) * width]
             if x is None:
                 out.copy_(residual)
             else:

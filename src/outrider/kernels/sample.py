@@ -38,16 +38,16 @@ def gumbel_argmax_reference(
     slot: Tensor | None = None,  # [L] int64
 ) -> Tensor:
     """[L] int64, the token drawn from each row, or NO_TOKEN."""
-    most, column = logits.max(dim=-1)
+    maximum, column = logits.max(dim=-1)
     if temperature is None:
-        return torch.where(most.isfinite(), column if ids is None else ids[column], NO_TOKEN)
+        return torch.where(maximum.isfinite(), column if ids is None else ids[column], NO_TOKEN)
     if slot is not None:
         temperature, seed = temperature.index_select(0, slot), seed.index_select(0, slot)
     index = torch.arange(logits.shape[1], device=logits.device) if ids is None else ids
     noise = gumbel(bits_at(seed, position, purpose, index))
     greedy = (temperature == 0)[:, None]
     column = torch.where(greedy, logits, logits + noise).argmax(dim=-1)
-    return torch.where(most.isfinite(), column if ids is None else ids[column], NO_TOKEN)
+    return torch.where(maximum.isfinite(), column if ids is None else ids[column], NO_TOKEN)
 
 
 GUMBEL_ARGMAX = Op(

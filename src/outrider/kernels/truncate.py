@@ -45,14 +45,14 @@ def truncate_reference(
     top_k, top_p, min_p = by_row(top_k, top_p, min_p, temperature, slot)
     size = logits.shape[1]
     ordered = logits.sort(dim=-1, descending=True).values
-    most = ordered[:, :1].double()
-    floor = torch.where(min_p == 0, -torch.inf, min_p.double().log())[:, None] + most
+    maximum = ordered[:, :1].double()
+    floor = torch.where(min_p == 0, -torch.inf, min_p.double().log())[:, None] + maximum
 
     k = torch.where((top_k <= 0) | (top_k > size), size, top_k).long()[:, None]
     kth = torch.where(k == size, -torch.inf, ordered.gather(1, k - 1).double())
     floor = torch.maximum(floor, kth)
 
-    weight = torch.where(ordered >= floor, (ordered - most).exp(), 0.0)
+    weight = torch.where(ordered >= floor, (ordered - maximum).exp(), 0.0)
     before = weight.cumsum(dim=-1) - weight
     wanted = top_p.double()[:, None] * weight.sum(dim=-1, keepdim=True)
     nucleus = ((before < wanted) & (weight > 0)).sum(dim=-1, keepdim=True).clamp(min=1)

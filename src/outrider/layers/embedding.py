@@ -36,7 +36,7 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[L, H] -> [L, V] float32."""
-        return self.weight.multiply(hidden, wide=True)
+        return self.weight.multiply(hidden, upcast=True)
 
     def slots(self, prefix: str) -> WeightSlots:
         """Nothing when tied: the embedding owns the matrix."""

@@ -53,8 +53,8 @@ class Weight(Protocol):
     def slots(self, first: int, last: int) -> Mapping[str, WeightSlot]:
         """What outputs first:last are filled from, by the end of the tensor's name, as "weight" or "weight_scale"."""
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
-        """[T, in] -> [T, out], in x's dtype, or in float32 if `wide`."""
+    def multiply(self, x: Tensor, bias: Tensor | None = None, upcast: bool = False) -> Tensor:
+        """[T, in] -> [T, out], in x's dtype, or in float32 if `upcast`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ class Dense:
     def slots(self, first: int, last: int) -> Mapping[str, WeightSlot]:
         return {"weight": TensorSlot(self.tensor[first:last])}
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
-        return self._linear(x, self.tensor, bias, wide)
+    def multiply(self, x: Tensor, bias: Tensor | None = None, upcast: bool = False) -> Tensor:
+        return self._linear(x, self.tensor, bias, upcast)
 
 
 def dense_tensor(weight: Weight) -> Tensor:

@@ -30,8 +30,8 @@ class Separate:
             start += len(part)
         raise AssertionError(f"no matrix has outputs {first} to {last}")
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
-        assert not wide, "logits are read off the matrix itself"
+    def multiply(self, x: Tensor, bias: Tensor | None = None, upcast: bool = False) -> Tensor:
+        assert not upcast, "logits are read off the matrix itself"
         return multiply(x, self.parts, bias)
 
 

@@ -14,7 +14,7 @@ from outrider.kernels.sample import NO_TOKEN
 @Kernel
 def _accept_drafts_kernel(
     choice_at: int,
-    stands_at: int,
+    is_accepted_at: int,
     compare: bool,
     logits_start_at: int,
     drafts_at: int,
@@ -26,7 +26,7 @@ def _accept_drafts_kernel(
     width: int,
 ) -> None:
     choice = carray(pointer(choice_at), (num_logits,), np.int64)
-    stands = carray(pointer(stands_at), (num_logits,), np.uint8)
+    is_accepted = carray(pointer(is_accepted_at), (num_logits,), np.uint8)
     logits_start = carray(pointer(logits_start_at), (num_rows + 1,), np.int32)
     drafts = carray(pointer(drafts_at), (num_rows, width), np.int64)
     tokens = carray(pointer(tokens_at), (num_rows, width + 1), np.int64)
@@ -40,7 +40,7 @@ def _accept_drafts_kernel(
         if owned > 0:
             while gained < owned - 1:
                 draft, own = drafts[row, gained], choice[start + gained]
-                if own == NO_TOKEN or not (draft == own if compare else stands[start + gained] != 0):
+                if own == NO_TOKEN or not (draft == own if compare else is_accepted[start + gained] != 0):
                     break
                 tokens[row, gained] = draft
                 gained += 1
@@ -54,11 +54,13 @@ def _accept_drafts_kernel(
 
 
 def accept_drafts_cpu(
-    choice: Tensor, stands: Tensor | None, logits_start: Tensor, draft_tokens: Tensor
+    choice: Tensor, is_accepted: Tensor | None, logits_start: Tensor, draft_tokens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`accept_drafts_reference` in one call."""
     draft_tokens = draft_tokens.contiguous()
-    assert choice.is_contiguous() and (stands is None or (stands.is_contiguous() and stands.dtype == torch.bool))
+    assert choice.is_contiguous() and (
+        is_accepted is None or (is_accepted.is_contiguous() and is_accepted.dtype == torch.bool)
+    )
     assert choice.dtype == draft_tokens.dtype == torch.int64 and logits_start.dtype == torch.int32
     rows, width = draft_tokens.shape
     tokens = torch.empty((rows, width + 1), dtype=torch.int64)
@@ -66,8 +68,8 @@ def accept_drafts_cpu(
     invalid = torch.empty(rows, dtype=torch.bool)
     _accept_drafts_kernel.launch(
         choice.data_ptr(),
-        0 if stands is None else stands.data_ptr(),
-        stands is None,
+        0 if is_accepted is None else is_accepted.data_ptr(),
+        is_accepted is None,
         logits_start.data_ptr(),
         draft_tokens.data_ptr(),
         tokens.data_ptr(),

@@ -163,8 +163,8 @@ def _sum_tiles(emitter: Emitter, height: int, width: int, gated: bool, given: _S
             for part in range(2):
                 for t in range(width):
                     base = emitter.plus(emitter.plus(packed, index, 4 * height), panel, t)
-                    place = emitter.pointer(base, part * 64 * height, _BYTE)
-                    _tile_call(emitter, "tileloadd64", _TOKENS[t], place, size.type(4 * height))
+                    address = emitter.pointer(base, part * 64 * height, _BYTE)
+                    _tile_call(emitter, "tileloadd64", _TOKENS[t], address, size.type(4 * height))
                 for o, t, tile in sums:
                     _tile_call(emitter, "tdpbf16ps", tile, _WEIGHTS[o], _TOKENS[t])
             return none
@@ -183,8 +183,8 @@ def _sum_tiles(emitter: Emitter, height: int, width: int, gated: bool, given: _S
     else:
         steps(0, size, None)
     for index, (_, _, tile) in enumerate(sums):
-        place = emitter.pointer(scratch, index * _TILE, _BYTE)
-        _tile_call(emitter, "tilestored64", tile, place, size.type(4 * height))
+        address = emitter.pointer(scratch, index * _TILE, _BYTE)
+        _tile_call(emitter, "tilestored64", tile, address, size.type(4 * height))
 
     def turned(o: int, t: int) -> list[Vector]:
         start = (o * width + t) * _TILE // 4
@@ -194,16 +194,16 @@ def _sum_tiles(emitter: Emitter, height: int, width: int, gated: bool, given: _S
     biased = emitter.splat(builder.icmp_signed("!=", bias, bias.type(0)))
     for t in range(width):
         start = emitter.plus(out, line, height * t)
-        places = emitter.rows(start, line, height, builder.sub(left, left.type(height * t)))
+        addresses = emitter.rows(start, line, height, builder.sub(left, left.type(height * t)))
         # a row past the last goes where the last one does, and before it
         if gated:
-            for gate, up, place in reversed(list(zip(turned(0, t), turned(1, t), places, strict=True))):
-                emitter.store(silu_mul(emitter, gate, up), place, 0)
+            for gate, up, address in reversed(list(zip(turned(0, t), turned(1, t), addresses, strict=True))):
+                emitter.store(silu_mul(emitter, gate, up), address, 0)
             continue
         for o in range(2):
             added = emitter.load(bias, 16 * o, biased, BFLOAT16)
-            for row, place in reversed(list(zip(turned(o, t), places, strict=True))):
-                emitter.store(builder.fadd(row, added), place, 16 * o)
+            for row, address in reversed(list(zip(turned(o, t), addresses, strict=True))):
+                emitter.store(builder.fadd(row, added), address, 16 * o)
 
 
 @emitted
@@ -264,9 +264,9 @@ def pack(tickets: int, x: int, rows: int, inputs: int, height: int, packed: int)
         row, first = ticket // parts * height, ticket % parts * 256
         if row >= rows:
             break
-        place = packed + row * inputs * 4
+        address = packed + row * inputs * 4
         last = smaller(first + 256, inputs)
-        _pack(x + row * inputs * 4, smaller(rows - row, height), inputs, first, last, height, place)
+        _pack(x + row * inputs * 4, smaller(rows - row, height), inputs, first, last, height, address)
 
 
 @task(exists=AVAILABLE)
@@ -280,11 +280,11 @@ def products(
     weight, bias, inputs, outputs, _ = product
     width, apart = (LANES, outputs) if gated else (_OUTPUTS, LANES)
     blocks, size = (outputs + width - 1) // width, inputs * 2 * _OUTPUTS
-    most, least = larger(_TASK[1] // size, 1), larger(_TASK[0] // size, 1)
+    max_share, min_share = larger(_TASK[1] // size, 1), larger(_TASK[0] // size, 1)
     scratch = allocate(4 * _TILE)
     _configure(height, scratch)
     while True:
-        share = larger(smaller((blocks - read(tickets)) // (2 * threads), most), least)
+        share = larger(smaller((blocks - read(tickets)) // (2 * threads), max_share), min_share)
         start = add(tickets, share)
         if start >= blocks:
             break
@@ -293,8 +293,8 @@ def products(
             for each in range(start, smaller(start + share, blocks)):
                 o = smaller(each * width, outputs - width)
                 weights, added = weight + o * inputs * 2, bias + o * 2 if bias != 0 else bias
-                place = out + (row * outputs + o) * 4
-                _multiply(height, weights, apart, gated, added, inputs, x, place, outputs, left, scratch)
+                address = out + (row * outputs + o) * 4
+                _multiply(height, weights, apart, gated, added, inputs, x, address, outputs, left, scratch)
     _release(scratch)
     free(scratch)
 
@@ -320,6 +320,6 @@ def multiply(x: int, product: Product, out: int, rows: int, threads: int) -> Non
     parallel(pack, threads, (x, rows, inputs, height, packed))
     block = larger(_PANEL // (inputs * 4) // (2 * LANES), 1) * 2 * LANES
     for row in range(0, rows, block):
-        count, place = smaller(rows - row, block), out + row * outputs * 4
-        parallel(products, threads, (packed + row * inputs * 4, count, height, product, NO, place, threads))
+        count, address = smaller(rows - row, block), out + row * outputs * 4
+        parallel(products, threads, (packed + row * inputs * 4, count, height, product, NO, address, threads))
     free(packed)

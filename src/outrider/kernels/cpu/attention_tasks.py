@@ -64,14 +64,14 @@ def plan(rows: Rows, heads: Heads, begin: int, end: int) -> Plan:
     starts = carray(pointer(rows.query_start), (rows.num_rows + 1,), np.int32)
     lens = carray(pointer(rows.seq_lens), (rows.num_rows,), np.int32)
     group, num_kv_heads = heads.num_heads // heads.num_kv_heads, heads.num_kv_heads
-    most = 0
+    max_tasks = 0
     for row in range(rows.num_rows):
         tokens = smaller(starts[row + 1], end) - larger(starts[row], begin)
         if tokens > 0:
             tiles = (tokens * group + _ROWS - 1) // _ROWS
-            most += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
-    memory = allocate(most * _FIELDS * 8)
-    tasks = carray(pointer(memory), (most, _FIELDS), np.int64)
+            max_tasks += tiles * num_kv_heads * ((lens[row] + _SPLIT - 1) // _SPLIT)
+    memory = allocate(max_tasks * _FIELDS * 8)
+    tasks = carray(pointer(memory), (max_tasks, _FIELDS), np.int64)
     count = areas = pairs = 0
     for row in range(rows.num_rows):
         token = larger(starts[row], begin)
@@ -141,8 +141,8 @@ def attend(
     queries = allocate(_ROWS * size + _TILE * CHUNK * 4 + whole + 2 * _GROUPS * 8)
     scores = queries + _ROWS * size
     own = scores + _TILE * CHUNK * 4
-    places = own + whole  # of this chunk, and of the next
-    later = places + _GROUPS * 8
+    offsets = own + whole  # of this chunk, and of the next
+    later = offsets + _GROUPS * 8
     while True:
         index = add(tickets, 1)
         if index >= plan.num_tasks:
@@ -150,8 +150,8 @@ def attend(
                 clear(out + plan.num_owned * stride, (num_tokens - plan.num_owned) * stride)
             break
         row, head, token, position = tasks[index, 0], tasks[index, 1], tasks[index, 2], tasks[index, 3]
-        first, height, split, place = tasks[index, 4], tasks[index, 5], tasks[index, 6], tasks[index, 7]
-        mixed = own if place < 0 else areas + place * whole
+        first, height, split, area_index = tasks[index, 4], tasks[index, 5], tasks[index, 6], tasks[index, 7]
+        mixed = own if area_index < 0 else areas + area_index * whole
         states = mixed + _ROWS * size
         for i in range(height):
             offset = (first + i) // group * stride + (head * group + (first + i) % group) * size
@@ -159,10 +159,10 @@ def attend(
             start_row(states + i * STATE, mixed + i * size, head_dim)
         table = rows.block_table + row * rows.max_blocks * 4
         stop = smaller((split + 1) * _SPLIT, position + (first + height - 1) // group + 1)
-        _find(places, table, split * _SPLIT, stop, head, heads)
+        _find(offsets, table, split * _SPLIT, stop, head, heads)
         for begin in range(split * _SPLIT, stop, CHUNK):
             if begin > split * _SPLIT:
-                _copy_groups(later, places)
+                _copy_groups(later, offsets)
             _find(later, table, begin + CHUNK, stop, head, heads)
             for part in range(0, height, _TILE):
                 # the tile's last row sees the most
@@ -172,13 +172,13 @@ def attend(
                     continue
                 num_rows = smaller(_TILE, height - part)
                 q, state = queries + part * size, states + part * STATE
-                score(q, num_rows, keys, places, num_keys, kind, head_dim, scores, values - keys)
+                score(q, num_rows, keys, offsets, num_keys, kind, head_dim, scores, values - keys)
                 for i in range(num_rows):
                     seen = position + (first + part + i) // group + 1 - begin
                     soften_row(scores + i * CHUNK * 4, scale, num_keys, seen, state + i * STATE)
                 sums = mixed + part * size
-                mix(scores, state, num_rows, values, places, kind, num_keys, sums, head_dim, keys, later)
-        if place < 0:
+                mix(scores, state, num_rows, values, offsets, kind, num_keys, sums, head_dim, keys, later)
+        if area_index < 0:
             for i in range(height):
                 offset = (first + i) // group * stride + (head * group + (first + i) % group) * size
                 finish_row(states + i * STATE, mixed + i * size, out + token * stride + offset, kind, head_dim)
@@ -196,12 +196,12 @@ def join(tickets: int, plan: Plan, areas: int, heads: Heads, out: int) -> None:
         if index >= plan.num_tasks:
             break
         head, token, position = tasks[index, 1], tasks[index, 2], tasks[index, 3]
-        first, height, split, place = tasks[index, 4], tasks[index, 5], tasks[index, 6], tasks[index, 7]
-        if place < 0 or split > 0:
+        first, height, split, area_index = tasks[index, 4], tasks[index, 5], tasks[index, 6], tasks[index, 7]
+        if area_index < 0 or split > 0:
             continue
         for i in range(height):
-            mixed = areas + place * whole + i * size
-            state = areas + place * whole + _ROWS * size + i * STATE
+            mixed = areas + area_index * whole + i * size
+            state = areas + area_index * whole + _ROWS * size + i * STATE
             for later in range(1, (position + (first + i) // group) // _SPLIT + 1):
                 join_row(state, mixed, state + later * whole, mixed + later * whole, head_dim)
             offset = (first + i) // group * stride + (head * group + (first + i) % group) * size

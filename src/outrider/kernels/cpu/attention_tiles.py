@@ -29,9 +29,9 @@ def start_row(emitter: Emitter, state: Int, mixed: Int, size: Int) -> None:
     emitter.sweep(size, clear, [])
 
 
-def _group(emitter: Emitter, places: Int, key: Int, cache: Int, cell: Int) -> Int:
+def _group(emitter: Emitter, offsets: Int, key: Int, cache: Int, cell: Int) -> Int:
     """Where the 16 keys or values from `key` of a chunk on lie in a cache of `cell` bytes a head."""
-    return emitter.plus(cache, emitter.integer(places, emitter.builder.lshr(key, key.type(4))), cell)
+    return emitter.plus(cache, emitter.integer(offsets, emitter.builder.lshr(key, key.type(4))), cell)
 
 
 @emitted
@@ -40,7 +40,7 @@ def score(
     queries: Int,
     count: Int,
     cache: Int,
-    places: Int,
+    offsets: Int,
     keys: Int,
     kind: Int,
     size: Int,
@@ -59,7 +59,7 @@ def score(
         score_rows = emitter.rows(scores, CHUNK * 4, height, count)
 
         def sixteen(start: Int, none: list[Vector]) -> list[Vector]:
-            base = _group(emitter, places, start, cache, cell)
+            base = _group(emitter, offsets, start, cache, cell)
 
             def tile(key: Int, none: list[Vector]) -> list[Vector]:
                 k_rows = emitter.rows(emitter.plus(base, key, cell), cell, width, width)
@@ -78,15 +78,15 @@ def score(
     emitter.each_kind(kind, of_kind, CACHES)
 
 
-def _joined(emitter: Emitter, before: Vector, most: Vector) -> tuple[Vector, Vector, Vector]:
+def _joined(emitter: Emitter, before: Vector, row_max: Vector) -> tuple[Vector, Vector, Vector]:
     """The maximum of both, what to subtract for it, and the factor that turns sums under `before` into sums under it.
 
     The maximum is -inf while nothing is seen, and -inf - -inf would be no number.
     """
-    most = emitter.maximum(before, most)
-    unseen = emitter.builder.fcmp_ordered("==", most, emitter.floats(-math.inf))
-    base = emitter.builder.select(unseen, emitter.floats(0), most)
-    return most, base, emitter.exp(emitter.builder.fsub(before, base))
+    row_max = emitter.maximum(before, row_max)
+    unseen = emitter.builder.fcmp_ordered("==", row_max, emitter.floats(-math.inf))
+    base = emitter.builder.select(unseen, emitter.floats(0), row_max)
+    return row_max, base, emitter.exp(emitter.builder.fsub(before, base))
 
 
 @emitted
@@ -102,8 +102,8 @@ def soften_row(emitter: Emitter, scores: Int, scale: Real, keys: Int, seen: Int,
         emitter.store(value, scores, index)
         return [emitter.maximum(state[0], value)]
 
-    most = emitter.loop(0, keys, LANES, scaled, [emitter.floats(-math.inf)])[0]
-    most, base, keep = _joined(emitter, emitter.load(state, 0), emitter.widest(most))
+    row_max = emitter.loop(0, keys, LANES, scaled, [emitter.floats(-math.inf)])[0]
+    row_max, base, keep = _joined(emitter, emitter.load(state, 0), emitter.largest(row_max))
 
     def weights(index: Int, state: list[Vector]) -> list[Vector]:
         value = emitter.exp(builder.fsub(emitter.load(scores, index), base))
@@ -111,7 +111,7 @@ def soften_row(emitter: Emitter, scores: Int, scale: Real, keys: Int, seen: Int,
         return [builder.fadd(state[0], value)]
 
     total = emitter.total(emitter.loop(0, keys, LANES, weights, [emitter.floats(0)])[0])
-    emitter.store(most, state, 0)
+    emitter.store(row_max, state, 0)
     emitter.store(emitter.fma(emitter.load(state, _SUM), keep, total), state, _SUM)
     emitter.store(keep, state, _FACTOR)
 
@@ -123,7 +123,7 @@ def mix(
     states: Int,
     count: Int,
     cache: Int,
-    places: Int,
+    offsets: Int,
     kind: Int,
     seen: Int,
     mixed: Int,
@@ -146,12 +146,12 @@ def mix(
 
         def tile(column: Int, vectors: int, paired: bool, mask: Vector | None) -> None:
             columns = [emitter.plus(column, i, LANES) for i in range(vectors)]
-            places_of_sums = [(row, column) for row in mixed_rows for column in columns]
-            sums = [emitter.load(row, column, mask) for row, column in places_of_sums]
+            addresses = [(row, column) for row in mixed_rows for column in columns]
+            sums = [emitter.load(row, column, mask) for row, column in addresses]
             sums = [builder.fmul(old, factors[i // len(columns)]) for i, old in enumerate(sums)]
 
             def sixteen(start: Int, sums: list[Vector]) -> list[Vector]:
-                base = _group(emitter, places, start, cache, cell)
+                base = _group(emitter, offsets, start, cache, cell)
                 ahead = builder.sub(_group(emitter, later, start, later_cache, cell), base)
 
                 def step(key: Int, old: list[Vector]) -> list[Vector]:
@@ -168,13 +168,13 @@ def mix(
                         new += [emitter.fma(weight, part, old[len(new) + i]) for i, part in enumerate(parts)]
                     return new
 
-                return emitter.loop(start, emitter.least(emitter.plus(start, LANES, 1), seen), 1, step, sums)
+                return emitter.loop(start, emitter.minimum(emitter.plus(start, LANES, 1), seen), 1, step, sums)
 
             sums = emitter.loop(0, seen, LANES, sixteen, sums)
-            for (row, column), value in zip(places_of_sums, sums, strict=True):
+            for (row, column), value in zip(addresses, sums, strict=True):
                 emitter.store(value, row, column, mask)
 
-        def wide(column: Int, none: list[Vector]) -> list[Vector]:
+        def full(column: Int, none: list[Vector]) -> list[Vector]:
             tile(column, vectors, kind == BFLOAT16, None)
             return none
 
@@ -188,7 +188,7 @@ def mix(
 
         vectors = min(16 // height, 4)
         middle = builder.and_(size, size.type(-LANES * vectors))
-        emitter.loop(0, middle, LANES * vectors, wide, [])
+        emitter.loop(0, middle, LANES * vectors, full, [])
         if kind == BFLOAT16 and vectors > 2:
             start, middle = middle, builder.and_(size, size.type(-2 * LANES))
             emitter.loop(start, middle, 2 * LANES, pair, [])
@@ -205,10 +205,10 @@ def join_row(emitter: Emitter, state: Int, mixed: Int, other_state: Int, other_m
     """Takes a row's sums over later keys into those over earlier ones."""
     builder = emitter.builder
     theirs = emitter.load(other_state, 0)
-    most, base, keep = _joined(emitter, emitter.load(state, 0), theirs)
+    row_max, base, keep = _joined(emitter, emitter.load(state, 0), theirs)
     factor = emitter.exp(builder.fsub(theirs, base))
     added = builder.fmul(emitter.load(other_state, _SUM), factor)
-    emitter.store(most, state, 0)
+    emitter.store(row_max, state, 0)
     emitter.store(emitter.fma(emitter.load(state, _SUM), keep, added), state, _SUM)
 
     def join(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:

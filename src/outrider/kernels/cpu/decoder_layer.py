@@ -86,9 +86,9 @@ class DeviceLayerStack:
         if features is not None:
             assert features.is_contiguous() and features.dtype == torch.float32
             stride, self._copies = features.shape[1] * 4, True
-            for place, layer in enumerate(aux_layers):
+            for index, layer in enumerate(aux_layers):
                 if first <= layer < last:
-                    self._table[layer, -1] = features.data_ptr() + place * residual.shape[1] * 4
+                    self._table[layer, -1] = features.data_ptr() + index * residual.shape[1] * 4
         shape = self._shape
         if shape.rope != rope.data_ptr() or shape.aux_stride != stride:
             shape = self._shape = shape._replace(rope=rope.data_ptr(), aux_stride=stride)

@@ -34,8 +34,8 @@ def _draft_rows_kernel(
     logits_start_at: int,
     committed_at: int,
     made: Made,
-    wide_at: int,
-    narrow_at: int,
+    int64_at: int,
+    int32_at: int,
 ) -> None:
     num_drafts, num_masks, limit, mask_token, block_size, shift = made
     size, num_query, max_len, max_blocks = target.num_rows, target.num_tokens, tables.max_len, target.max_blocks
@@ -48,14 +48,18 @@ def _draft_rows_kernel(
     logits_start = carray(pointer(logits_start_at), (size + 1,), np.int32)
     committed = carray(pointer(committed_at), (size,), np.int32)
     num_rows = num_query + size * (1 - shift + num_masks)
-    wide = carray(pointer(wide_at), (4 * num_rows + 3 * size * num_drafts,), np.int64)
-    input_ids, source = wide[:num_rows], wide[num_rows : 2 * num_rows]
-    positions, cache_slot = wide[2 * num_rows : 3 * num_rows], wide[3 * num_rows : 4 * num_rows]
-    by_draft = wide[4 * num_rows :]
+    int64_buffer = carray(pointer(int64_at), (4 * num_rows + 3 * size * num_drafts,), np.int64)
+    input_ids, source = int64_buffer[:num_rows], int64_buffer[num_rows : 2 * num_rows]
+    positions, cache_slot = int64_buffer[2 * num_rows : 3 * num_rows], int64_buffer[3 * num_rows : 4 * num_rows]
+    by_draft = int64_buffer[4 * num_rows :]
     logits_index, draft_slot = by_draft[: size * num_drafts], by_draft[size * num_drafts : 2 * size * num_drafts]
     draft_position = by_draft[2 * size * num_drafts :]
-    narrow = carray(pointer(narrow_at), (3 * size + 1,), np.int32)
-    query_start, seq_lens, length = narrow[: size + 1], narrow[size + 1 : 2 * size + 1], narrow[2 * size + 1 :]
+    int32_buffer = carray(pointer(int32_at), (3 * size + 1,), np.int32)
+    query_start, seq_lens, length = (
+        int32_buffer[: size + 1],
+        int32_buffer[size + 1 : 2 * size + 1],
+        int32_buffer[2 * size + 1 :],
+    )
 
     at = 0
     query_start[0] = 0
@@ -66,11 +70,11 @@ def _draft_rows_kernel(
         samples = logits_start[row + 1] > logits_start[row]
         bonus = at + owned - 1
         count = larger(smaller(owned + (num_masks if samples else 0), limit - start), 0)
-        for place in range(count):
-            position = start + place
-            known = place < owned
+        for offset in range(count):
+            position = start + offset
+            known = offset < owned
             input_ids[at] = tokens[slot[row], smaller(position + shift, max_len - 1)] if known else mask_token
-            source[at] = target_start[row] + place if place < accepted else num_query
+            source[at] = target_start[row] + offset if offset < accepted else num_query
             positions[at] = position
             cache_slot[at] = np.int64(table[row, position // block_size]) * block_size + position % block_size
             at += 1
@@ -100,14 +104,16 @@ def draft_rows_cpu(
     size, num_query = batch.slot.shape[0], batch.input_ids.shape[0]
     num_rows = num_query + size * (1 - shift + num_masks)
     assert committed.dtype == torch.int32
-    wide = torch.empty(4 * num_rows + 3 * size * num_drafts, dtype=torch.int64)
-    narrow = torch.empty(3 * size + 1, dtype=torch.int32)
+    int64_buffer = torch.empty(4 * num_rows + 3 * size * num_drafts, dtype=torch.int64)
+    int32_buffer = torch.empty(3 * size + 1, dtype=torch.int32)
     at = batch.slot.data_ptr(), batch.logits_start.data_ptr(), committed.data_ptr()
     made = Made(num_drafts, num_masks, limit, mask_token, block_size, shift)
-    _draft_rows_kernel.launch(slots_of(slots), rows_of(batch.rows), *at, made, wide.data_ptr(), narrow.data_ptr())
-    input_ids, source, positions, cache_slot, *by_draft = wide.split_with_sizes(
+    _draft_rows_kernel.launch(
+        slots_of(slots), rows_of(batch.rows), *at, made, int64_buffer.data_ptr(), int32_buffer.data_ptr()
+    )
+    input_ids, source, positions, cache_slot, *by_draft = int64_buffer.split_with_sizes(
         [num_rows] * 4 + [size * num_drafts] * 3
     )
-    query_start, seq_lens, length = narrow.split_with_sizes([size + 1, size, size])
+    query_start, seq_lens, length = int32_buffer.split_with_sizes([size + 1, size, size])
     rows = PagedRows(positions, cache_slot, batch.rows.block_table, query_start, seq_lens)
     return DraftRows(rows, length, input_ids, source, *by_draft)

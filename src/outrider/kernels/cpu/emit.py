@@ -99,7 +99,7 @@ class Emitter:
     def times(self, a: Int, b: Int) -> Int:
         return self.builder.mul(_int(a), _int(b))
 
-    def least(self, a: Int, b: Int) -> Int:
+    def minimum(self, a: Int, b: Int) -> Int:
         a, b = _int(a), _int(b)
         return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
 
@@ -131,8 +131,8 @@ class Emitter:
             masked = f"llvm.masked.load.v16{name}.p0"
             value = self.call(masked, vector, address, _I32(size), mask, nothing)
         if kind == BFLOAT16:
-            wide = self.builder.shl(self.builder.zext(value, _INTS), self.ints(16))
-            return self.builder.bitcast(wide, _FLOATS)
+            bits = self.builder.shl(self.builder.zext(value, _INTS), self.ints(16))
+            return self.builder.bitcast(bits, _FLOATS)
         return self._widened(value) if kind == FLOAT16 else value
 
     def _widened(self, halves: Vector) -> Vector:
@@ -254,7 +254,7 @@ class Emitter:
         """The sum of the lanes, in every lane."""
         return self.splat(self.first(self.fold([vector])))
 
-    def widest(self, vector: Vector) -> Vector:
+    def largest(self, vector: Vector) -> Vector:
         """The largest lane, in every lane."""
         return self.splat(self.first(self.fold([vector], self.maximum)))
 
@@ -320,7 +320,7 @@ class Emitter:
     def rows(self, base: Int, stride: Int, height: int, count: Int) -> list[Int]:
         """Addresses of a tile's rows; those past `count` repeat the last."""
         last = self.builder.sub(_int(count), _I64(1))
-        return [self.plus(base, self.least(i, last), stride) for i in range(height)]
+        return [self.plus(base, self.minimum(i, last), stride) for i in range(height)]
 
     def dots(
         self,

@@ -59,8 +59,8 @@ _IMPORT = re.compile(r"^from outrider\.kernels\.?([\w.]*) import (.*)$", re.MULT
 def _imported(text: str) -> Iterator[Path]:
     """The files of `outrider.kernels` that a file's text imports."""
     for module, names in _IMPORT.findall(text):
-        place = _KERNELS.joinpath(*module.split("."))
-        for path in (place, *(place / name.strip() for name in names.split(","))):
+        module_path = _KERNELS.joinpath(*module.split("."))
+        for path in (module_path, *(module_path / name.strip() for name in names.split(","))):
             if path.with_suffix(".py").is_file():
                 yield path.with_suffix(".py")
 
@@ -334,11 +334,11 @@ smaller, larger = _chosen("<"), _chosen(">")
 """Of two int64. numba compiles a function for each use of `min` and `max`."""
 
 
-_LEAST_INT = np.int32(-(2**31))
+_MIN_INT = np.int32(-(2**31))
 _NOT_SIGN = np.int32(2**31 - 1)
 _S31 = np.int32(31)
 # Added to the ordered bits of a float, with wraparound, it puts -inf at the bottom and the NaNs of either sign on top.
-_FROM_LEAST = np.int32(1 - 2**23)
+_FROM_MIN = np.int32(1 - 2**23)
 
 
 @compiled()
@@ -348,11 +348,11 @@ def largest(values: Floats, scratch: Floats) -> np.float32:
     Such a loop is vectorised. scratch[0] is overwritten.
     """
     bits = values.view(np.int32)
-    most = _LEAST_INT
+    maximum = _MIN_INT
     for i in range(len(bits)):
         ordered = np.int32(bits[i] ^ np.int32(np.int32(bits[i] >> _S31) & _NOT_SIGN))
-        most = np.int32(max(most, np.int32(ordered + _FROM_LEAST)))
-    most = np.int32(most - _FROM_LEAST)
-    scratch.view(np.int32)[0] = most ^ np.int32(np.int32(most >> _S31) & _NOT_SIGN)
-    most_float: np.float32 = scratch[0]
-    return most_float
+        maximum = np.int32(max(maximum, np.int32(ordered + _FROM_MIN)))
+    maximum = np.int32(maximum - _FROM_MIN)
+    scratch.view(np.int32)[0] = maximum ^ np.int32(np.int32(maximum >> _S31) & _NOT_SIGN)
+    maximum_float: np.float32 = scratch[0]
+    return maximum_float

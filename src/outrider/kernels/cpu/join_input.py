@@ -42,10 +42,10 @@ def _join_kernel(
 ) -> None:
     ids = carray(pointer(ids_at), (rows,), np.int64)
     for row in range(rows):
-        place = out + row * size * 8
-        _widen_row(embedding + larger(ids[row], 0) * size * width, kind, place, size)
-        norm_row(place, token_norm, kind, place, size, eps)
-        norm_row(hidden + row * size * 4, hidden_norm, kind, place + size * 4, size, eps)
+        address = out + row * size * 8
+        _widen_row(embedding + larger(ids[row], 0) * size * width, kind, address, size)
+        norm_row(address, token_norm, kind, address, size, eps)
+        norm_row(hidden + row * size * 4, hidden_norm, kind, address + size * 4, size, eps)
 
 
 def join_input_cpu(

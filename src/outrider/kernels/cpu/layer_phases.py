@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     """Where activations lie between two products."""
 
     normed: int
-    wide: int
+    projected: int
     gated: int
     packed: int
 
@@ -115,10 +115,10 @@ def before_attention(
         phase += PHASE
     both = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
     product = Product(qkv, qkv_bias, shape.inputs, both, kind)
-    phase = _linear(phase, memory.packed, reads, product, memory.wide, tokens, NO, shape.tiles, threads)
+    phase = _linear(phase, memory.packed, reads, product, memory.projected, tokens, NO, shape.tiles, threads)
     enter(phase)
     norms = Norms(weights[3], weights[4], kind, shape.eps)
-    rope_tokens(phase, memory.wide, norms, shape.rope, rows, weights[9], weights[10], heads, query)
+    rope_tokens(phase, memory.projected, norms, shape.rope, rows, weights[9], weights[10], heads, query)
     leave(phase)
     return phase + PHASE
 
@@ -141,18 +141,18 @@ def from_attention(
     weights = carray(pointer(layer), (12,), np.int64)
     out, post_norm, gate_up, down = weights[5], weights[6], weights[7], weights[8]
     hidden, width, heads, kind, tokens = shape.hidden, shape.width, shape.heads, shape.kind, rows.num_tokens
-    normed, wide, gated, packed = memory
+    normed, projected, gated, packed = memory
     enter(phase)
-    attend(phase, plan, areas, query, weights[9], weights[10], rows, heads, shape.scale, wide, tokens)
+    attend(phase, plan, areas, query, weights[9], weights[10], rows, heads, shape.scale, projected, tokens)
     leave(phase)
     phase += PHASE
     if plan.num_areas > 0:
         enter(phase)
-        join(phase, plan, areas, heads, wide)
+        join(phase, plan, areas, heads, projected)
         leave(phase)
         phase += PHASE
     product = Product(out, NO, heads.num_heads * heads.head_dim, hidden, kind)
-    phase = _linear(phase, packed, wide, product, result, tokens, NO, shape.tiles, threads)
+    phase = _linear(phase, packed, projected, product, result, tokens, NO, shape.tiles, threads)
     enter(phase)
     norm_rows(phase, result, residual, post_norm, kind, normed, tokens, hidden, shape.eps)
     leave(phase)
@@ -162,9 +162,9 @@ def from_attention(
         phase = _linear(phase, packed, normed, product, gated, tokens, YES, shape.tiles, threads)
     else:
         product = Product(gate_up, NO, hidden, 2 * width, kind)
-        phase = _linear(phase, packed, normed, product, wide, tokens, NO, shape.tiles, threads)
+        phase = _linear(phase, packed, normed, product, projected, tokens, NO, shape.tiles, threads)
         enter(phase)
-        gate_rows(phase, wide, gated, tokens, width)
+        gate_rows(phase, projected, gated, tokens, width)
         leave(phase)
         phase += PHASE
     _linear(phase, packed, gated, Product(down, NO, width, hidden, kind), result, tokens, NO, shape.tiles, threads)
@@ -174,22 +174,22 @@ def from_attention(
 def spaces(tokens: int, shape: Shape) -> Memory:
     """Bytes that so many tokens' activations take."""
     heads, query = shape.heads, shape.heads.num_heads * shape.heads.head_dim
-    both, most = query + 2 * heads.num_kv_heads * heads.head_dim, larger(query, shape.width)
-    wide, packed = larger(both, 2 * shape.width), (tokens + LANES) * larger(most, shape.inputs)
-    return Memory(tokens * shape.hidden * 4, tokens * wide * 4, tokens * most * 4, packed * 4)
+    both, max_width = query + 2 * heads.num_kv_heads * heads.head_dim, larger(query, shape.width)
+    projected, packed = larger(both, 2 * shape.width), (tokens + LANES) * larger(max_width, shape.inputs)
+    return Memory(tokens * shape.hidden * 4, tokens * projected * 4, tokens * max_width * 4, packed * 4)
 
 
 @compiled()
 def space(tokens: int, shape: Shape) -> int:
     """All of them together."""
-    normed, wide, gated, packed = spaces(tokens, shape)
-    return normed + wide + gated + packed
+    normed, projected, gated, packed = spaces(tokens, shape)
+    return normed + projected + gated + packed
 
 
 @compiled()
-def places(memory: int, tokens: int, shape: Shape) -> Memory:
+def layout(memory: int, tokens: int, shape: Shape) -> Memory:
     """Activations side by side in a space."""
     sizes = spaces(tokens, shape)
-    wide = memory + sizes.normed
-    gated = wide + sizes.wide
-    return Memory(memory, wide, gated, gated + sizes.gated)
+    projected = memory + sizes.normed
+    gated = projected + sizes.projected
+    return Memory(memory, projected, gated, gated + sizes.gated)

@@ -24,7 +24,7 @@ from outrider.kernels.cpu.layer_phases import (
     Shape,
     before_attention,
     from_attention,
-    places,
+    layout,
     space,
 )
 from outrider.kernels.cpu.threads import PHASE, add, enter, leave, parallel
@@ -65,7 +65,7 @@ def few_tokens(
     planned = plan(rows, shape.heads, 0, rows.num_tokens)
     areas = allocate(planned.num_areas * area(shape.heads.head_dim))
     activations = allocate(space(rows.num_tokens, shape))
-    memory = places(activations, rows.num_tokens, shape)
+    memory = layout(activations, rows.num_tokens, shape)
     phases = allocate(_PHASES)
     for layer in range(layers, layers + count * LAYER, LAYER):
         clear(phases, _PHASES)
@@ -113,7 +113,7 @@ def _apart(
     me = add(tickets, 1)
     chunks = (tokens + chunk - 1) // chunk
     activations = memories + me * each
-    memory = places(activations, chunk, shape)
+    memory = layout(activations, chunk, shape)
     own = allocate(_PHASES)
     for step in range(count + 1):
         phase = phases + step * (PHASE + threads * _LINE)
@@ -162,15 +162,15 @@ def many_tokens(
     chunk = smaller((tokens + pairs - 1) // pairs * 2 * LANES, _CHUNK)
     chunks = (tokens + chunk - 1) // chunk
     plans = allocate(chunks * _PLAN)
-    table, most = carray(pointer(plans), (chunks, 5), np.int64), 0
+    table, max_areas = carray(pointer(plans), (chunks, 5), np.int64), 0
     for index in range(chunks):
         begin = index * chunk
         planned = plan(rows, shape.heads, begin, smaller(begin + chunk, tokens))
         for field in range(5):
             table[index, field] = planned[field]
-        most = larger(most, planned.num_areas)
+        max_areas = larger(max_areas, planned.num_areas)
     areas_at = space(chunk, shape)
-    each = areas_at + most * area(shape.heads.head_dim)
+    each = areas_at + max_areas * area(shape.heads.head_dim)
     memories = allocate(threads * each)
     query = allocate(tokens * shape.heads.num_heads * shape.heads.head_dim * 4)
     size = (count + 1) * (PHASE + threads * _LINE)

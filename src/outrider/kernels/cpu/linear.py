@@ -15,7 +15,7 @@ from outrider.kernels.cpu.threads import add, num_threads, parallel
 FEW = 32  # rows up to which the vector kernel is used: torch needs some 30 us to start
 _HEIGHT, _WIDTH = 8, 8  # rows and outputs of a block
 _PAIR = 2  # outputs at once: more would be more streams of memory, fewer would load x more often
-_LEAST, _MOST = 1 << 15, 1 << 20  # bytes of weights in a task: cheap to hand out, long enough to stream
+_MIN_TASK, _MAX_TASK = 1 << 15, 1 << 20  # bytes of weights in a task: cheap to hand out, long enough to stream
 _WIDENED = 1 << 22  # weights widened at once
 
 
@@ -24,7 +24,7 @@ def _block(
     emitter: Emitter, x: Int, rows: Int, weight: Int, left: Int, size: Int, kind: Int, out: Int, outputs: Int
 ) -> None:
     """Up to 8 rows of x by the first 8 of the `left` outputs whose weights and results start here."""
-    until = emitter.least(left, _WIDTH)
+    until = emitter.minimum(left, _WIDTH)
 
     def of_height(height: int) -> None:
         x_rows = emitter.rows(x, emitter.times(size, 4), height, rows)
@@ -36,9 +36,9 @@ def _block(
             def tile(first: Int, state: list[Vector]) -> list[Vector]:
                 rest = emitter.builder.sub(left, first)
                 w_rows = emitter.rows(emitter.plus(weight, first, stride), stride, _PAIR, rest)
-                places = [emitter.plus(row, first, 4) for row in out_rows]
+                addresses = [emitter.plus(row, first, 4) for row in out_rows]
                 ahead = emitter.times(stride, 2 * _PAIR)
-                emitter.dots(x_rows, w_rows, size, places, kind, emitter.below(rest, _PAIR), ahead)
+                emitter.dots(x_rows, w_rows, size, addresses, kind, emitter.below(rest, _PAIR), ahead)
                 return state
 
             emitter.loop(0, until, _PAIR, tile, [])
@@ -66,7 +66,7 @@ def few_rows(tickets: int, x: int, product: Product, out: int, rows: int, thread
     """Weights are read from memory once: all rows pass them before the next block of outputs."""
     weight, bias, inputs, outputs, kind = product
     stride = inputs * (4 if kind == FLOAT32 else 2)
-    size = smaller(larger(outputs * stride // (4 * threads), _LEAST), _MOST)
+    size = smaller(larger(outputs * stride // (4 * threads), _MIN_TASK), _MAX_TASK)
     share = larger(size // (stride * _WIDTH), 1) * _WIDTH
     while True:
         start = add(tickets, 1) * share
@@ -77,8 +77,8 @@ def few_rows(tickets: int, x: int, product: Product, out: int, rows: int, thread
                 a, c = x + row * inputs * 4, out + (row * outputs + o) * 4
                 _block(a, smaller(rows - row, _HEIGHT), weight + o * stride, outputs - o, inputs, kind, c, outputs)
             for row in range(rows if bias != 0 else 0):
-                place = bias + o * stride // inputs
-                _add_bias(out + (row * outputs + o) * 4, place, kind, smaller(outputs - o, _WIDTH))
+                address = bias + o * stride // inputs
+                _add_bias(out + (row * outputs + o) * 4, address, kind, smaller(outputs - o, _WIDTH))
 
 
 @Kernel
@@ -93,7 +93,7 @@ def _many_rows(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([functional.linear(x, part.float()) for part in parts], dim=1)
 
 
-def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = True) -> Tensor:
+def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, upcast: bool = True) -> Tensor:
     (rows, inputs), outputs, kind = x.shape, weight.shape[0], KIND[weight.dtype]
     assert x.dtype == torch.float32 and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
     if not rows:

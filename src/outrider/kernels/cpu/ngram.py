@@ -36,19 +36,19 @@ def _ngram_kernel(
         end = np.int64(length[slot[row]])
         best, copy = shortest - 1, 0
         if logits_start[row + 1] > logits_start[row]:
-            for place in range(end - 1, 0, -1):
+            for copy_end in range(end - 1, 0, -1):
                 # Only a longer copy matters, so its token that far back must agree too.
                 if (
-                    place <= best
-                    or history[place - 1] != history[end - 1]
-                    or history[place - 1 - best] != history[end - 1 - best]
+                    copy_end <= best
+                    or history[copy_end - 1] != history[end - 1]
+                    or history[copy_end - 1 - best] != history[end - 1 - best]
                 ):
                     continue
                 run = 1
-                while run < longest and run < place and history[place - 1 - run] == history[end - 1 - run]:
+                while run < longest and run < copy_end and history[copy_end - 1 - run] == history[end - 1 - run]:
                     run += 1
                 if run > best:
-                    best, copy = run, place
+                    best, copy = run, copy_end
                     if best == longest:
                         break
         period = int(end - copy)

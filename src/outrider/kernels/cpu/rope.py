@@ -59,23 +59,23 @@ _INF, _ROUNDS_TO_INF = np.int32(0x7F800000), np.int32(0x7F7F8000)
 def _hide_value(key: int, value: int, source: int, kind: int, head_dim: int) -> None:
     """Where the value `source` holds a NaN or inf in its stored form: a key of NaN, and zeros for the value."""
     bits = carray(pointer(source), (head_dim,), np.int32)
-    most = np.int32(0)
+    max_bits = np.int32(0)
     for i in range(head_dim):
-        most = np.int32(max(most, np.int32(bits[i] & _NOT_SIGN)))
-    if most < (_ROUNDS_TO_INF if kind == BFLOAT16 else _INF):
+        max_bits = np.int32(max(max_bits, np.int32(bits[i] & _NOT_SIGN)))
+    if max_bits < (_ROUNDS_TO_INF if kind == BFLOAT16 else _INF):
         return
     if kind == BFLOAT16:
-        narrow_key, narrow_value = (
+        int16_key, int16_value = (
             carray(pointer(key), (head_dim,), np.int16),
             carray(pointer(value), (head_dim,), np.int16),
         )
-        narrow_key[:], narrow_value[:] = np.int16(0x7FC0), np.int16(0)
+        int16_key[:], int16_value[:] = np.int16(0x7FC0), np.int16(0)
     else:
-        wide_key, wide_value = (
+        int32_key, int32_value = (
             carray(pointer(key), (head_dim,), np.int32),
             carray(pointer(value), (head_dim,), np.int32),
         )
-        wide_key[:], wide_value[:] = np.int32(0x7FC00000), np.int32(0)
+        int32_key[:], int32_value[:] = np.int32(0x7FC00000), np.int32(0)
 
 
 @task()
@@ -100,18 +100,18 @@ def rope_tokens(
         if slots[token] >= 0:
             block, offset = slots[token] // block_size, slots[token] % block_size
             for head in range(num_kv_heads):
-                place = ((block * num_kv_heads + head) * block_size + offset) * head_dim
+                index = ((block * num_kv_heads + head) * block_size + offset) * head_dim
                 key = source + (num_heads + head) * size
                 value = key + num_kv_heads * size
                 if cache_kind == BFLOAT16:
                     _turn(key, norms.k, norms, angles, turned, head_dim)
-                    _round_row(turned, keys + place * 2, head_dim)
-                    _round_row(value, values + place * 2, head_dim)
-                    _hide_value(keys + place * 2, values + place * 2, value, cache_kind, head_dim)
+                    _round_row(turned, keys + index * 2, head_dim)
+                    _round_row(value, values + index * 2, head_dim)
+                    _hide_value(keys + index * 2, values + index * 2, value, cache_kind, head_dim)
                 else:
-                    _turn(key, norms.k, norms, angles, keys + place * 4, head_dim)
-                    copy_row(value, values + place * 4, head_dim)
-                    _hide_value(keys + place * 4, values + place * 4, value, cache_kind, head_dim)
+                    _turn(key, norms.k, norms, angles, keys + index * 4, head_dim)
+                    copy_row(value, values + index * 4, head_dim)
+                    _hide_value(keys + index * 4, values + index * 4, value, cache_kind, head_dim)
     free(turned)
 
 

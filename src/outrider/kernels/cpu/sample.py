@@ -21,7 +21,7 @@ _BLOCK = 1024
 _LN2_STEP = np.float32(math.log(2.0) * 2.0**-23)
 _LN2_BASE = np.float32(math.log(2.0) * 151.0 + 1e-3)
 _GUMBEL_MAX = np.float32(GUMBEL_MAX)
-_LEAST, _INF = np.float32(-math.inf), np.float32(math.inf)
+_NEG_INF, _INF = np.float32(-math.inf), np.float32(math.inf)
 _S8 = np.uint32(8)
 
 
@@ -41,29 +41,29 @@ def _bound(logits: Floats, tokens: Tokens, a: np.uint32, b: np.uint32, bound: Fl
 
 @compiled()
 def _greedy_row(logits: Floats, scratch: Floats) -> int:
-    best, token = _LEAST, 0
+    best, token = _NEG_INF, 0
     for start in range(0, len(logits), _BLOCK):
         block = logits[start : start + _BLOCK]
-        most = largest(block, scratch)
-        if not most < _INF:
+        block_max = largest(block, scratch)
+        if not block_max < _INF:
             return NO_TOKEN
-        if most > best:
-            best = most
+        if block_max > best:
+            best = block_max
             token = start
             while logits[token] != best:
                 token += 1
-    return token if best > _LEAST else NO_TOKEN
+    return token if best > _NEG_INF else NO_TOKEN
 
 
 @compiled()
 def _noisy_row(logits: Floats, ids: Tokens, a: np.uint32, b: np.uint32, scratch: Floats) -> int:
-    best, token = _LEAST, 0
+    best, token = _NEG_INF, 0
     for start in range(0, len(logits), _BLOCK):
         block = logits[start : start + _BLOCK]
-        most = largest(block, scratch)
-        if not most < _INF:
+        block_max = largest(block, scratch)
+        if not block_max < _INF:
             return NO_TOKEN
-        if most + _GUMBEL_MAX <= best:
+        if block_max + _GUMBEL_MAX <= best:
             continue
         bound = scratch[1 : 1 + len(block)]
         tokens = ids[start : start + _BLOCK]
@@ -76,7 +76,7 @@ def _noisy_row(logits: Floats, ids: Tokens, a: np.uint32, b: np.uint32, scratch:
                 score = np.float32(block[i] + np.float32(-math.log(-math.log1p(-u))))
                 if score > best:
                     best, token = score, start + i
-    return token if best > _LEAST else NO_TOKEN
+    return token if best > _NEG_INF else NO_TOKEN
 
 
 @cache

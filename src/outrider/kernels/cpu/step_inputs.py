@@ -19,8 +19,8 @@ def _assemble_kernel(
     num_rows: int,
     num_query: int,
     num_logits: int,
-    wide_at: int,
-    narrow_at: int,
+    int64_at: int,
+    int32_at: int,
     block_size: int,
 ) -> None:
     num_slots, max_len, max_blocks, width = tables.num_slots, tables.max_len, tables.max_blocks, tables.num_drafts
@@ -30,16 +30,20 @@ def _assemble_kernel(
     table = carray(pointer(tables.block_table), (num_slots, max_blocks), np.int32)
     drafts = carray(pointer(tables.draft_tokens), (num_slots, width), np.int64)
     plan = carray(pointer(plan_at), (num_rows, 4), np.int64)
-    wide = carray(pointer(wide_at), (3 * num_query + 3 * num_logits + num_rows + num_rows * width,), np.int64)
-    input_ids, positions, cache_slot = wide[:num_query], wide[num_query : 2 * num_query], wide[2 * num_query :]
-    by_logits = wide[3 * num_query :]
+    int64_buffer = carray(pointer(int64_at), (3 * num_query + 3 * num_logits + num_rows + num_rows * width,), np.int64)
+    input_ids, positions, cache_slot = (
+        int64_buffer[:num_query],
+        int64_buffer[num_query : 2 * num_query],
+        int64_buffer[2 * num_query :],
+    )
+    by_logits = int64_buffer[3 * num_query :]
     logits_index, logits_slot = by_logits[:num_logits], by_logits[num_logits : 2 * num_logits]
     logits_position, row_slot = by_logits[2 * num_logits :], by_logits[3 * num_logits :]
     row_draft_tokens = by_logits[3 * num_logits + num_rows :]
-    narrow = carray(pointer(narrow_at), (4 * num_rows + 2 + num_rows * max_blocks,), np.int32)
-    query_start, logits_start = narrow[: num_rows + 1], narrow[num_rows + 1 : 2 * num_rows + 2]
-    seq_lens, row_drafts = narrow[2 * num_rows + 2 :], narrow[3 * num_rows + 2 :]
-    block_table = narrow[4 * num_rows + 2 :]
+    int32_buffer = carray(pointer(int32_at), (4 * num_rows + 2 + num_rows * max_blocks,), np.int32)
+    query_start, logits_start = int32_buffer[: num_rows + 1], int32_buffer[num_rows + 1 : 2 * num_rows + 2]
+    seq_lens, row_drafts = int32_buffer[2 * num_rows + 2 :], int32_buffer[3 * num_rows + 2 :]
+    block_table = int32_buffer[4 * num_rows + 2 :]
 
     query, sampled = 0, 0
     query_start[0] = logits_start[0] = 0
@@ -57,10 +61,10 @@ def _assemble_kernel(
             cache_slot[query] = block * block_size + position % block_size
             query += 1
         if plan[row, 3] != 0:
-            for place in range(query - num_drafts - 1, query):
-                logits_index[sampled] = place
+            for index in range(query - num_drafts - 1, query):
+                logits_index[sampled] = index
                 logits_slot[sampled] = slot
-                logits_position[sampled] = positions[place] + 1
+                logits_position[sampled] = positions[index] + 1
                 sampled += 1
         query_start[row + 1], logits_start[row + 1] = query, sampled
         row_slot[row], seq_lens[row], row_drafts[row] = slot, done + num_tokens, num_drafts
@@ -85,14 +89,14 @@ def assemble_cpu(
     assert plan.dtype == torch.int64 and plan.is_contiguous()
     tables, size = slots_of(slots), plan.shape[0]
     width, max_blocks = tables.num_drafts, tables.max_blocks
-    wide = torch.empty(3 * num_query + 3 * num_logits + size + size * width, dtype=torch.int64)
-    narrow = torch.empty(4 * size + 2 + size * max_blocks, dtype=torch.int32)
+    int64_buffer = torch.empty(3 * num_query + 3 * num_logits + size + size * width, dtype=torch.int64)
+    int32_buffer = torch.empty(4 * size + 2 + size * max_blocks, dtype=torch.int32)
     given = plan.data_ptr(), size, num_query, num_logits
-    _assemble_kernel.launch(tables, *given, wide.data_ptr(), narrow.data_ptr(), block_size)
-    input_ids, positions, cache_slot, logits_index, logits_slot, logits_position, slot, guesses = wide.split_with_sizes(
-        [num_query] * 3 + [num_logits] * 3 + [size, size * width]
+    _assemble_kernel.launch(tables, *given, int64_buffer.data_ptr(), int32_buffer.data_ptr(), block_size)
+    input_ids, positions, cache_slot, logits_index, logits_slot, logits_position, slot, guesses = (
+        int64_buffer.split_with_sizes([num_query] * 3 + [num_logits] * 3 + [size, size * width])
     )
-    query_start, logits_start, seq_lens, drafts, block_table = narrow.split_with_sizes(
+    query_start, logits_start, seq_lens, drafts, block_table = int32_buffer.split_with_sizes(
         [size + 1, size + 1, size, size, size * max_blocks]
     )
     return StepBatch(

@@ -117,8 +117,8 @@ def _system(name: str, *offsets: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             if _LIBC is None:
                 return context.get_dummy_value()  # without helpers none of these is reached
-            places = [builder.inttoptr(builder.add(values[0], _INT(offset)), _POINTER) for offset in offsets]
-            _external(builder, name, ir.IntType(32), *places)
+            pointers = [builder.inttoptr(builder.add(values[0], _INT(offset)), _POINTER) for offset in offsets]
+            _external(builder, name, ir.IntType(32), *pointers)
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen

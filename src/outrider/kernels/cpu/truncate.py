@@ -17,57 +17,57 @@ Bins: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float64]]"
 
 _BINS = 2048
 _BINS_PER_NAT = np.float32(64.0)
-_LEAST, _INF = np.float32(-math.inf), np.float32(math.inf)
+_NEG_INF, _INF = np.float32(-math.inf), np.float32(math.inf)
 
 
 @compiled(inline="always")
-def _bin(value: np.float32, most: np.float32) -> np.int64:
+def _bin(value: np.float32, maximum: np.float32) -> np.int64:
     """Which bin a logit falls in, the largest logits first; never decreasing as logits fall."""
-    distance = np.float32(np.float32(most - value) * _BINS_PER_NAT)
+    distance = np.float32(np.float32(maximum - value) * _BINS_PER_NAT)
     return np.int64(distance) if distance < _BINS - 1 else np.int64(_BINS - 1)
 
 
 @compiled()
-def _bin_sorted(logits: Floats, most: np.float32, floor: float, place: int, found: Floats) -> Floats:
+def _bin_sorted(logits: Floats, maximum: np.float32, floor: float, bin_index: int, found: Floats) -> Floats:
     """The logits of one bin that are no less than `floor`, falling."""
     count = 0
     for value in logits:
-        if value >= floor and _bin(value, most) == place:
+        if value >= floor and _bin(value, maximum) == bin_index:
             found[count] = value
             count += 1
     return np.sort(found[:count])[::-1]
 
 
 @compiled()
-def _kth(logits: Floats, most: np.float32, k: int, counts: Bins, found: Floats) -> float:
+def _kth(logits: Floats, maximum: np.float32, k: int, counts: Bins, found: Floats) -> float:
     counts[:] = 0
     for value in logits:
-        counts[_bin(value, most)] += 1
-    place = 0
-    while counts[place] < k:
-        k -= int(counts[place])
-        place += 1
-    return np.float64(_bin_sorted(logits, most, -math.inf, place, found)[k - 1])
+        counts[_bin(value, maximum)] += 1
+    bin_index = 0
+    while counts[bin_index] < k:
+        k -= int(counts[bin_index])
+        bin_index += 1
+    return np.float64(_bin_sorted(logits, maximum, -math.inf, bin_index, found)[k - 1])
 
 
 @compiled()
-def _pth(logits: Floats, most: np.float32, floor: float, top_p: float, mass: Bins, found: Floats) -> float:
+def _pth(logits: Floats, maximum: np.float32, floor: float, top_p: float, mass: Bins, found: Floats) -> float:
     mass[:] = 0.0
     for value in logits:
         if value >= floor:
-            mass[_bin(value, most)] += math.exp(np.float64(value) - most)
+            mass[_bin(value, maximum)] += math.exp(np.float64(value) - maximum)
     wanted = top_p * mass.sum()
     before = 0.0
-    for place in range(_BINS):
-        if before + mass[place] >= wanted:
-            last = np.float64(most)
-            for value in _bin_sorted(logits, most, floor, place, found):
+    for bin_index in range(_BINS):
+        if before + mass[bin_index] >= wanted:
+            last = np.float64(maximum)
+            for value in _bin_sorted(logits, maximum, floor, bin_index, found):
                 if before >= wanted:
                     break
                 last = np.float64(value)
-                before += math.exp(last - most)
+                before += math.exp(last - maximum)
             return last
-        before += mass[place]
+        before += mass[bin_index]
     return -math.inf
 
 
@@ -85,16 +85,16 @@ def _truncate_kernel(
         by_k, by_p, by_min = 0 < top_k[row] < size, top_p[row] < 1, min_p[row] > 0
         if not (by_k or by_p or by_min):
             continue
-        most = largest(logits, found)
-        if not _LEAST < most < _INF:
+        maximum = largest(logits, found)
+        if not _NEG_INF < maximum < _INF:
             continue
-        floor: float = np.float64(most) + math.log(np.float64(min_p[row])) if by_min else -math.inf
+        floor: float = np.float64(maximum) + math.log(np.float64(min_p[row])) if by_min else -math.inf
         if by_k:
-            floor = max(floor, _kth(logits, most, top_k[row], bins, found))
+            floor = max(floor, _kth(logits, maximum, top_k[row], bins, found))
         if by_p:
-            floor = max(floor, _pth(logits, most, floor, np.float64(top_p[row]), bins, found))
+            floor = max(floor, _pth(logits, maximum, floor, np.float64(top_p[row]), bins, found))
         for i in range(size):
-            logits[i] = logits[i] if logits[i] >= floor else _LEAST
+            logits[i] = logits[i] if logits[i] >= floor else _NEG_INF
 
 
 def truncate_cpu(

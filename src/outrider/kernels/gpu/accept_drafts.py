@@ -11,7 +11,7 @@ from outrider.kernels.sample import NO_TOKEN
 
 @jit
 def _accept_drafts_kernel(
-    choice, stands, logits_start, drafts, tokens, count, invalid,
+    choice, is_accepted, logits_start, drafts, tokens, count, invalid,
     WIDTH: tl.constexpr, COMPARE: tl.constexpr, NO_TOKEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
@@ -22,8 +22,8 @@ def _accept_drafts_kernel(
     start = tl.load(logits_start + row)
     owned = tl.load(logits_start + row + 1) - start
     own = tl.load(choice + start + column, mask=column < owned, other=NO_TOKEN)
-    stand = own == guess if COMPARE else tl.load(stands + start + column, mask=column < owned, other=0) != 0
-    accepted = tl.min(tl.where(stand & (own != NO_TOKEN) & (column < owned - 1), BLOCK, column), 0)
+    passed = own == guess if COMPARE else tl.load(is_accepted + start + column, mask=column < owned, other=0) != 0
+    accepted = tl.min(tl.where(passed & (own != NO_TOKEN) & (column < owned - 1), BLOCK, column), 0)
     gained = tl.where(owned > 0, accepted + 1, 0)
     token = tl.where(column < accepted, guess, tl.maximum(own, 0))
     token = tl.where(column < gained, token, -1)
@@ -34,11 +34,13 @@ def _accept_drafts_kernel(
 
 
 def accept_drafts_gpu(
-    choice: Tensor, stands: Tensor | None, logits_start: Tensor, draft_tokens: Tensor
+    choice: Tensor, is_accepted: Tensor | None, logits_start: Tensor, draft_tokens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`accept_drafts_reference` in one kernel."""
     draft_tokens = draft_tokens.contiguous()
-    assert choice.is_contiguous() and logits_start.is_contiguous() and (stands is None or stands.is_contiguous())
+    assert (
+        choice.is_contiguous() and logits_start.is_contiguous() and (is_accepted is None or is_accepted.is_contiguous())
+    )
     rows, width = draft_tokens.shape
     tokens = torch.empty((rows, width + 1), dtype=torch.int64, device=choice.device)
     count = torch.empty(rows, dtype=torch.int32, device=choice.device)
@@ -46,14 +48,14 @@ def accept_drafts_gpu(
     overlap = overlaps(choice)
     _accept_drafts_kernel[(rows,)](
         choice,
-        None if stands is None else stands.view(torch.uint8),
+        None if is_accepted is None else is_accepted.view(torch.uint8),
         logits_start,
         draft_tokens,
         tokens,
         count,
         invalid.view(torch.uint8),
         WIDTH=width,
-        COMPARE=stands is None,
+        COMPARE=is_accepted is None,
         NO_TOKEN=NO_TOKEN,
         BLOCK=next_power_of_2(width + 1),
         PDL=overlap,

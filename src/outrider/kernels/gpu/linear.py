@@ -369,18 +369,18 @@ def few_rows(
     return after
 
 
-def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
+def linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, upcast: bool = False) -> Tensor:
     """`linear`, in a kernel of this file for few rows and by cuBLAS for many."""
     rows, outputs = x.shape[0], weight.shape[0]
     if 0 < rows <= (_FEW_OF_VOCABULARY if outputs >= _VOCABULARY else FEW):
-        out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
+        out = torch.empty(rows, outputs, dtype=torch.float32 if upcast else x.dtype, device=x.device)
         cut = tiles(rows, outputs, x.shape[1], x.itemsize, roomy=is_roomy(x.device))
         tickets = torch.zeros(TICKETS, dtype=torch.int32, device=x.device) if cut.parts > 1 else None
         few_rows(x.contiguous(), weight, out, bias=bias, cut=cut, tickets=tickets)
         return out
     if not rows:
-        return torch.empty(0, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
-    if not wide or x.dtype == torch.float32:
+        return torch.empty(0, outputs, dtype=torch.float32 if upcast else x.dtype, device=x.device)
+    if not upcast or x.dtype == torch.float32:
         return functional.linear(x, weight, bias)
     if x.is_cuda and bias is None:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
