@@ -177,7 +177,7 @@ def linear(generator: torch.Generator, device: torch.device, wide: bool) -> Iter
             bias = torch.randn(outputs, generator=generator)
             x = x.to(device, torch.float32 if wide else dtype)
             yield {"x": x, "weight": weight.to(device, dtype), "bias": bias.to(device, dtype)}
-            yield {"x": x, "weight": weight.to(device, dtype), "wide": True}
+            yield {"x": x, "weight": weight.to(device, dtype), "upcast": True}
 
 
 def rms_norm(generator: torch.Generator, device: torch.device, wide: bool) -> Iterator[Example]:
