@@ -92,7 +92,7 @@ def _judge(sizes: Sizes) -> Case:
     tokens = _verdict(sizes).tokens
     start = sizes.whole(range(0, tokens.numel() + 1, tokens.shape[1]), torch.int32)
     drafts = tokens[:, :-1].contiguous()
-    given = {"choice": tokens.flatten(), "stands": None, "logits_start": start, "draft_tokens": drafts}
+    given = {"choice": tokens.flatten(), "is_accepted": None, "logits_start": start, "draft_tokens": drafts}
     return Case(ACCEPT_DRAFTS, "", [given], 2 * tokens.nbytes + drafts.nbytes)
 
 
