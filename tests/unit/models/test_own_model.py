@@ -118,7 +118,7 @@ class Int8:
     def slots(self, first: int, last: int) -> Mapping[str, WeightSlot]:
         return {"weight": Exact(self.numbers[first:last]), "weight_scale": Exact(self.scale[first:last])}
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None = None, upcast: bool = False) -> Tensor:
         return nn.functional.linear(x, self.numbers * self.scale, bias)
 
 
