@@ -1,6 +1,6 @@
 """What training a head costs on one GPU: tokens a second of each method, and peak memory by sequence length.
 
-    python benchmarks/training_memory.py --out docs/img/training_memory
+    python benchmarks/training_memory.py --out my_training
     python benchmarks/training_memory.py --device cpu --lengths 256 512 --speed-length 256 --speed-tokens 512 --steps 4
 
 Writes OUT.json, row by row, and OUT.svg where matplotlib is installed. The target is the bundled model with its

@@ -98,6 +98,14 @@ def violations(path: Path, tree: ast.AST) -> list[str]:
     return found
 
 
+def test_the_page_has_the_same_table() -> None:
+    page = (ROOT / "docs" / "concepts" / "architecture.md").read_text()
+    cells = re.findall(r"^\| (`.*?) \|", page.split("## Packages, in import order")[1].split("\n## ")[0], re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)`", cell)) for cell in cells] == [
+        set(line.split()) for line in LAYERS.split("\n")[1:-1]
+    ]
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_rooms_import_only_from_above(path: Path) -> None:
     assert room_of(path) in RANK, f"{room_of(path)} is not in the layer table"

@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import io
 import json
+import operator
 import re
 import sys
 import tempfile
@@ -27,6 +28,7 @@ import typer
 from pydantic import BaseModel
 
 import outrider
+from outrider.cli.common import Drafting
 from outrider.cli.main import app
 from outrider.cli.support import support, to_markdown
 from outrider.core.sampling import SamplingParams
@@ -103,6 +105,26 @@ def options_table(record: type[Any], but: frozenset[str] = frozenset()) -> str:
     return table(("option", "type", "default", "meaning"), rows)
 
 
+def flags_table(commands: Mapping[str, Any]) -> str:
+    """The flags that belong to a command alone, and to no record of options."""
+    records = (EngineOptions, Drafting, SamplingParams, ServerOptions, TrainOptions)
+    of_records = {entry.name for record in records for entry in fields(record)} | {"help", "as_json"}
+    # of a file of the package only the name: its directory differs from one checkout to the next
+    name_of = operator.attrgetter("name")
+    rows = [
+        (
+            f"`outrider {name}`",
+            f"`{flag.opts[0]}`",
+            f"`{json.dumps(flag.default, default=name_of)}`",
+            one_line(flag.help),
+        )
+        for name, each in commands.items()
+        for flag in each.params
+        if flag.name not in of_records and flag.param_type_name == "option"
+    ]
+    return table(("command", "flag", "default", "meaning"), rows)
+
+
 def options_page() -> str:
     """Every options record, and the commands that take it."""
     group: Any = typer.main.get_command(app)
@@ -120,6 +142,11 @@ def options_page() -> str:
         f"# Options\n\n{NOTE}\nAn option is a keyword argument of `LLM`. On the command line `max_num_seqs` is "
         "`--max-num-seqs`.\nA default of `null` means that the engine decides; the meaning says how.\n\n"
         f"## Commands\n\n{table(('command', 'does'), commands)}\n"
+        "Every command takes `--json`; `outrider serve --json` prints where it listens. A command that loads an engine "
+        f"takes these flags for drafting, with `-k` for K:\n\n{options_table(Drafting)}\n"
+        "`serve`, `generate`, `accept` and `explain` draft unasked: the bundled model with its P-EAGLE head, others by "
+        "n-gram lookup.\n`LLM` and `outrider bench` draft only if asked.\n\n"
+        f"Flags of one command:\n\n{flags_table(found)}\n"
         f"## Engine\n\nTaken by `LLM` and by every command that loads an engine.\n\n{options_table(EngineOptions)}\n"
         "## Drafting\n\nThe keys of `speculative_config`, by `method`. "
         f"[Drafting](../guide/drafting.md) explains the methods.\n\n{methods}"

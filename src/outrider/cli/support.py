@@ -28,10 +28,10 @@ DEVICES = (
 _INTRODUCTION = """\
 # What runs where
 
-`outrider explain --table` prints this page from what the parts declare that they need and the runners that they offer;
-a test compares. Each cell names the runners that serve a part on a device, the one that `auto` takes first, and by
-number why another does not. A whole configuration is served by the runners that stand in the cells of all its parts;
-`outrider explain` with the configuration's flags says by which, and why.
+`outrider explain --table` prints this page: parts declare what they need, runners what they offer. A test compares.
+Each cell names the runners that serve a part on a device, the one that `auto` takes first, and by number why another
+does not. A runner serves a whole configuration if it is in the cells of all its parts. `outrider explain` with the
+flags of the configuration says which one serves it, and why.
 """
 
 

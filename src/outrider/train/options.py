@@ -22,7 +22,7 @@ class CommonOptions:
     """
 
     model: str | None = option(None, "local directory or Hugging Face id of the target; left out: the bundled model")
-    method: str | None = option(None, "what to train; the methods are named where this is wrong")
+    method: str | None = option(None, "what to train; a wrong name prints the list")
     data: Sequence[str] | None = option(
         None, "JSONL (text, messages or token_ids a line) or .txt, also .gz or .xz; repeat for more files"
     )

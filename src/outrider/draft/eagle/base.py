@@ -49,6 +49,7 @@ COUPLED, ARGMAX = "coupled", "argmax"
 class HeadOptions(DraftOptions):
     """Where the head is and how it draws. Names as in vLLM where it has them."""
 
+    num_speculative_tokens: int = option(4, "tokens to draft a round (K); left out: as the head says, or 4")
     model: str | None = option(None, "the draft head: a local directory or a Hugging Face id", compare=False)
     parallel_drafting: bool | None = option(
         None, "left out: as the checkpoint says; what contradicts it is refused", compare=False
