@@ -171,6 +171,9 @@ class AsyncGeneration(Generation):
 
     def take(self, completion: Completion, delta: TokenDelta, acceptance: AcceptanceTally, num_cached: int) -> bool:
         """As any, and times it."""
+        # Another one of the request has failed, and the engine does not know yet.
+        if completion.output.finish_reason is not None:
+            return True
         index, now = completion.index, time.monotonic()
         first = not completion.output.token_ids
         stopped = super().take(completion, delta, acceptance, num_cached)

@@ -13,7 +13,7 @@ import pytest
 from starlette.requests import Request
 
 from fake_engine import EOS, FACTS, HERMES_TEMPLATE, FakeClient, write_tokenizer
-from outrider.core.output import AcceptanceTally, TokenDelta
+from outrider.core.output import AcceptanceTally, FinishReason, TokenDelta
 from outrider.core.sampling import SamplingParams
 from outrider.engine import generation
 from outrider.errors import FieldError, InputError, PromptError
@@ -114,6 +114,17 @@ def test_prompt_tokens_are_counted_when_a_completion_begins_to_come(service: Ser
     for _ in range(2):
         made.take(made.completions[1], TokenDelta("0-1", (65,), 0, None, None), AcceptanceTally(), 0)
     assert b'outrider:prompt_tokens_total{model_name="fake"} 3.0' in service.metrics.page()
+
+
+def test_one_that_fails_is_counted_alone_and_the_others_gain_nothing_more(service: Service) -> None:
+    params = SamplingParams(n=2)
+    made = generation.AsyncGeneration([(None, [1, 2, 3])], params, service.metrics, eos_token_ids=(), verifier="x")
+    failed = TokenDelta("0-0", (), 0, FinishReason.ERROR, None)
+    assert made.take(made.completions[0], failed, AcceptanceTally(), 0)
+    assert made.take(made.completions[1], TokenDelta("0-1", (65,), 0, FinishReason.STOP, None), AcceptanceTally(), 0)
+    assert made.completions[1].output.finish_reason == "abort" and not made.completions[1].output.token_ids
+    page = service.metrics.page()
+    assert b'finished_reason="error",model_name="fake"} 1.0' in page and b'finished_reason="stop"' not in page
 
 
 @pytest.mark.parametrize("given", [True, False])
