@@ -83,10 +83,10 @@ def _print(figures: dict[str, Any]) -> None:
         return
     held_out = figures["held_out"]
     if held_out is not None:
-        rows = table("held-out documents", "depth", "accuracy", "KL in nats")
+        rows = table("held-out documents", "position", "accuracy", "KL in nats")
         by_depth = zip(held_out["accuracy_by_depth"], held_out["loss_by_depth"], strict=True)
-        for depth, (accuracy, loss) in enumerate(by_depth):
-            rows.add_row(str(depth), f"{accuracy:.3f}", f"{loss:.3f}")
+        for position, (accuracy, loss) in enumerate(by_depth, start=1):
+            rows.add_row(str(position), f"{accuracy:.3f}", f"{loss:.3f}")
         out.print(rows)
     out.print(
         f"{figures['steps']} steps, {figures['tokens']} tokens, {figures['seconds']:.0f} s; "

@@ -132,8 +132,8 @@ class PEagleOptions(CommonOptions):
     """What a parallel head's training takes besides."""
 
     mask_token_id: int | None = option(None, "peagle: token of undrafted places; left out: <|mask|>")
-    k_train: int = option(8, "peagle: depths trained, more than K")
-    keep_rate: float = option(0.8, "peagle: share of a depth's elements that the next one keeps")
+    k_train: int = option(8, "peagle: positions trained, more than K")
+    keep_rate: float = option(0.8, "peagle: share of a position's elements that the next one keeps")
     unreached_weight: float = option(
         1.0, "peagle: weight of the loss of drafts behind a wrong one, which no verifier comes to"
     )
