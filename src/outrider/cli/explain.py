@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,7 +63,8 @@ def explain(
     configuration: dict[str, Any] = {}
     try:
         resolved = resolve(engine_options(engine, drafting, model))
-        configuration = _configuration(resolved)
+        facts = _facts(resolved)
+        configuration = _configuration(resolved, facts)
         choice = resolved.served_by()
     except RefusedError as refusal:
         if not as_json:
@@ -72,10 +74,10 @@ def explain(
     if as_json:
         print_json({**choice.to_dict(), **configuration, "memory": _memory(resolved)})
     else:
-        _print(resolved, choice)
+        _print(resolved, choice, facts)
 
 
-def _configuration(resolved: Resolved) -> dict[str, Any]:
+def _configuration(resolved: Resolved, facts: Sequence[Fact]) -> dict[str, Any]:
     runner = resolved.runner
     return {
         "method": resolved.method,
@@ -87,7 +89,7 @@ def _configuration(resolved: Resolved) -> dict[str, Any]:
         "dtype": str(runner.dtype).removeprefix("torch."),
         "device": str(runner.device),
         "max_model_len": runner.sizes.max_model_len,
-        "facts": {fact.name.replace(" ", "_"): fact.to_dict() for fact in _facts(resolved)},
+        "facts": {fact.name.replace(" ", "_"): fact.to_dict() for fact in facts},
         "parts": [
             {"part": part.name, "needs": sorted(feature.name.lower() for feature in part.needs)}
             for part in resolved.parts
@@ -117,7 +119,7 @@ def _memory(resolved: Resolved) -> dict[str, Any]:
     return {**plan.to_dict(), "drafter": share}
 
 
-def _print(resolved: Resolved, choice: Choice) -> None:
+def _print(resolved: Resolved, choice: Choice, facts: Sequence[Fact]) -> None:
     runner, memory = resolved.runner, resolved.runner.memory
     asked = "as asked" if choice.forced else "the fastest that offers all this configuration needs"
     out.print(f"runner [bold green]{choice.runner.name}[/], {asked}; {_HOSTS[choice.distributed_executor_backend]}")
@@ -131,7 +133,7 @@ def _print(resolved: Resolved, choice: Choice) -> None:
     out.print(
         f"drafting {describe_drafting(resolved)}; verifier {runner.verifier.name}; {runner.dtype} on {runner.device}"
     )
-    for fact in _facts(resolved):
+    for fact in facts:
         out.print(escape(str(fact)))
         if fact.note is not None:
             out.print(f"  [yellow]{escape(fact.note)}[/]")

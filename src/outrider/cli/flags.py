@@ -90,9 +90,7 @@ def whole_number(given: str | int) -> int:
     is_binary = bool(binary) or (unit is not None and unit.isupper() and not text.lower().endswith("b"))
     value = Fraction(number.replace("_", "")) * (1024 if is_binary else 1000) ** power
     if value.denominator != 1:
-        raise typer.BadParameter(
-            f"{text} is {float(value):g}, which is not a whole number: give one without a fraction"
-        )
+        raise typer.BadParameter(f"{text} is not a whole number: give one without a fraction")
     return int(value)
 
 

@@ -1,4 +1,4 @@
-"""A user's own class, named as `module:Class`."""
+"""Users' own classes, named as `module:Class`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import TypeVar
 from outrider.errors import OptionError
 
 T = TypeVar("T")
+_PACKAGE = __name__.partition(".")[0]
+
+
+def is_of_user(part: object) -> bool:
+    """Whether the class of a part is a user's, and not of this package."""
+    return type(part).__module__.partition(".")[0] != _PACKAGE
 
 
 def import_class(what: str, name: str, base: type[T], public: str, facts: Sequence[str]) -> type[T]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from outrider.capability import Feature
 from outrider.core.plan import DrafterFaults, StepResult
+from outrider.core.plugin import is_of_user
 from outrider.draft.base import DraftContext, Drafter
 from outrider.errors import OptionError, OutriderError
 from outrider.tensors import Draft, StepBatch
@@ -21,9 +22,7 @@ from outrider.verify.base import Verifier
 logger = logging.getLogger("outrider")
 
 MAX_FAILURES = 3
-"""After so many a drafter is asked no more."""
-
-_PACKAGE = __name__.partition(".")[0]
+"""After so many failures a drafter is asked no more."""
 
 
 class DrafterGuard:
@@ -43,7 +42,7 @@ class DrafterGuard:
         self._serving = False
         self._num_failures = self._num_noted = 0
         device, vocab_size = drafter.target.device, drafter.target.vocab_size
-        if type(drafter).__module__.partition(".")[0] != _PACKAGE:
+        if is_of_user(drafter):
             self.num_wrong = torch.zeros(1, dtype=torch.int64, device=device)
         self._column = torch.arange(drafter.num_drafts, device=device)
         # Where drafts are dropped, token 0 is said to be certain: a later step may verify it all the same.

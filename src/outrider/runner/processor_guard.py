@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from outrider.core.plan import Admission
+from outrider.core.plugin import is_of_user
 from outrider.core.sampling import SamplingParams
 from outrider.errors import EngineBusyError, OptionError
 from outrider.tensors import Slots, StepBatch, Verdict
@@ -19,8 +20,6 @@ logger = logging.getLogger("outrider")
 
 FAILED = "guard.failed"
 """A table: NaN in the slots of requests for which the processor failed, else 0. A logit that is NaN ends a request."""
-
-_PACKAGE = __name__.partition(".")[0]
 
 
 class GuardedProcessor(LogitsProcessor):
@@ -128,5 +127,4 @@ def _check(what: str, found: object, shape: Sequence[int], dtype: torch.dtype, d
 
 def guarded(processors: Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
     """The processors, each that is not of this package in a guard."""
-    ours = [type(processor).__module__.partition(".")[0] == _PACKAGE for processor in processors]
-    return tuple(one if own else GuardedProcessor(one) for one, own in zip(processors, ours, strict=True))
+    return tuple(GuardedProcessor(one) if is_of_user(one) else one for one in processors)

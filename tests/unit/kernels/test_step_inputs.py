@@ -187,5 +187,5 @@ def test_a_copy_of_the_slots_has_its_own_addresses() -> None:
 
 @pytest.mark.parametrize("unknown", [-1, 5])
 def test_the_embedding_of_an_unknown_token_is_an_error(unknown: int) -> None:
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=f"from 0 to 4: .* {unknown}"):
         EMBED.on(CPU)(torch.tensor([0, unknown]), torch.ones(5, 8, dtype=torch.bfloat16), torch.float32)

@@ -13,7 +13,7 @@ from outrider.kernels.cpu.threads import add, num_threads, parallel
 
 
 @emitted
-def _widen_row(emitter: Emitter, source: Int, kind: Int, out: Int, size: Int) -> None:
+def widen_row(emitter: Emitter, source: Int, kind: Int, out: Int, size: Int) -> None:
     """out[:size] = source[:size], to float32 from a stored kind."""
 
     def of_kind(kind: int) -> None:
@@ -33,7 +33,7 @@ def _embed_rows(tickets: int, ids_at: int, weight: int, kind: int, width: int, o
         row = add(tickets, 1)
         if row >= rows:
             break
-        _widen_row(weight + ids[row] * size * width, kind, out + row * size * 4, size)
+        widen_row(weight + ids[row] * size * width, kind, out + row * size * 4, size)
 
 
 @Kernel
@@ -56,5 +56,5 @@ def embed_cpu(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     threads = num_threads() if rows * size > SERIAL else 1
     at = ids.data_ptr(), weight.data_ptr()
     if not _embed_kernel.launch(*at, num_ids, kind, WIDTH[kind], out.data_ptr(), rows, size, threads):
-        raise IndexError(f"token ids must be from 0 to {num_ids - 1}: {ids.tolist()}")
+        raise IndexError(f"token ids must be from 0 to {num_ids - 1}: they reach from {ids.min()} to {ids.max()}")
     return out

@@ -73,12 +73,12 @@ def _compile_in(processes: int, names: Sequence[str], say: Callable[[str], None]
     start = time.monotonic()
     children: list[subprocess.Popen[str]] = []
     try:
-        for _ in range(processes):
-            children.append(_start())
-    except OSError as error:
-        logger.warning("a process that compiles kernels cannot be started: %s", error)
-    feeders = [threading.Thread(target=_feed, args=(child, left, done), daemon=True) for child in children]
-    try:
+        try:
+            for _ in range(processes):
+                children.append(_start())
+        except OSError as error:
+            logger.warning("cannot start a process that compiles kernels, so the engine compiles its part: %s", error)
+        feeders = [threading.Thread(target=_feed, args=(child, left, done), daemon=True) for child in children]
         for feeder in feeders:
             feeder.start()
         first = reported = start

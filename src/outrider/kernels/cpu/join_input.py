@@ -7,23 +7,10 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from outrider.kernels.cpu.emit import KIND, WIDTH, Emitter, Int, Vector, emitted
+from outrider.kernels.cpu.embed import widen_row
+from outrider.kernels.cpu.emit import KIND, WIDTH
 from outrider.kernels.cpu.jit import Kernel, larger, pointer
 from outrider.kernels.cpu.norm import norm_row
-
-
-@emitted
-def _widen_row(emitter: Emitter, source: Int, kind: Int, out: Int, size: Int) -> None:
-    """out[:size] = source[:size], float32 from a stored kind."""
-
-    def of_kind(kind: int) -> None:
-        def step(index: Int, mask: Vector | None, none: list[Vector]) -> list[Vector]:
-            emitter.store(emitter.load(source, index, mask, kind), out, index, mask)
-            return none
-
-        emitter.sweep(size, step, [])
-
-    emitter.each_kind(kind, of_kind)
 
 
 @Kernel
@@ -43,7 +30,7 @@ def _join_kernel(
     ids = carray(pointer(ids_at), (rows,), np.int64)
     for row in range(rows):
         address = out + row * size * 8
-        _widen_row(embedding + larger(ids[row], 0) * size * width, kind, address, size)
+        widen_row(embedding + larger(ids[row], 0) * size * width, kind, address, size)
         norm_row(address, token_norm, kind, address, size, eps)
         norm_row(hidden + row * size * 4, hidden_norm, kind, address + size * 4, size, eps)
 
