@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.triton import begin, jit, launch, narrow, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, round_to, tl, wait
 
 _BLOCK = 2048  # sixteen numbers of each half a thread: two loads of 16 bytes, if they are of 16 bits
 
@@ -20,7 +20,7 @@ def _silu_mul_kernel(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr)
     gate = tl.load(gate_up + row * 2 * size + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * size + column, mask=inside, other=0).to(tl.float32)
     product = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out + row * size + column, narrow(product, out.dtype.element_ty), mask=inside)
+    tl.store(out + row * size + column, round_to(product, out.dtype.element_ty), mask=inside)
 
 
 def silu_mul_gpu(gate_up: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from outrider.kernels.gpu.triton import begin, dot, jit, jit_counts, launch, nex
 from outrider.tensors import PagedRows
 
 _INTERPRETER = 8  # multiprocessors that it is taken to have: enough for keys to be shared out, few enough to end
-_MOST_SPLITS = 64
+_MAX_SPLITS = 64
 
 
 class Tiles(NamedTuple):
@@ -68,7 +68,7 @@ def choose_splits(
     A multiprocessor holds one program with a tall tile, whose partial results are also large, and two of the others.
     """
     programs = max(num_rows, -(-num_tokens // tiles.tokens)) * num_kv_heads
-    return max(1, min((1 if tiles.tall else 2) * processors // programs, -(-max_len // tiles.keys), _MOST_SPLITS))
+    return max(1, min((1 if tiles.tall else 2) * processors // programs, -(-max_len // tiles.keys), _MAX_SPLITS))
 
 
 @cache
@@ -211,9 +211,9 @@ def _attention_kernel(
     token = first_token + slot // GROUP
     position = length - end + token
     owned = (slot < BLOCK_Q * GROUP) & (token < end)
-    place = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
+    query_row = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
     inside = owned[:, None] & (column < HEAD_DIM)[None, :]
-    queries = tl.load(query + place[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0)
+    queries = tl.load(query + query_row[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0)
 
     num_keys = length - end + tl.minimum(first_token + BLOCK_Q, end)  # that the tile's last token sees
     num_steps = tl.where(row < num_rows, (num_keys + BLOCK_N - 1) // BLOCK_N, 0)
@@ -242,10 +242,10 @@ def _attention_kernel(
 
     some = tl.where(weight == 0, 1.0, weight)  # NaN stays
     if SPLIT:
-        place += split.to(tl.int64) * num_tokens * num_kv_heads * GROUP
-        tl.store(log_weights + place, tl.where(weight == 0, float("-inf"), top + tl.log2(some)), mask=owned)
+        query_row += split.to(tl.int64) * num_tokens * num_kv_heads * GROUP
+        tl.store(log_weights + query_row, tl.where(weight == 0, float("-inf"), top + tl.log2(some)), mask=owned)
     result = (total / some[:, None]).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
+    tl.store(out + query_row[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
 
 
 @jit_counts("num_heads", "splits")
@@ -264,11 +264,11 @@ def _combine_kernel(
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK_S)
     column = tl.arange(0, BLOCK_D)
-    place = split * num_heads.to(tl.int64) + head
+    partial_row = split * num_heads.to(tl.int64) + head
     inside = (split < splits)[:, None] & (column < HEAD_DIM)[None, :]
     wait(PDL)
-    log_weight = tl.load(log_weights + place, mask=split < splits, other=float("-inf"))
-    value = tl.load(partial + place[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0)
+    log_weight = tl.load(log_weights + partial_row, mask=split < splits, other=float("-inf"))
+    value = tl.load(partial + partial_row[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0)
     top = tl.max(log_weight)
     weight = tl.exp2(log_weight - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from outrider.kernels.gpu.attention import find_row, weigh
-from outrider.kernels.gpu.triton import begin, jit, jit_counts, launch, narrow, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, jit, jit_counts, launch, next_power_of_2, overlaps, round_to, tl, wait
 
 # Partial results that a program of `add_up_behind` adds up at once, if there are few or many of them; its warps.
 _FEW, _MANY, _WARPS = 16, 64, 2
@@ -29,7 +29,7 @@ def add_up(
     partial,  # [SPLITS, T * Hq, D] float32
     log_weights,  # [SPLITS, T * Hq] float32
     out,
-    place,  # [BLOCK_R] of a query head among all
+    query_row,  # [BLOCK_R] of a query head among all
     owned,  # [BLOCK_R]
     num_heads,  # T * Hq
     splits,
@@ -45,7 +45,7 @@ def add_up(
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for first in range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
-        at = split[None, :] * num_heads + place[:, None]
+        at = split[None, :] * num_heads + query_row[:, None]
         known = owned[:, None] & (split < splits)[None, :]
         logs = tl.load(log_weights + at, mask=known, other=float("-inf"), cache_modifier=".cg")
         inside = known[:, :, None] & (column < HEAD_DIM)[None, None, :]
@@ -55,7 +55,7 @@ def add_up(
         total = total * decay[:, None] + tl.sum(powers[:, :, None] * value, 1)
     result = total / tl.where(weight > 0, weight, 1.0)[:, None]
     inside = owned[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(out + place[:, None] * HEAD_DIM + column[None, :], narrow(result, out.dtype.element_ty), mask=inside)
+    tl.store(out + query_row[:, None] * HEAD_DIM + column[None, :], round_to(result, out.dtype.element_ty), mask=inside)
 
 
 @jit_counts("num_tokens", "num_rows", "splits")
@@ -79,7 +79,7 @@ def _add_up_kernel(
     PDL: tl.constexpr,
 ):
     begin(PDL)
-    place = tl.program_id(0) + tl.arange(0, 1)
+    query_row = tl.program_id(0) + tl.arange(0, 1)
     if not AHEAD:
         wait(PDL)
     token = tl.program_id(0) // num_heads
@@ -89,9 +89,9 @@ def _add_up_kernel(
         wait(PDL)
     count = num_tokens * num_heads
     if known <= FEW:
-        add_up(partial, log_weights, out, place, place < count, count, known, HEAD_DIM, 1, FEW, BLOCK_D)
+        add_up(partial, log_weights, out, query_row, query_row < count, count, known, HEAD_DIM, 1, FEW, BLOCK_D)
     else:
-        add_up(partial, log_weights, out, place, place < count, count, known, HEAD_DIM, 1, MANY, BLOCK_D)
+        add_up(partial, log_weights, out, query_row, query_row < count, count, known, HEAD_DIM, 1, MANY, BLOCK_D)
 
 
 def add_up_behind(

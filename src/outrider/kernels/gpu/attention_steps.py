@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outrider.kernels.gpu.attention import find_keys, weigh
 from outrider.kernels.gpu.rope import load_norm, turn
-from outrider.kernels.gpu.triton import dot, jit, narrow, tl
+from outrider.kernels.gpu.triton import dot, jit, round_to, tl
 
 
 @jit
@@ -42,7 +42,7 @@ def attend_step(query_low, query_high, low, high, values, seen, scale, top, weig
     scores = dot(query_high, tl.trans(high.to(query_low.dtype)), scores)
     scores = tl.where(seen, scores, float("-inf"))
     powers, decay, top, weight = weigh(scores, scale, top, weight, MASKED)
-    total = dot(narrow(powers, query_low.dtype), values.to(query_low.dtype), total * decay[:, None])
+    total = dot(round_to(powers, query_low.dtype), values.to(query_low.dtype), total * decay[:, None])
     return top, weight, total
 
 
@@ -103,13 +103,13 @@ def own_step(
     given_value = tl.load(at + num_kv_heads * HEAD_DIM + column[None, :], mask=inside, other=0)
     cos, sin = load_angles(rope, position, known, HEAD_DIM, BLOCK_H)
     low, high = turn(given_low, given_high, k_low, k_high, cos, sin, eps, NORM, HEAD_DIM)
-    value = narrow(given_value.to(tl.float32), value_cache.dtype.element_ty).to(tl.float32)
+    value = round_to(given_value.to(tl.float32), value_cache.dtype.element_ty).to(tl.float32)
     # see `kernels.rope`: NaN or inf times 0 is NaN
     hidden = (tl.sum(value * 0.0, 1) != 0)[:, None]
-    value = narrow(tl.where(hidden, 0.0, value), value_cache.dtype.element_ty)
-    low = tl.where(hidden, float("nan"), narrow(low, given_low.dtype).to(tl.float32))
-    high = tl.where(hidden, float("nan"), narrow(high, given_low.dtype).to(tl.float32))
-    low, high = narrow(low, key_cache.dtype.element_ty), narrow(high, key_cache.dtype.element_ty)
+    value = round_to(tl.where(hidden, 0.0, value), value_cache.dtype.element_ty)
+    low = tl.where(hidden, float("nan"), round_to(low, given_low.dtype).to(tl.float32))
+    high = tl.where(hidden, float("nan"), round_to(high, given_low.dtype).to(tl.float32))
+    low, high = round_to(low, key_cache.dtype.element_ty), round_to(high, key_cache.dtype.element_ty)
 
     stored = ((own >= first_token) & (slot >= 0))[:, None]
     there = find_keys(slot // BLOCK_SIZE, slot, head, num_kv_heads, BLOCK_SIZE, HEAD_DIM)[:, None]

@@ -29,8 +29,8 @@ def _commit_kernel(
     done = tl.load(computed + at)
 
     gained = tl.minimum(given, max_len - before)
-    stand = num_tokens + tl.where(given > 0, gained - 1 - drafted, 0)
-    done += stand
+    kept = num_tokens + tl.where(given > 0, gained - 1 - drafted, 0)
+    done += kept
     following = tl.minimum(done, max_len - 1)
     new = following - before  # its column, if this step appends it
     appended = (new >= 0) & (new < gained)
@@ -41,7 +41,7 @@ def _commit_kernel(
     tl.store(text + before + column, token, mask=column < gained)
     tl.store(length + at, before + gained)
     tl.store(computed + at, done)
-    tl.store(committed + row, stand)
+    tl.store(committed + row, kept)
     tl.store(next_token + row, there)
 
 

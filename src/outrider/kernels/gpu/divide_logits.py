@@ -19,9 +19,9 @@ def _divide_kernel(logits, temperature, slot, stride, size, BLOCK: tl.constexpr,
     wait(PDL)
     divisor = tl.load(temperature + tl.load(slot + row))
     if (divisor != 0) & (divisor != 1):
-        place = logits + row * stride + column
-        dividend = tl.load(place, mask=column < size, other=0)
-        tl.store(place, tl.div_rn(dividend, divisor + tl.zeros_like(dividend)), mask=column < size)
+        address = logits + row * stride + column
+        dividend = tl.load(address, mask=column < size, other=0)
+        tl.store(address, tl.div_rn(dividend, divisor + tl.zeros_like(dividend)), mask=column < size)
 
 
 def divide_logits_gpu(logits: Tensor, temperature: Tensor, slot: Tensor) -> Tensor:

@@ -44,16 +44,16 @@ def _query_rows(
     row, start, total = owner(counts, item, num_requests)
     inside = item < num_rows
     real = (item < total) & inside
-    place = item - start
+    offset = item - start
     target = tl.load(target_start + row, mask=real, other=0)
     num_tokens = tl.load(target_start + row + 1, mask=real, other=0) - target
-    position = tl.load(target_lens + row, mask=real, other=0) - num_tokens + place
+    position = tl.load(target_lens + row, mask=real, other=0) - num_tokens + offset
     accepted = tl.load(committed + row, mask=real, other=0)
-    known = real & (place < _known_rows(accepted, SHIFT))
+    known = real & (offset < _known_rows(accepted, SHIFT))
     at = tl.load(slot + row, mask=real, other=0)
     token = tl.load(tokens + at * max_len + tl.minimum(position + SHIFT, max_len - 1), mask=known, other=MASK_TOKEN)
     block = tl.load(table + row.to(tl.int64) * max_blocks + position // BLOCK_SIZE, mask=real, other=0).to(tl.int64)
-    feature = tl.where(place < accepted, target + place, num_query)
+    feature = tl.where(offset < accepted, target + offset, num_query)
     tl.store(input_ids + item, tl.where(real, token, 0), mask=inside)
     tl.store(source + item, tl.where(real, feature, 0).to(tl.int64), mask=inside)
     tl.store(positions + item, tl.where(real, position, 0).to(tl.int64), mask=inside)

@@ -23,13 +23,13 @@ def _join_kernel(
         scale = tl.load(token_norm + column, mask=inside, other=0).to(tl.float32)
         wait(PDL)
         token = tl.load(embedding + tl.maximum(tl.load(ids + row), 0) * size + column, mask=inside, other=0)
-        wide = token.to(out.dtype.element_ty).to(tl.float32)
+        upcast = token.to(out.dtype.element_ty).to(tl.float32)
     else:
         scale = tl.load(hidden_norm + column, mask=inside, other=0).to(tl.float32)
         wait(PDL)
-        wide = tl.load(hidden + row * size + column, mask=inside, other=0).to(tl.float32)
-    root = tl.rsqrt(tl.sum(wide * wide) / size + eps)
-    normed = (scale * (wide * root)).to(out.dtype.element_ty)
+        upcast = tl.load(hidden + row * size + column, mask=inside, other=0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(upcast * upcast) / size + eps)
+    normed = (scale * (upcast * root)).to(out.dtype.element_ty)
     tl.store(out + (2 * row + half) * size + column, normed, mask=inside)
 
 

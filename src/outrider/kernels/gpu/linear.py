@@ -30,9 +30,9 @@ from outrider.kernels.gpu.triton import (
     jit,
     jit_counts,
     launch,
-    narrow,
     next_power_of_2,
     overlaps,
+    round_to,
     tl,
     wait,
 )
@@ -224,11 +224,11 @@ def _few_rows_kernel(
     if not LATE:
         begin(PDL)
     tile, part = tl.program_id(0), tl.program_id(1)
-    place = _along(BLOCK_K, SLICES, 1)
+    input_index = _along(BLOCK_K, SLICES, 1)
     if PARTS > 1:
-        place += tl.multiple_of(part * part_size, BLOCK_K)
-    w_at = weight + _line(tile, _along(BLOCK_N, SLICES, 0), outputs, GATE, WIDTH).to(tl.int64) * inputs + place
-    w = _load(w_at, place < inputs, True, EVEN, True)
+        input_index += tl.multiple_of(part * part_size, BLOCK_K)
+    w_at = weight + _line(tile, _along(BLOCK_N, SLICES, 0), outputs, GATE, WIDTH).to(tl.int64) * inputs + input_index
+    w = _load(w_at, input_index < inputs, True, EVEN, True)
     column = tile * WIDTH + tl.arange(0, WIDTH)
     own = column < outputs
     if NEXT:
@@ -239,8 +239,8 @@ def _few_rows_kernel(
     if LATE:
         begin(PDL)
     row = _along(BLOCK_M, SLICES, 0)
-    x_at = x + row * inputs + place
-    value = _load(x_at, place < inputs, row < rows, EVEN, BLOCK_M == 1)
+    x_at = x + row * inputs + input_index
+    value = _load(x_at, input_index < inputs, row < rows, EVEN, BLOCK_M == 1)
     flat_row = tl.arange(0, BLOCK_M)
     valid = own[:, None] & (flat_row < rows)[None, :]
     at = column[:, None] + flat_row[None, :].to(tl.int64) * outputs
@@ -252,8 +252,8 @@ def _few_rows_kernel(
         old = tl.load(out + at, mask=valid, other=0)
     total = _multiply(w, value, _nothing(w, SLICES, BLOCK_M, BLOCK_N), SLICES, BLOCK_M)
     for k in tl.range(BLOCK_K, part_size, BLOCK_K, num_stages=STAGES):
-        value = _load(x_at + k, place + k < inputs, row < rows, EVEN, BLOCK_M == 1)
-        w = _load(w_at + k, place + k < inputs, True, EVEN, True)
+        value = _load(x_at + k, input_index + k < inputs, row < rows, EVEN, BLOCK_M == 1)
+        w = _load(w_at + k, input_index + k < inputs, True, EVEN, True)
         total = _multiply(w, value, total, SLICES, BLOCK_M)
     result = _sum(total, SLICES, BLOCK_M)
     if PARTS > 1:
@@ -278,12 +278,12 @@ def _few_rows_kernel(
         result = gate / (1 + tl.exp(-gate)) * up
     if ADD:
         result += old.to(tl.float32)
-    stored = narrow(result, out.dtype.element_ty)
+    stored = round_to(result, out.dtype.element_ty)
     tl.store(out + at, stored, mask=valid)
     if NEXT:
-        wide = tl.where(valid, stored.to(tl.float32), 0)
-        tl.store(next_scaled + at, narrow(wide * scale * SHRINK, out.dtype.element_ty), mask=valid)
-        tl.store(next_squares + tile * rows + flat_row, tl.sum(wide * wide, axis=0), mask=flat_row < rows)
+        upcast = tl.where(valid, stored.to(tl.float32), 0)
+        tl.store(next_scaled + at, round_to(upcast * scale * SHRINK, out.dtype.element_ty), mask=valid)
+        tl.store(next_squares + tile * rows + flat_row, tl.sum(upcast * upcast, axis=0), mask=flat_row < rows)
 
 
 def few_rows(

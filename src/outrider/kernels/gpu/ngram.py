@@ -39,18 +39,18 @@ def _ngram_kernel(
     copy = tl.full((), 0, tl.int32)  # a copy ends before it
     stop = tl.where(samples, end, 0)
     while stop > 0 and best < longest:
-        place = stop - 1 - tl.arange(0, BLOCK)
+        copy_end = stop - 1 - tl.arange(0, BLOCK)
         run = tl.zeros((BLOCK,), tl.int32)
-        unbroken = place < end
+        unbroken = copy_end < end
         for i in range(longest):
-            unbroken = unbroken & (place > i)
+            unbroken = unbroken & (copy_end > i)
             last = tl.load(history + end - 1 - i, mask=end > i, other=0)
-            unbroken = unbroken & (tl.load(history + place - 1 - i, mask=unbroken, other=0) == last)
+            unbroken = unbroken & (tl.load(history + copy_end - 1 - i, mask=unbroken, other=0) == last)
             run += unbroken.to(tl.int32)
-        most = tl.max(run)
-        if (most > best) & (most >= shortest):
-            best = most
-            copy = tl.max(tl.where(run == most, place, 0))
+        block_best = tl.max(run)
+        if (block_best > best) & (block_best >= shortest):
+            best = block_best
+            copy = tl.max(tl.where(run == block_best, copy_end, 0))
         stop -= BLOCK
     period = tl.maximum(end - copy, 1)
     found = tl.where(period <= best, num_drafts, tl.minimum(period, num_drafts))

@@ -21,9 +21,9 @@ def _norm_kernel(x, residual, weight, out, size, eps, ADD: tl.constexpr, BLOCK: 
         there = tl.load(residual + row * size + column, mask=inside, other=0)
         value = (value.to(tl.float32) + there.to(tl.float32)).to(value.dtype)
         tl.store(residual + row * size + column, value, mask=inside)
-    wide = value.to(tl.float32)
-    root = tl.rsqrt(tl.sum(wide * wide) / size + eps)
-    tl.store(out + row * size + column, (scale * (wide * root)).to(value.dtype), mask=inside)
+    upcast = value.to(tl.float32)
+    root = tl.rsqrt(tl.sum(upcast * upcast) / size + eps)
+    tl.store(out + row * size + column, (scale * (upcast * root)).to(value.dtype), mask=inside)
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:

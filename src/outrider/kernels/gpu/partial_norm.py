@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.triton import begin, jit, launch, narrow, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, round_to, tl, wait
 
 _SHRINK = 1 / 256  # of rows normed in part in float16, whose largest is 65,504: a residual stream grows beyond its root
 
@@ -42,11 +42,11 @@ def _scale_kernel(
     value = tl.load(residual + row * size + column, mask=inside, other=0)
     if ADD:
         more = tl.load(x + row * size + column, mask=inside, other=0).to(tl.float32)
-        value = narrow(value.to(tl.float32) + more, value.dtype)
+        value = round_to(value.to(tl.float32) + more, value.dtype)
         tl.store(residual + row * size + column, value, mask=inside)
-    wide = value.to(tl.float32)
-    tl.store(scaled + row * size + column, narrow(wide * scale * SHRINK, value.dtype), mask=inside)
-    tl.store(squares + row, tl.sum(wide * wide))
+    upcast = value.to(tl.float32)
+    tl.store(scaled + row * size + column, round_to(upcast * scale * SHRINK, value.dtype), mask=inside)
+    tl.store(squares + row, tl.sum(upcast * upcast))
 
 
 def shrink(dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outrider.kernels.gpu.triton import begin, jit, launch, narrow, next_power_of_2, overlaps, tl, wait
+from outrider.kernels.gpu.triton import begin, jit, launch, next_power_of_2, overlaps, round_to, tl, wait
 from outrider.kernels.records import HeadNorms
 from outrider.tensors import PagedRows
 
@@ -95,16 +95,16 @@ def _rope_store_kernel(
 
     if slot >= 0:
         kv_head = head - tl.where(is_value, num_heads + num_kv_heads, num_heads)
-        place = (slot // BLOCK_SIZE * num_kv_heads + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
-        there = place[:, None] * HEAD_DIM + column[None, :]
+        cache_row = (slot // BLOCK_SIZE * num_kv_heads + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
+        there = cache_row[:, None] * HEAD_DIM + column[None, :]
         to_keys, to_values = inside & is_key[:, None], inside & is_value[:, None]
         its_value = qkv + (token * all_heads + head + num_kv_heads)[:, None] * HEAD_DIM + column[None, :]
         v_low = tl.load(its_value, mask=to_keys, other=0)
         v_high = tl.load(its_value + half, mask=to_keys, other=0)
         v_low = tl.where(is_value[:, None], given_low, v_low).to(tl.float32)
         v_high = tl.where(is_value[:, None], given_high, v_high).to(tl.float32)
-        v_low = narrow(v_low, value_cache.dtype.element_ty).to(tl.float32)
-        v_high = narrow(v_high, value_cache.dtype.element_ty).to(tl.float32)
+        v_low = round_to(v_low, value_cache.dtype.element_ty).to(tl.float32)
+        v_high = round_to(v_high, value_cache.dtype.element_ty).to(tl.float32)
         hidden = has_no_number(v_low, v_high)
         key_low = tl.where(hidden, float("nan"), turned_low.to(tl.float32))
         key_high = tl.where(hidden, float("nan"), turned_high.to(tl.float32))

@@ -45,9 +45,9 @@ from outrider.kernels.gpu.triton import (
     begin,
     jit_counts,
     launch,
-    narrow,
     next_power_of_2,
     overlaps,
+    round_to,
     tl,
     wait,
 )
@@ -57,7 +57,7 @@ from outrider.tensors import PagedRows
 TALLEST = 64
 """Rows of a tile, query tokens times query heads of a key head, up to which a step's rows are short."""
 
-_LEAST = 4  # query tokens of a tile, if not one: fewer would save little, and be one more kernel to compile
+_MIN_TOKENS = 4  # query tokens of a tile, if not one: fewer would save little, and be one more kernel to compile
 # A tile's partial results are added up by one program, without a second kernel, where the tile has few rows or all of
 # them together have.
 _FEW_ROWS = 8
@@ -100,7 +100,7 @@ def choose_short_tiles(num_tokens: int, num_rows: int, group: int, itemsize: int
         return cut._replace(stages=1)
     if cut.tokens == 1:
         return Tiles(min(cut.rows, TALLEST), 1, 64, 4, 1)
-    tokens = min(max(cut.tokens, _LEAST), TALLEST // group)
+    tokens = min(max(cut.tokens, _MIN_TOKENS), TALLEST // group)
     rows = max(16, next_power_of_2(tokens * group))
     return Tiles(rows, tokens, 64, 8 if rows == TALLEST else 4, 1, tall=rows == TALLEST)
 
@@ -171,7 +171,7 @@ def _rope_attention_kernel(
     first_key = split * BLOCK_N
     block = find_blocks(table, first_key, num_cached, BLOCK_N, BLOCK_SIZE)
     position = tl.load(positions + token, mask=owned, other=0, cache_modifier=".cg")
-    place = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
+    query_row = (token.to(tl.int64) * num_kv_heads + head) * GROUP + slot % GROUP
     num_heads = num_tokens * num_kv_heads * GROUP
 
     num_cached_steps, splits = 0, 1
@@ -200,7 +200,7 @@ def _rope_attention_kernel(
     query_low = tl.load(qkv + at + part[None, :], mask=in_half, other=0)
     query_high = tl.load(qkv + at + half + part[None, :], mask=in_half, other=0)
     turned_low, turned_high = turn(query_low, query_high, q_low, q_high, cos, sin, eps, NORM, HEAD_DIM)
-    query_low, query_high = narrow(turned_low, query_low.dtype), narrow(turned_high, query_low.dtype)
+    query_low, query_high = round_to(turned_low, query_low.dtype), round_to(turned_high, query_low.dtype)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
@@ -229,9 +229,11 @@ def _rope_attention_kernel(
     result = total / some[:, None]
     inside = owned[:, None] & (column < HEAD_DIM)[None, :]
     if not SPLIT or (TICKETS and splits == 1):
-        tl.store(out + place[:, None] * HEAD_DIM + column[None, :], narrow(result, out.dtype.element_ty), mask=inside)
+        tl.store(
+            out + query_row[:, None] * HEAD_DIM + column[None, :], round_to(result, out.dtype.element_ty), mask=inside
+        )
     else:
-        left = place + split * num_heads
+        left = query_row + split * num_heads
         tl.store(log_weights + left, tl.where(weight == 0, float("-inf"), top + tl.log2(some)), mask=owned)
         tl.store(partial + left[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
         if TICKETS:
@@ -240,10 +242,10 @@ def _rope_attention_kernel(
             if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
                 each = tl.arange(0, BLOCK_R)
                 its_token = first_token + each // GROUP
-                its_place = (its_token * num_kv_heads + head) * GROUP + each % GROUP
+                its_query_row = (its_token * num_kv_heads + head) * GROUP + each % GROUP
                 its_own = (each < BLOCK_Q * GROUP) & (its_token < end)
                 add_up(
-                    partial, log_weights, out, its_place, its_own, num_heads, splits,
+                    partial, log_weights, out, its_query_row, its_own, num_heads, splits,
                     HEAD_DIM, BLOCK_R, BLOCK_S, BLOCK_D,
                 )  # fmt: skip
                 tl.store(counter, 0)
@@ -363,8 +365,8 @@ def rope_attention_gpu(
     group = qkv.shape[1] // head_dim // num_kv_heads - 2
     tiles = choose_short_tiles(tokens, num_rows, group, qkv.itemsize)
     processors = multiprocessors(qkv.device)
-    most_keys = max_blocks * block_size + tiles.keys  # and a step for the query tokens'
-    splits = choose_splits(tokens, num_rows, num_kv_heads, most_keys, tiles, processors)
+    max_keys = max_blocks * block_size + tiles.keys  # and a step for the query tokens'
+    splits = choose_splits(tokens, num_rows, num_kv_heads, max_keys, tiles, processors)
     if counters is None:
         counters = new_counters(qkv.device, num_kv_heads)
     given = (qkv, norms, rope, rows, key_cache, value_cache, scale)

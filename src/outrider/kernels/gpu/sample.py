@@ -88,14 +88,14 @@ def _best_of_block_kernel(
             token = tl.load(ids + column, mask=inside, other=0) if MAPPED else column
             bound = _ranked(score + _gumbel_bound(bits(a, b, token)), column)
             bound = tl.where(inside, bound, nothing)
-            most = tl.max(bound)
-            while most > found:
-                place = _column(most)
-                likely = tl.load(ids + place) if MAPPED else place
-                exact = tl.load(logits + place) + _gumbel(bits(a, b, likely))
-                found = tl.maximum(found, _ranked(exact, place))
-                bound = tl.where(column == place, nothing, bound)
-                most = tl.max(bound)
+            bound_max = tl.max(bound)
+            while bound_max > found:
+                candidate = _column(bound_max)
+                likely = tl.load(ids + candidate) if MAPPED else candidate
+                exact = tl.load(logits + candidate) + _gumbel(bits(a, b, likely))
+                found = tl.maximum(found, _ranked(exact, candidate))
+                bound = tl.where(column == candidate, nothing, bound)
+                bound_max = tl.max(bound)
     else:
         found = tl.max(tl.where(inside, _ranked(score, column), nothing))
     tl.store(best + row * tl.num_programs(1) + block, found)

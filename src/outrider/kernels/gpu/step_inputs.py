@@ -54,11 +54,11 @@ def _query_tokens(
         guess = tl.load(drafts + at * WIDTH + tl.minimum(past, WIDTH - 1), mask=real & (past >= 0), other=0)
     token = tl.load(tokens + at * max_len + tl.minimum(position, max_len - 1), mask=known, other=0)
     block = tl.load(table + at * max_blocks + position // BLOCK_SIZE, mask=real, other=0).to(tl.int64)
-    place = block * BLOCK_SIZE + position % BLOCK_SIZE
+    cache_index = block * BLOCK_SIZE + position % BLOCK_SIZE
     inside = item < num_query
     tl.store(input_ids + item, tl.where(known, token, guess), mask=inside)
     tl.store(positions + item, tl.where(real, position, 0).to(tl.int64), mask=inside)
-    tl.store(cache_slot + item, tl.where(real, place, -1), mask=inside)
+    tl.store(cache_slot + item, tl.where(real, cache_index, -1), mask=inside)
 
 
 @jit
@@ -90,11 +90,11 @@ def _row(
     tl.store(row_slot + row, at)
     tl.store(row_drafts + row, tl.sum(tl.where(every == row, drafted, 0), 0))
 
-    place = tl.arange(0, LOGITS)
+    offset = tl.arange(0, LOGITS)
     if WIDTH > 0:
-        guess = tl.load(drafts + at * WIDTH + place, mask=place < WIDTH)
-        tl.store(row_guesses + row.to(tl.int64) * WIDTH + place, guess, mask=place < WIDTH)
-    back = place - own_logits  # from the row's end
+        guess = tl.load(drafts + at * WIDTH + offset, mask=offset < WIDTH)
+        tl.store(row_guesses + row.to(tl.int64) * WIDTH + offset, guess, mask=offset < WIDTH)
+    back = offset - own_logits  # from the row's end
     index = logits_end + back
     valid = (back < 0) & (index < num_logits)
     tl.store(logits_index + index, (tokens_end + back).to(tl.int64), mask=valid)
@@ -108,7 +108,7 @@ def _row(
         after = tl.load(computed + first_slot, mask=first < num_rows, other=0) + 1
         last = tl.load(slot + (num_rows - 1) * slot_stride).to(tl.int64)
         for start in range(total + row * LOGITS, num_logits, num_rows * LOGITS):
-            index = start + place
+            index = start + offset
             tl.store(logits_index + index, tl.zeros([LOGITS], tl.int64), mask=index < num_logits)
             tl.store(logits_slot + index, last + tl.zeros([LOGITS], tl.int64), mask=index < num_logits)
             tl.store(logits_position + index, after + tl.zeros([LOGITS], tl.int64), mask=index < num_logits)
@@ -164,28 +164,28 @@ def assemble_gpu(
     device, size = slot.device, slot.shape[0]
     max_len, max_blocks, width = slots.tokens.shape[1], slots.block_table.shape[1], slots.draft_tokens.shape[1]
 
-    def wide(*shape: int) -> Tensor:
+    def new_int64(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device=device)
 
-    def narrow(*shape: int) -> Tensor:
+    def new_int32(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     batch = StepBatch(
-        slot=wide(size),
-        input_ids=wide(num_query),
+        slot=new_int64(size),
+        input_ids=new_int64(num_query),
         rows=PagedRows(
-            positions=wide(num_query),
-            cache_slot=wide(num_query),
-            block_table=narrow(size, max_blocks),
-            query_start=narrow(size + 1),
-            seq_lens=narrow(size),
+            positions=new_int64(num_query),
+            cache_slot=new_int64(num_query),
+            block_table=new_int32(size, max_blocks),
+            query_start=new_int32(size + 1),
+            seq_lens=new_int32(size),
         ),
-        num_drafts=narrow(size),
-        draft_tokens=wide(size, width),
-        logits_start=narrow(size + 1),
-        logits_index=wide(num_logits),
-        logits_slot=wide(num_logits),
-        logits_position=wide(num_logits),
+        num_drafts=new_int32(size),
+        draft_tokens=new_int64(size, width),
+        logits_start=new_int32(size + 1),
+        logits_index=new_int64(num_logits),
+        logits_slot=new_int64(num_logits),
+        logits_position=new_int64(num_logits),
     )
     rows, block = tile(size)
     overlap = overlaps(slot)

@@ -36,9 +36,9 @@ __all__ = [
     "jit",
     "jit_counts",
     "launch",
-    "narrow",
     "next_power_of_2",
     "overlaps",
+    "round_to",
     "tl",
     "wait",
 ]
@@ -105,7 +105,7 @@ def dot(a, b, total):
 
 
 @jit
-def narrow(value, dtype: tl.constexpr):
+def round_to(value, dtype: tl.constexpr):
     """float32 rounded to dtype, to the nearest, as a GPU rounds; Triton's interpreter cuts bfloat16 off."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -134,11 +134,11 @@ def ask_for(start, at, size, limit):
 
     Nothing waits for them. Hopper's, as overlap is; not interpreted.
     """
-    place = start.to(tl.int64) + at
+    address = start.to(tl.int64) + at
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
         "=r,l,r,r",
-        [place, tl.zeros_like(at) + size, (at + size <= limit).to(tl.int32)],
+        [address, tl.zeros_like(at) + size, (at + size <= limit).to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

@@ -43,20 +43,20 @@ def _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT: tl.conste
     owner = row
     if BY_SLOT:
         owner = tl.load(slot + row)
-    k, p, least = tl.load(top_k + owner), tl.load(top_p + owner), tl.load(min_p + owner)
+    k, p, min_prob = tl.load(top_k + owner), tl.load(top_p + owner), tl.load(min_p + owner)
     k = tl.where(k < size, tl.maximum(k, 0), 0)
     if BY_SLOT:
         drawn = tl.load(temperature + owner) != 0
-        k, p, least = tl.where(drawn, k, 0), tl.where(drawn, p, 1.0), tl.where(drawn, least, 0.0)
-    return k, p, least
+        k, p, min_prob = tl.where(drawn, k, 0), tl.where(drawn, p, 1.0), tl.where(drawn, min_prob, 0.0)
+    return k, p, min_prob
 
 
 @jit
 def _next_by_count(counts, row, num_blocks, prefix, wanted, BLOCKS: tl.constexpr):
     """The prefix with one more digit, and how many logits are wanted of those that have it."""
     block, digit = tl.arange(0, BLOCKS), tl.arange(0, 256)
-    place = (row * num_blocks + block[:, None]) * 256 + digit[None, :]
-    count = tl.sum(tl.load(counts + place, mask=block[:, None] < num_blocks, other=0), 0)
+    index = (row * num_blocks + block[:, None]) * 256 + digit[None, :]
+    count = tl.sum(tl.load(counts + index, mask=block[:, None] < num_blocks, other=0), 0)
     reach = tl.cumsum(count, 0, reverse=True)
     found = tl.maximum(tl.sum((reach >= wanted).to(tl.int32)) - 1, 0)
     return (prefix << 8) | found.to(tl.uint32), wanted - tl.sum(tl.where(digit > found, count, 0))
@@ -66,8 +66,8 @@ def _next_by_count(counts, row, num_blocks, prefix, wanted, BLOCKS: tl.constexpr
 def _mass_by_key(masses, row, num_blocks, BLOCKS: tl.constexpr):
     """[16] float64, the row's mass at or above each key."""
     block, digit = tl.arange(0, BLOCKS), tl.arange(0, 16)
-    place = (row * 16 + digit[:, None]) * num_blocks + block[None, :]
-    return tl.sum(tl.load(masses + place, mask=block[None, :] < num_blocks, other=0.0), 1)
+    index = (row * 16 + digit[:, None]) * num_blocks + block[None, :]
+    return tl.sum(tl.load(masses + index, mask=block[None, :] < num_blocks, other=0.0), 1)
 
 
 @jit
@@ -78,9 +78,9 @@ def _next_by_mass(mass, prefix, wanted):
 
 
 @jit
-def _largest(most, row, num_blocks, BLOCKS: tl.constexpr):
+def _largest(block_max, row, num_blocks, BLOCKS: tl.constexpr):
     block = tl.arange(0, BLOCKS)
-    return tl.max(tl.load(most + row * num_blocks + block, mask=block < num_blocks, other=-float("inf")))
+    return tl.max(tl.load(block_max + row * num_blocks + block, mask=block < num_blocks, other=-float("inf")))
 
 
 @jit
@@ -91,7 +91,7 @@ def _count_kernel(
     min_p,
     temperature,
     slot,
-    most,  # [L, blocks] float32, written in the first turn
+    block_max,  # [L, blocks] float32, written in the first turn
     before,  # [L, blocks, 256] int32, the last turn's counts
     counts,  # [L, blocks, 256] int32
     known,  # [L, 2] int64, the last turn's prefix and how many were wanted of it
@@ -109,12 +109,12 @@ def _count_kernel(
     begin(PDL)
     row, first, step = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     wait(PDL)
-    k, p, least = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
-    if ((k > 0) | (p < 1) | (least > 0)) & FIRST:
+    k, p, min_prob = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
+    if ((k > 0) | (p < 1) | (min_prob > 0)) & FIRST:
         for block in range(first, num_blocks, step):
             column = block * BLOCK + tl.arange(0, BLOCK)
             value = tl.load(logits + row * stride + column, mask=column < size, other=-float("inf"))
-            tl.store(most + row * num_blocks + block, tl.max(value))
+            tl.store(block_max + row * num_blocks + block, tl.max(value))
     if k > 0:
         wanted = k
         prefix = tl.full((), 0, tl.uint32)
@@ -129,8 +129,8 @@ def _count_kernel(
             column = block * BLOCK + tl.arange(0, BLOCK)
             key = _key(tl.load(logits + row * stride + column, mask=column < size, other=0)) >> shift
             meant = (column < size) & ((key >> 8) == prefix)
-            place = (row * num_blocks + block) * 256 + tl.arange(0, 256)
-            tl.store(counts + place, tl.histogram((key & 255).to(tl.int32), 256, mask=meant))
+            index = (row * num_blocks + block) * 256 + tl.arange(0, 256)
+            tl.store(counts + index, tl.histogram((key & 255).to(tl.int32), 256, mask=meant))
 
 
 @jit
@@ -141,7 +141,7 @@ def _mass_kernel(
     min_p,
     temperature,
     slot,
-    most,
+    block_max,
     counts,  # of the last of the turns above
     counted,  # [L, 2] int64, likewise
     before,  # [L, 16, blocks] float64, the last turn's masses
@@ -162,14 +162,14 @@ def _mass_kernel(
     begin(PDL)
     row, first, step = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     wait(PDL)
-    k, p, least = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
+    k, p, min_prob = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
     floor = tl.full((), -float("inf"), tl.float64)
     largest = floor
-    if (p < 1) | ((TURN == 0) & ((k > 0) | (least > 0))):
-        largest = _largest(most, row, num_blocks, BLOCKS).to(tl.float64)
+    if (p < 1) | ((TURN == 0) & ((k > 0) | (min_prob > 0))):
+        largest = _largest(block_max, row, num_blocks, BLOCKS).to(tl.float64)
         if TURN == 0:
-            if least > 0:
-                floor = tl.log(least.to(tl.float64)) + largest
+            if min_prob > 0:
+                floor = tl.log(min_prob.to(tl.float64)) + largest
             if k > 0:
                 prefix = tl.load(counted + row * 2).to(tl.uint32)
                 wanted = tl.load(counted + row * 2 + 1).to(tl.int32)
@@ -193,21 +193,21 @@ def _mass_kernel(
             prefix = _next_by_mass(mass, prefix, needed)
             if first == 0:
                 tl.store(learned + row, prefix.to(tl.int64))
-        least_key = (prefix << 4) << shift
+        min_key = (prefix << 4) << shift
         for block in range(first, num_blocks, step):
             column = block * BLOCK + tl.arange(0, BLOCK)
             value = tl.load(logits + row * stride + column, mask=column < size, other=-float("inf"))
             key = _key(value)
-            place = masses + row * 16 * num_blocks + block
-            if (tl.max(value).to(tl.float64) >= floor) & (tl.max(key) >= least_key):
-                wide = value.to(tl.float64)
-                weight = tl.where(wide >= floor, tl.exp(wide - largest), 0.0)
+            address = masses + row * 16 * num_blocks + block
+            if (tl.max(value).to(tl.float64) >= floor) & (tl.max(key) >= min_key):
+                value64 = value.to(tl.float64)
+                weight = tl.where(value64 >= floor, tl.exp(value64 - largest), 0.0)
                 for digit in tl.static_range(16):
                     reached = key >= (((prefix << 4) | digit) << shift)
-                    tl.store(place + digit * num_blocks, tl.sum(tl.where(reached, weight, 0.0)))
+                    tl.store(address + digit * num_blocks, tl.sum(tl.where(reached, weight, 0.0)))
             else:
                 for digit in tl.static_range(16):
-                    tl.store(place + digit * num_blocks, tl.full((), 0.0, tl.float64))
+                    tl.store(address + digit * num_blocks, tl.full((), 0.0, tl.float64))
 
 
 @jit
@@ -218,7 +218,7 @@ def _cut_kernel(
     min_p,
     temperature,
     slot,
-    most,
+    block_max,
     before,
     known,
     bounds,
@@ -233,20 +233,20 @@ def _cut_kernel(
     begin(PDL)
     row, first, step = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     wait(PDL)
-    k, p, least = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
-    if (k > 0) | (p < 1) | (least > 0):
+    k, p, min_prob = _asked(top_k, top_p, min_p, temperature, slot, row, size, BY_SLOT)
+    if (k > 0) | (p < 1) | (min_prob > 0):
         floor = tl.load(bounds + row * 2)
         if p < 1:
             mass = _mass_by_key(before, row, num_blocks, BLOCKS)
             prefix = tl.load(known + row).to(tl.uint32)
             last = _value(_next_by_mass(mass, prefix, tl.load(bounds + row * 2 + 1)))
-            last = tl.minimum(last, _largest(most, row, num_blocks, BLOCKS))  # at least one is kept
+            last = tl.minimum(last, _largest(block_max, row, num_blocks, BLOCKS))  # at least one is kept
             floor = tl.maximum(floor, last.to(tl.float64))
         for block in range(first, num_blocks, step):
             column = block * BLOCK + tl.arange(0, BLOCK)
-            place = logits + row * stride + column
-            value = tl.load(place, mask=column < size, other=0)
-            tl.store(place, -float("inf"), mask=(column < size) & (value.to(tl.float64) < floor))
+            address = logits + row * stride + column
+            value = tl.load(address, mask=column < size, other=0)
+            tl.store(address, -float("inf"), mask=(column < size) & (value.to(tl.float64) < floor))
 
 
 def truncate_gpu(
@@ -271,10 +271,10 @@ def truncate_gpu(
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
-    most, bounds = new(rows, blocks, dtype=torch.float32), new(rows, 2, dtype=torch.float64)
+    block_max, bounds = new(rows, blocks, dtype=torch.float32), new(rows, 2, dtype=torch.float64)
     counts, masses = new(2, rows, blocks, 256, dtype=torch.int32), new(2, rows, 16, blocks, dtype=torch.float64)
     counted, prefix = new(2, rows, 2, dtype=torch.int64), new(2, rows, dtype=torch.int64)
-    asked = (top_k, top_p, min_p, temperature, slot, most)
+    asked = (top_k, top_p, min_p, temperature, slot, block_max)
     fixed = {
         "BY_SLOT": slot is not None,
         "BLOCKS": next_power_of_2(blocks),
