@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## the bundled model edits code, drafts in colour, with and without speculation
 	@$(BIN)/python examples/demo.py
 
-test: $(READY) ## the tests of every change: no GPU, no long grids
+test: $(READY) ## the tests to run before each change: no GPU, no long grids
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not slow and not clients'
 
 test-all: $(READY) ## every test that needs no GPU, long grids included
