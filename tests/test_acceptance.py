@@ -215,7 +215,9 @@ def check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     """`accept` with the bundled head, run by a class of `broken_heads`."""
 
     def call(drafter: str, *arguments: str) -> tuple[int, dict[str, Any]]:
-        command = ["accept", "--draft", f"broken_heads:{drafter}", "-k", "4", "--kv-cache-memory", str(200 << 20)]
+        head = json.dumps({"model": str(HEAD)})
+        command = ["accept", "--draft", f"broken_heads:{drafter}", "--speculative-config", head, "-k", "4"]
+        command += ["--kv-cache-memory", str(200 << 20)]
         monkeypatch.setattr(sys, "argv", ["outrider", *command, *arguments, "--json"])
         with pytest.raises(SystemExit) as ended:
             main()

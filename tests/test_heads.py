@@ -235,7 +235,7 @@ CONFIGS: dict[str, tuple[bool, dict[str, Any], str]] = {  # parallel, as write_h
     "too-few-layers": (
         False,
         {"config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}},
-        "reads layer 9 of a target that has 2: it was made for another target",
+        "reads layer 9 of a target that has 2, by eagle_aux_hidden_state_layer_ids in its config.json: it was made",
     ),
     "too-few-layers-for-the-default": (
         False,

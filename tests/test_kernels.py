@@ -499,7 +499,7 @@ def test_rope_store_writes_its_slots_and_nothing_else(device: str, poison: None)
 
 
 def test_keys_and_values_are_rounded_to_bfloat16_as_torch_rounds(poison: None) -> None:
-    """Halves go to the even neighbour, what is too large to infinity; subnormals stay."""
+    """Halves go to the even neighbour; subnormals stay. Of a head with a value too large, or none, nothing is kept."""
     top = torch.arange(0x0000, 0x7F80, 61, dtype=torch.int32).repeat_interleave(6) << 16
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32).repeat(len(top) // 6)
     values = (top | low).view(torch.float32)
@@ -512,8 +512,12 @@ def test_keys_and_values_are_rounded_to_bfloat16_as_torch_rounds(poison: None) -
     positions, slots = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)
     case["rows"] = case["rows"]._replace(positions=positions, cache_slot=slots)
     ROPE_STORE.on(CPU)(**case | {"norms": HeadNorms(None, None, 1e-6)})
-    found = case["value_cache"].transpose(1, 2).flatten(0, 1)[:tokens]
-    assert close(found, rows.bfloat16(), 0)
+    values, keys = (case[name].transpose(1, 2).flatten(0, 1)[:tokens] for name in ("value_cache", "key_cache"))
+    rounded = rows.bfloat16()
+    is_kept = rounded.isfinite().all(-1, keepdim=True)
+    assert is_kept.any() and not is_kept.all()
+    assert close(values, torch.where(is_kept, rounded, 0), 0)
+    assert close(keys, torch.where(is_kept, rounded, torch.nan), 0)
 
 
 def test_a_layer_in_float32_is_good_to_float32(poison: None) -> None:
