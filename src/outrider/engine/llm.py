@@ -196,7 +196,10 @@ class LLM:
 
     def encode_conversation(self, messages: Messages, **how: Any) -> list[int]:
         """Token ids of one conversation, as `chat` takes it; `how` is of `engine.conversation.encode_conversation`."""
-        return encode_conversation(self.tokenizer, messages, remedy=CHAT_REMEDY, takes_records=True, **how)
+        conversations = as_conversations(messages)
+        if len(conversations) != 1:
+            raise PromptError(f"encode_conversation takes one conversation: {len(conversations)} are given")
+        return encode_conversation(self.tokenizer, conversations[0], remedy=CHAT_REMEDY, takes_records=True, **how)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
         """Completes one prompt, token by token as they come; closing or dropping the stream aborts it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from outrider.core.plan import Admission
 from outrider.core.plugin import is_of_user
 from outrider.core.sampling import SamplingParams
-from outrider.errors import EngineBusyError, OptionError
+from outrider.errors import OptionError
 from outrider.tensors import Slots, StepBatch, Verdict
 from outrider.verify.base import LogitsProcessor, State, Table, Value
 
@@ -101,7 +101,7 @@ class GuardedProcessor(LogitsProcessor):
 
     def _take(self, method: str, error: Exception) -> None:
         """Takes note of what the processor raised, or raises it again while the runner is built."""
-        if not self._serving or isinstance(error, EngineBusyError):
+        if not self._serving:
             raise error
         logger.log(
             logging.DEBUG if self._has_failed else logging.WARNING,
