@@ -13,6 +13,7 @@ from outrider.bench.batch import run_batch
 from outrider.core.output import FinishReason, TokenDelta
 from outrider.core.sampling import SamplingParams
 from outrider.engine.engine import StepTimes
+from outrider.errors import EngineClosedError
 from outrider.parallel.mesh import Mesh
 from outrider.workers.base import WorkerStats
 from outrider.workers.local import LocalWorker
@@ -119,4 +120,5 @@ def test_a_worker_passes_on_what_its_runner_timed() -> None:
     timing = LocalWorker(TimingRunner, config, Mesh())  # type: ignore[arg-type]
     assert timing.stats().part_times == {"target": 1.5}
     timing.close()
-    assert timing.stats().part_times is None
+    with pytest.raises(EngineClosedError):
+        timing.stats()
