@@ -180,16 +180,15 @@ def _write(piece: Piece) -> None:
 
 
 def _compare(llm: LLM, baseline: LLM, ids: list[int], sampling: SamplingParams, first: _Run) -> dict[str, Any]:
-    """Runs both in turn, so that a machine whose speed drifts is fair to both; medians."""
+    """Runs both in turn, so that a machine whose speed drifts is fair to both; medians, and the ratio of those."""
     pairs = [(_run(llm, ids, sampling), _run(baseline, ids, sampling)) for _ in range(COMPARED_RUNS)]
     runs = [run for pair in pairs for run in pair]
+    with_drafts = statistics.median(run.tokens_per_second for run, _ in pairs)
+    without = statistics.median(run.tokens_per_second for _, run in pairs)
     return {
         "identical": all(run.token_ids == first.token_ids for run in runs),
-        "speedup": statistics.median(with_.tokens_per_second / without.tokens_per_second for with_, without in pairs),
-        "tokens_per_second": {
-            "with": statistics.median(with_.tokens_per_second for with_, _ in pairs),
-            "without": statistics.median(without.tokens_per_second for _, without in pairs),
-        },
+        "speedup": with_drafts / without,
+        "tokens_per_second": {"with": with_drafts, "without": without},
     }
 
 
