@@ -105,6 +105,8 @@ async def _ended(process: SpawnProcess, seconds: float) -> bool:
         if time.monotonic() >= deadline:
             return False
         await asyncio.sleep(0.02)
+    # It has ended, so this does not wait: it takes the entry of the process away.
+    process.join(1.0)
     return True
 
 

@@ -198,6 +198,6 @@ def test_fewer_drafts_for_one_request(wire: Wire) -> None:
             found[delta.id] += delta.tokens
             last[delta.id] = delta.tally().report()
     assert len({tuple(tokens) for tokens in found.values()}) == 1
-    assert last["none"] == AcceptanceReport(0, 0, 0, (0, 0, 0))
+    assert last["none"] == AcceptanceReport(0, 0, 0, (0, 0, 0), drafting_ended="the request asks for no drafts")
     assert last["one"].drafted == last["one"].drafts > 0
     assert last["all"] == last["many"] and last["all"].drafted > last["all"].drafts
