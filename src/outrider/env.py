@@ -32,7 +32,7 @@ def cache_directory() -> Path:
     """Where outrider keeps what later starts read again."""
     base = os.environ.get(CACHE)
     if base:
-        return Path(base)
+        return Path(base).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "outrider"
 
 

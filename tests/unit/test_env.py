@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from outrider import env
@@ -15,3 +17,10 @@ def test_an_empty_key_lets_nobody_in_unnoticed(monkeypatch: pytest.MonkeyPatch) 
         ServerOptions().keys(env.api_key())
     monkeypatch.delenv(env.API_KEY)
     assert ServerOptions().keys(env.api_key()) == ()
+
+
+def test_the_cache_directory_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A Dockerfile's ENV expands no tilde."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OUTRIDER_CACHE_DIR", "~/kept")
+    assert env.cache_directory() == tmp_path / "kept"
