@@ -143,7 +143,8 @@ def test_processor(processor: Any) -> None:
     extra = {field.name: 2.0 for field in processor.fields if field.name not in given}
     sampling = SamplingParams(**given, extra_args=extra)
     admissions = [Admission(slot, (1, 2), 1, 0, sampling, 0, (4,)) for slot in range(5)]
-    tables.write({name: torch.from_numpy(column) for name, column in tables.columns(admissions).items()})
+    wanting = [one for one in admissions if tables.processor.wanted(one.sampling)]
+    tables.write({name: torch.from_numpy(column) for name, column in tables.columns(admissions, wanting).items()})
     state = tables.active.state
     before = logits.clone()
     assert not torch.equal(processor(logits.clone(), batch, slots, state), before), "the example must give it work"

@@ -186,7 +186,9 @@ def generate(
     processors = [ProcessorTables(processor, rows, VOCAB, CPU) for processor in PROCESSORS]
     for tables in processors:
         admissions = [Admission(row, PROMPT, len(PROMPT), 0, sampling, 0, ()) for row in range(rows)]
-        tables.write({name: torch.from_numpy(column) for name, column in tables.columns(admissions).items()})
+        wanting = [one for one in admissions if tables.processor.wanted(one.sampling)]
+        columns = tables.columns(admissions, wanting)
+        tables.write({name: torch.from_numpy(column) for name, column in columns.items()})
     gained, steps = 0, 0
     while int(slots.length.min()) < len(PROMPT) + num_tokens:
         num_drafts = slots.draft_length.clone()

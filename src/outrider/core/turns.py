@@ -62,11 +62,12 @@ def in_turn(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
                 lock.acquire()
             return method(self, *given, **named)
         finally:
-            try:  # noqa: SIM105 - `suppress` would be a call before it
-                # The first thing done here: Python looks for an interrupt after it, and not before.
+            # An interrupt during the wait leaves nothing to give back. `suppress` would be a call before the release,
+            # and Python looks for an interrupt at each call.
+            try:  # noqa: SIM105
                 lock.release()
             except RuntimeError:
-                pass  # interrupted while it waited for its turn
+                pass
 
     return call
 

@@ -39,12 +39,11 @@ class ProcessorTables:
         self._emptied: set[int] = set()  # of those, the ones that `write` empties next
         self._admitted: set[int] = set()  # slots that the processor was asked to admit, for `release`
 
-    def columns(self, admissions: Sequence[Admission]) -> dict[str, NDArray[Any]]:
-        """What `write` needs on the device for requests that take slots: of those that want the processor, and others.
+    def columns(self, admissions: Sequence[Admission], wanting: Sequence[Admission]) -> dict[str, NDArray[Any]]:
+        """What `write` needs on the device for requests that take slots, of which `wanting` want the processor.
 
         Empty where no row changes.
         """
-        wanting = [one for one in admissions if self.processor.wanted(one.sampling)]
         taken = {one.slot for one in wanting}
         emptied = [one.slot for one in admissions if one.slot in self._written and one.slot not in taken]
         self._emptied = set(emptied)

@@ -119,8 +119,9 @@ class SlotTable:
             "at": at,
             "tokens": tokens,
         }
-        for tables in self._tables:
-            columns |= tables.columns(admissions)
+        for index, tables in enumerate(self._tables):
+            wanting = [one for one in admissions if index in self._wanted_by[one.slot]]
+            columns |= tables.columns(admissions, wanting)
         sent = self._send(columns)
         for name in ("length", "computed", "temperature", "seed", "draft_length"):
             getattr(slots, name).index_copy_(0, sent["slot"], sent[name])

@@ -158,6 +158,17 @@ def test_only_wanted_processors_run(table: SlotTable) -> None:
     assert wanted() == []
 
 
+def test_a_processor_is_asked_once_whether_a_request_wants_it(
+    table: SlotTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two answers could differ, and its slot would then be released by one and kept by the other."""
+    asked: list[Any] = []
+    temperature = next(processor for processor, _ in table.all_processors if processor.name == "temperature")
+    monkeypatch.setattr(type(temperature), "wanted", lambda self, sampling: asked.append(sampling) or True)
+    table.update(plan([admission(0), admission(1)]))
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("gives", [False, True])
 @pytest.mark.parametrize("verifier", [Exact(), Rejection()], ids=lambda verifier: verifier.name)
 def test_draft_logits_are_kept_where_one_gives_and_the_other_reads_them(
